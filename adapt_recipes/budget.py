@@ -1,0 +1,122 @@
+"""The budget of supervised tokens and the ledger that keeps it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from adapt_recipes.config import STRICT
+
+
+@dataclass(kw_only=True, config=STRICT)
+class BudgetConfig:
+    """How many supervised tokens a run may spend: exactly one of ``fraction``, ``tokens`` and ``passes``."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """share of the available supervised tokens, in (0, 1]"""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """supervised tokens"""
+    passes: Annotated[float, Field(gt=0)] | None = None
+    """times the available supervised tokens"""
+    allow_repeats: bool = False
+    """let ``tokens`` exceed what is available"""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("fraction", "tokens", "passes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"budget.{name}" for name in given) or "none"
+            raise ValueError(f"budget: give exactly one of fraction, tokens, passes, not {found}")
+
+    def num_tokens(self, available: int) -> int:
+        """The budget in supervised tokens.
+
+        Args:
+            available: supervised tokens of the training split.
+
+        Raises:
+            ValueError: ``tokens`` is more than one pass over everything, and repeats are not allowed.
+        """
+        if self.tokens is not None:
+            if self.tokens > available and not self.allow_repeats:
+                raise ValueError(
+                    f"budget.tokens: {self.tokens} is more than the {available} supervised tokens there are; "
+                    "lower it, or set budget.allow_repeats=true"
+                )
+            return self.tokens
+        share = self.fraction if self.fraction is not None else self.passes
+        assert share is not None
+        return max(1, round(share * available))
+
+
+class Ledger:
+    """What a run has read so far. Every count is a total since the run began.
+
+    Args:
+        budget_tokens: supervised tokens the run may spend.
+        num_tasks: number of tasks.
+
+    Attributes:
+        task_tokens: (num_tasks,) int64, supervised tokens spent on each task.
+        tokens: positions the model read in training, padding left out.
+        computed_tokens: the same with padding.
+        unique_supervised_tokens: supervised tokens spent on examples seen for the first time.
+        probe_tokens: supervised tokens that probes and validation read; they are not part of the budget.
+        probe_total_tokens: all positions that probes and validation read, padding left out.
+    """
+
+    COUNTS = ("tokens", "computed_tokens", "unique_supervised_tokens", "probe_tokens", "probe_total_tokens")
+
+    def __init__(self, budget_tokens: int, num_tasks: int) -> None:
+        self.budget_tokens = budget_tokens
+        self.task_tokens = torch.zeros(num_tasks, dtype=torch.int64)
+        self.tokens = 0
+        self.computed_tokens = 0
+        self.unique_supervised_tokens = 0
+        self.probe_tokens = 0
+        self.probe_total_tokens = 0
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Supervised tokens spent."""
+        return int(self.task_tokens.sum())
+
+    @property
+    def left(self) -> int:
+        """Supervised tokens that may still be spent."""
+        return self.budget_tokens - self.supervised_tokens
+
+    def share(self, pending: float = 0) -> float:
+        """Share of the budget that is spent once ``pending`` more tokens are."""
+        return (self.supervised_tokens + pending) / self.budget_tokens
+
+    def spend(self, task_tokens: Tensor, *, unique: int, batches: Sequence[Any]) -> None:
+        """Book one training step.
+
+        Args:
+            task_tokens: (num_tasks,) int64, supervised tokens of the step by task.
+            unique: how many of them are on examples never seen before.
+            batches: the step's micro-batches.
+        """
+        assert int(task_tokens.sum()) <= self.left, "a step may not spend more than is left"
+        self.task_tokens += task_tokens
+        self.unique_supervised_tokens += unique
+        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.computed_tokens += sum(batch.tokens.numel() for batch in batches)
+
+    def probe(self, batches: Sequence[Any]) -> None:
+        """Book micro-batches that a probe or a validation has read."""
+        self.probe_tokens += sum(batch.num_supervised_tokens for batch in batches)
+        self.probe_total_tokens += sum(batch.num_tokens for batch in batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"task_tokens": self.task_tokens.clone(), **{name: getattr(self, name) for name in self.COUNTS}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.task_tokens.copy_(state["task_tokens"])
+        for name in self.COUNTS:
+            setattr(self, name, state[name])

@@ -1,0 +1,36 @@
+"""Tasks: where they come from, how they become tokens, how they are split, and the order in which a run reads them."""
+
+from adapt_recipes.data.batching import MicroBatch, micro_batches
+from adapt_recipes.data.byte_tokenizer import ByteTokenizer
+from adapt_recipes.data.chat import ChatTokenizer
+from adapt_recipes.data.examples import IGNORE_INDEX, Example, Examples, RawTask, Task
+from adapt_recipes.data.hf import hf_tasks
+from adapt_recipes.data.jsonl import jsonl_tasks
+from adapt_recipes.data.load import TasksConfig, fingerprint, load_tasks
+from adapt_recipes.data.natural_instructions import natural_instructions
+from adapt_recipes.data.prepare import prepare_tasks
+from adapt_recipes.data.sampler import TokenSampler, random_examples, validation_examples
+from adapt_recipes.data.toy import toy_tasks
+
+__all__ = [
+    "IGNORE_INDEX",
+    "ByteTokenizer",
+    "ChatTokenizer",
+    "Example",
+    "Examples",
+    "MicroBatch",
+    "RawTask",
+    "Task",
+    "TasksConfig",
+    "TokenSampler",
+    "fingerprint",
+    "hf_tasks",
+    "jsonl_tasks",
+    "load_tasks",
+    "micro_batches",
+    "natural_instructions",
+    "prepare_tasks",
+    "random_examples",
+    "toy_tasks",
+    "validation_examples",
+]

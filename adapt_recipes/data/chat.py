@@ -1,0 +1,174 @@
+"""From a conversation to tokens, and which of them count: the answers and the token that ends each of them.
+
+One rule for every model: render the chat template once, tokenise the text once, and mask by character offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from bisect import bisect_right
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer
+
+from adapt_recipes.data.chat_template import compile_chat_template, read_chat_template
+from adapt_recipes.data.conversations import located
+from adapt_recipes.data.examples import Conversation
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_ANSWER = "\ue000answer\ue000"  # stands for an answer while the template shows what it puts around one
+
+
+class ChatTokenizer:
+    """The tokenizer and the chat template of any Hugging Face folder, without transformers.
+
+    Gives the ids of transformers' ``apply_chat_template``, with a clock that stands still (see ``chat_template.py``).
+    The folder holds ``tokenizer.json``, ``tokenizer_config.json`` and a template: ``chat_template.jinja``, or
+    ``chat_template`` in the config; of several the one called ``default``.
+
+    Attributes:
+        vocab_size: one more than the highest id. A model may have more rows than that; Gemma 3's text models have one
+            less, for the last id is an image's.
+        fingerprint: changes with whatever changes the ids or the mask.
+        pad_id: the padding token's id; 0 where the folder names none.
+        eos_ids: these end a text: the config's end token, and those in ``generation_config.json`` where it exists.
+
+    Raises:
+        ValueError: a file that is missing or malformed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path).expanduser()
+        with located("tokenizer.path"):
+            self._setup()
+
+    def _setup(self) -> None:
+        if not self._path.is_dir():
+            raise ValueError(f"no folder {self._path}")
+        tokenizer_file = self._path / "tokenizer.json"
+        if not tokenizer_file.is_file():
+            raise ValueError(f"no file {tokenizer_file}")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # `tokenizers` raises nothing more precise
+            raise ValueError(f"{tokenizer_file}: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._special_ids = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+
+        config = _json_object(self._path / "tokenizer_config.json")
+        named = _json_object(self._path / "special_tokens_map.json", optional=True) | config
+        named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        self._variables = {
+            key: token for key, token in named.items() if key.endswith("_token") and isinstance(token, str)
+        }
+        ids = {key: self._tokenizer.token_to_id(token) for key, token in self._variables.items()}
+        self.pad_id: int = ids.get("pad_token") or 0
+        ends = _json_object(self._path / "generation_config.json", optional=True).get("eos_token_id")
+        ends = [ids.get("eos_token"), *(ends if isinstance(ends, list) else [ends])]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
+
+        template = read_chat_template(self._path, config)
+        self._template = compile_chat_template(template)
+        parts = [tokenizer_file.read_bytes(), template.encode(), json.dumps(self._variables, sort_keys=True).encode()]
+        self.fingerprint = blake2b(b"".join(blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a compiled template cannot be pickled
+        return type(self), (self._path,)
+
+    def encode(self, messages: Conversation) -> tuple[list[int], list[bool]]:
+        """Tokenises a conversation.
+
+        Every answer of the assistant is supervised, from its first character to the special token that ends the turn.
+        What the template puts before an answer (a header, an empty block of thoughts) and after its end token (a new
+        line) is not. The first supervised token is the first that ends behind the answer's start: a token merged across
+        that boundary counts, for the answer begins in it.
+
+        Args:
+            messages: a checked conversation.
+
+        Returns:
+            Ids (num_tokens,) and, as long, whether each is supervised.
+
+        Raises:
+            ValueError: the template refuses or changes the conversation, is not prefix-stable (shows a turn otherwise
+                once another follows), or ends an answer with no special token.
+        """
+        text = self._render(messages)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, spans = encoding.ids, encoding.offsets
+        supervised = [False] * len(ids)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start, end, turn_end = self._answer_span(messages[: index + 1], text)
+            first = bisect_right(spans, start, key=lambda span: span[1])
+            if spans[first][0] < start and ids[first] in self._special_ids:
+                first += 1  # a special token of the header that swallows white space, the answer's own too
+            last = bisect_right(spans, end, key=lambda span: span[1])
+            while last < len(ids) and ids[last] not in self._special_ids:
+                last += 1
+            if last == len(ids) or spans[last][0] >= turn_end:
+                raise ValueError(
+                    "the chat template ends an answer with no special token: the model could not learn to stop"
+                )
+            supervised[first : last + 1] = [True] * (last + 1 - first)
+        return ids, supervised
+
+    def _answer_span(self, messages: Conversation, text: str) -> tuple[int, int, int]:
+        """Where in ``text`` the answer that is the last of ``messages`` starts and ends, and where its turn ends."""
+        *before, answer = messages
+        turn = self._render(messages)
+        head, found, foot = self._render([*before, answer | {"content": _ANSWER}]).partition(_ANSWER)
+        start, end = len(head), len(turn) - len(foot)
+        same = turn[start:end].strip() == answer["content"].strip()  # templates may strip an answer, no more
+        if not (found and same and turn.startswith(head) and turn.endswith(foot)):
+            raise ValueError("the chat template does not show an answer as it is written")
+        if not (text.startswith(turn) and turn.startswith(self._render(before, add_generation_prompt=True))):
+            raise ValueError(
+                "the chat template is not prefix-stable: an answer stands behind another text in training than when "
+                "the model is asked for it (Qwen3's drops earlier thoughts); keep one answer a conversation"
+            )
+        return start, end, len(turn)
+
+    def _render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(self._variables | given)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Copies the tokenizer's files, so that transformers loads the same tokenizer and template from ``folder``."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if (self._path / name).is_file():
+                shutil.copyfile(self._path / name, Path(folder) / name)
+
+
+def _json_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    if not file.is_file():
+        if optional:
+            return {}
+        raise ValueError(f"no file {file}")
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: must be a JSON object")
+    return content

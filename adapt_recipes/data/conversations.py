@@ -1,0 +1,91 @@
+"""What a conversation has to look like, and what identifies its prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from adapt_recipes.data.examples import Conversation
+from adapt_recipes.errors import nearest
+
+
+def text_of(value: Any, what: str) -> str:
+    """``value``, which must be a string that UTF-8 can hold; ``what`` names it in the error."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a string, not {type(value).__name__}")
+    try:
+        value.encode()  # JSON may spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is not valid Unicode: it holds half a surrogate pair") from None
+    return value
+
+
+def checked_conversation(messages: Any) -> Conversation:
+    """A conversation with nothing but roles and contents, after an optional system message: user, assistant, user, ...
+
+    Raises:
+        ValueError: what is wrong with which message; the caller knows the file and line, see :func:`located`.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list of {role, content} with at least a user's and an assistant's message")
+    conversation: Conversation = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"message {index} must have the keys role and content")
+        role, content = message["role"], text_of(message["content"], f"the content of message {index}")
+        turn = len(conversation) - (conversation[0]["role"] == "system" if conversation else 0)
+        expected = ("user", "assistant")[turn % 2]
+        if role != expected and not (role == "system" and index == 0):
+            raise ValueError(f"message {index} has the role {role!r}, expected {expected!r} (system only in front)")
+        if role == "assistant" and not content.strip():
+            raise ValueError(f"message {index}: the assistant's answer is empty")
+        conversation.append({"role": role, "content": content})
+    if conversation[-1]["role"] != "assistant":
+        raise ValueError(f"the last message must be the assistant's, not the {conversation[-1]['role']}'s")
+    return conversation
+
+
+def conversation_of(
+    record: Any, *, messages: str = "messages", prompt: str = "prompt", response: str = "response"
+) -> Conversation:
+    """The conversation in a record that holds either messages or a prompt and its response, under the given keys."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"must be an object with the key {messages!r}, or {prompt!r} and {response!r}")
+    if messages in record:
+        return checked_conversation(record[messages])
+    for key in (prompt, response):
+        if key not in record:
+            hint = nearest(key, map(str, record)) if record else ""
+            raise ValueError(f"neither the key {messages!r} nor both {prompt!r} and {response!r}: no {key!r}{hint}")
+    user, answer = text_of(record[prompt], repr(prompt)), text_of(record[response], repr(response))
+    return checked_conversation([{"role": "user", "content": user}, {"role": "assistant", "content": answer}])
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts ``where: `` in front of a ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def content_hash(conversation: Conversation) -> int:
+    """63 bits that identify the messages, the same on every machine and for every tokenizer.
+
+    ``content_hash(conversation[:-1])`` identifies the prompt: everything before the last answer.
+    """
+    text = json.dumps([[message["role"], message["content"]] for message in conversation])
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def folder_of(path: str | Path) -> Path:
+    """``path`` with ``~`` expanded; refused where it is not a folder."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"tasks.path: no folder {folder}")
+    return folder

@@ -1,0 +1,43 @@
+"""Tasks out of a folder with one JSON Lines file a task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from adapt_recipes.data.conversations import conversation_of, folder_of, located
+from adapt_recipes.data.examples import Conversation, RawTask
+
+
+def jsonl_tasks(path: str | Path) -> list[RawTask]:
+    """One task for every ``path/NAME.jsonl``, called NAME, by name.
+
+    A line is ``{"messages": [{"role": ..., "content": ...}, ...]}`` or ``{"prompt": ..., "response": ...}``. Other keys
+    are ignored, and so are empty lines.
+
+    Raises:
+        ValueError: no folder, no file, an empty file, or a line that is not as above, by file and line.
+    """
+    folder = folder_of(path)
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"tasks.path: no files {folder}/*.jsonl")
+    return [RawTask(file.stem, _conversations(file)) for file in files]
+
+
+def _conversations(file: Path) -> list[Conversation]:
+    conversations = []
+    with file.open("rb") as lines:  # bytes: a line ends at \n alone, and an error in the encoding has a line too
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                with located(f"{file}, line {number}"):
+                    try:
+                        record = json.loads(line.decode())
+                    except UnicodeDecodeError:
+                        raise ValueError("not valid UTF-8") from None
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+                    conversations.append(conversation_of(record))
+    if not conversations:
+        raise ValueError(f"{file}: the file is empty")
+    return conversations

@@ -1,0 +1,63 @@
+"""The ``tasks`` node of a config: where tasks come from, and how they are split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from adapt_recipes.config import Component
+from adapt_recipes.data.examples import Task
+from adapt_recipes.data.prepare import prepare_tasks
+
+
+class TasksConfig(Component):
+    """A component that returns a list of ``RawTask``, and what holds for the tasks of every source."""
+
+    validation_examples: Annotated[int, Field(ge=1)] = 32
+    """prompts of each task held out for validation; tasks that bring a validation split keep their own"""
+    max_examples_per_task: Annotated[int, Field(ge=1)] | None = None
+    """use at most as many examples of each task"""
+    no_validation: list[str] = []
+    """tasks that are trained on but left out of the objective and of the results"""
+    cache_dir: str | None = None
+    """where tokenised tasks are kept; default: $XDG_CACHE_HOME/adapt_recipes, or ~/.cache/adapt_recipes"""
+
+
+def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list[Task]:
+    """Read, tokenise (or read from the cache) and split the tasks of a config.
+
+    Args:
+        config: the ``tasks`` node.
+        tokenizer: a ``ChatTokenizer`` or anything with its ``encode`` and ``fingerprint``.
+        max_seq_len: rendered tokens; longer examples are dropped and counted.
+
+    Raises:
+        ValueError: the file and line, or the task, and what is wrong with it.
+    """
+    cache = config.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "adapt_recipes")
+    return prepare_tasks(
+        config.build(),
+        tokenizer,
+        max_seq_len=max_seq_len,
+        validation_examples=config.validation_examples,
+        max_examples_per_task=config.max_examples_per_task,
+        no_validation=config.no_validation,
+        cache_dir=Path(cache).expanduser(),
+    )
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Identifies all that a run reads: a resume on other data is refused by it."""
+    digest = blake2b(digest_size=16)
+    for task in tasks:
+        digest.update(task.name.encode() + b"\0")
+        for split in (task.train, task.validation):
+            if split is not None:
+                for tensor in (split.tokens, split.supervised, split.offsets):
+                    digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()

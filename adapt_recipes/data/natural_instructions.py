@@ -1,0 +1,122 @@
+"""Super-NaturalInstructions v2: one JSON file a task, which says what type (category) of task it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from adapt_recipes.data.conversations import folder_of, located, text_of
+from adapt_recipes.data.examples import Conversation, RawTask
+from adapt_recipes.errors import nearest
+
+
+def natural_instructions(
+    path: str | Path,
+    *,
+    types: list[str] | None = None,
+    group_by: Literal["type", "file"] = "type",
+    num_positive_examples: int = 0,
+    all_outputs: bool = False,
+) -> list[RawTask]:
+    """Tasks out of a folder in the layout of Super-NaturalInstructions v2 (Wang et al. 2022), ``path/tasks/*.json``.
+
+    The user's message is the definition, an empty line and the input; with positive examples it takes the form that the
+    collection's own models were trained on (Tk-Instruct). The assistant's message is the output. All texts lose the
+    white space around them, and of several definitions the first is taken.
+
+    Args:
+        path: the folder that holds ``tasks/``.
+        types: which categories, in which order; None: all, by name. A file belongs to each category that it lists.
+        group_by: what the mixture ranges over: ``type``, one task a category; ``file``, one a file of these categories,
+            named by its stem, each once (in the order of the types, then of the names).
+        num_positive_examples: worked examples of the file in front of the input; fewer where it has fewer.
+        all_outputs: one example for every different output of an instance; else the first output only.
+
+    Returns:
+        The tasks; examples in the order of the files' names and, in a file, of its instances.
+
+    Raises:
+        ValueError: a folder, file or instance that is not as the layout says, by name; an unknown type.
+    """
+    folder = folder_of(path)
+    files = sorted((folder / "tasks").glob("*.json"))
+    if not files:
+        raise ValueError(f"tasks.path: no files {folder}/tasks/*.json")
+    if group_by not in ("type", "file"):
+        raise ValueError(f"tasks.group_by: {group_by!r} is not allowed{nearest(str(group_by), ('type', 'file'))}")
+    if num_positive_examples < 0:
+        raise ValueError(f"tasks.num_positive_examples: {num_positive_examples} is not allowed, at least 0")
+
+    by_type: dict[str, list[Path]] = {}
+    conversations: dict[Path, list[Conversation]] = {}
+    for file in files:
+        with located(str(file)):
+            content = _read(file)
+            categories = _texts(content, "Categories")
+            for category in categories:
+                by_type.setdefault(category, []).append(file)
+            if types is None or set(categories) & set(types):
+                conversations[file] = _conversations(content, num_positive_examples, all_outputs)
+
+    types = sorted(by_type) if types is None else types
+    for name in types:
+        if name not in by_type:
+            raise ValueError(f"tasks.types: no task in {folder} is of type {name!r}{nearest(name, sorted(by_type))}")
+    if not types or len(set(types)) < len(types):
+        raise ValueError("tasks.types: name every type once, and at least one")
+    if group_by == "type":
+        return [RawTask(name, [each for file in by_type[name] for each in conversations[file]]) for name in types]
+    chosen = dict.fromkeys(file for name in types for file in by_type[name])
+    return [RawTask(file.stem, conversations[file]) for file in chosen]
+
+
+def _read(file: Path) -> Any:
+    raw = file.read_bytes()
+    if not raw.strip():
+        raise ValueError("the file is empty")
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: not valid UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def _list(content: Any, key: str, *, or_empty: bool = False) -> list[Any]:
+    """The list under ``key``; a list of one may be spelled as the thing itself."""
+    if not isinstance(content, dict):
+        raise ValueError(f"must be an object with the key {key!r}, not {type(content).__name__}")
+    if key not in content:
+        raise ValueError(f"no key {key!r}{nearest(key, content)}")
+    values = content[key] if isinstance(content[key], list) else [content[key]]
+    if not values and not or_empty:
+        raise ValueError(f"{key!r} is an empty list")
+    return values
+
+
+def _texts(content: Any, key: str) -> list[str]:
+    """The texts under ``key``, without the white space around them, each once."""
+    return list(dict.fromkeys(text_of(value, repr(key)).strip() for value in _list(content, key)))
+
+
+def _conversations(content: dict[str, Any], num_positive_examples: int, all_outputs: bool) -> list[Conversation]:
+    """One conversation an instance, or one an output."""
+    opening, closing = _texts(content, "Definition")[0] + "\n\n", ""
+    if num_positive_examples:
+        examples = _list(content, "Positive Examples", or_empty=True)[:num_positive_examples]
+        for index, example in enumerate(examples):
+            with located(f"positive example {index}"):
+                shown, output = _texts(example, "input")[0], _texts(example, "output")[0]
+            opening += f"Positive Example {index + 1} -\nInput: {shown}\nOutput: {output}\n\n"
+        opening, closing = f"{opening}Now complete the following example -\nInput: ", "\nOutput:"
+    conversations = []
+    for index, instance in enumerate(_list(content, "Instances")):
+        with located(f"instance {index}"):
+            prompt = (opening + _texts(instance, "input")[0] + closing).strip()
+            for output in _texts(instance, "output")[: None if all_outputs else 1]:
+                if not output:
+                    raise ValueError("'output' is an empty answer")
+                conversations.append([{"role": "user", "content": prompt}, {"role": "assistant", "content": output}])
+    return conversations

@@ -1,0 +1,137 @@
+"""Which example comes next, so that every task gets the share of supervised tokens the mixture gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapt_recipes.data.examples import IGNORE_INDEX, Example, Task
+
+
+class Draw(NamedTuple):
+    """One example drawn for training.
+
+    Attributes:
+        task: index of the task.
+        index: of the example in the task's training split.
+        num_supervised_tokens: those that count; fewer than the example has only where the budget ends within it.
+        first_time: whether this is the task's first pass.
+    """
+
+    task: int
+    index: int
+    num_supervised_tokens: int
+    first_time: bool
+
+
+class TokenSampler:
+    """Largest deficit first: ``p`` is the share of *supervised tokens*, whatever the length of a task's examples.
+
+    For an example of ``l`` supervised tokens drawn from task ``k``: ``d += p * l; d[k] -= l``; the next one comes from
+    ``argmax d`` over tasks with ``p > 0``, ties to the first. The share spent stays within O(1) examples of ``p`` for
+    ever, also while ``p`` drifts. Within a task every example comes once before any comes twice, in an order that
+    depends on the seed, the task's name and the pass alone.
+
+    Args:
+        tasks: the tasks, in the order of the mixture.
+        seed: of the run.
+    """
+
+    def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
+        self._tasks = tasks
+        self._seed = seed
+        # numpy, because this loop runs once an example and a small tensor operation costs several times as much
+        self._lengths = [task.train.num_supervised.numpy() for task in tasks]
+        self._deficits = np.zeros(len(tasks))
+        self._num_drawn = np.zeros(len(tasks), dtype=np.int64)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # task -> (pass, order); derived, never saved
+
+    def draw(self, probabilities: Tensor, *, max_examples: int, max_tokens: int) -> list[Draw]:
+        """The examples of one step.
+
+        Args:
+            probabilities: (num_tasks,) float64.
+            max_examples: stop after as many examples.
+            max_tokens: stop after as many supervised tokens; the last example is counted only up to there.
+
+        Returns:
+            At least one example.
+        """
+        assert max_examples >= 1 and max_tokens >= 1
+        shares = probabilities.numpy()
+        closed = np.where(shares > 0, 0.0, np.inf)
+        draws: list[Draw] = []
+        while len(draws) < max_examples and max_tokens > 0:
+            task = int(np.argmax(self._deficits - closed))
+            num_pass, position = divmod(int(self._num_drawn[task]), len(self._lengths[task]))
+            index = int(self._order(task, num_pass)[position])
+            length = int(self._lengths[task][index])
+            self._num_drawn[task] += 1
+            self._deficits += shares * length
+            self._deficits[task] -= length
+            draws.append(Draw(task, index, min(length, max_tokens), num_pass == 0))
+            max_tokens -= length
+        return draws
+
+    def example(self, draw: Draw) -> Example:
+        """A drawn example, with labels beyond the budget masked."""
+        tokens, labels = self._tasks[draw.task].train.example(draw.index)
+        counted = (labels != IGNORE_INDEX).cumsum(0) <= draw.num_supervised_tokens
+        return Example(tokens, labels.masked_fill(~counted, IGNORE_INDEX))
+
+    @property
+    def num_drawn(self) -> Tensor:
+        """(num_tasks,) int64: examples drawn from each task since the run began."""
+        return torch.from_numpy(self._num_drawn.copy())
+
+    def _order(self, task: int, num_pass: int) -> np.ndarray:
+        """The task's order in one pass, (num_examples,) int64."""
+        if task not in self._orders or self._orders[task][0] != num_pass:
+            generator = _generator("order", self._seed, self._tasks[task].name, num_pass)
+            self._orders[task] = (num_pass, torch.randperm(len(self._lengths[task]), generator=generator).numpy())
+        return self._orders[task][1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"deficits": torch.from_numpy(self._deficits.copy()), "num_drawn": self.num_drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._deficits[:] = state["deficits"].numpy()
+        self._num_drawn[:] = state["num_drawn"].numpy()
+
+
+def validation_examples(tasks: Sequence[Task], count: int | None = None) -> list[tuple[int, Example]]:
+    """The validation split, each example with the index of its task.
+
+    Args:
+        tasks: in the order of the mixture; those without a validation split have no part in it.
+        count: only the first so many of each task, the same ones every time; None: all.
+    """
+    splits = [(i, task.validation) for i, task in enumerate(tasks) if task.validation is not None]
+    return [(i, split.example(k)) for i, split in splits for k in range(len(split))[:count]]
+
+
+def random_examples(tasks: Sequence[Task], count: int, *, seed: int, update: int) -> list[tuple[int, Example]]:
+    """Training examples for a probe, each with the index of its task: fresh at each update, apart from the sampler's.
+
+    Args:
+        tasks: in the order of the mixture.
+        count: how many of each task; all of them where there are fewer.
+        seed: of the run.
+        update: number of the mixture update.
+    """
+    examples = []
+    for i, task in enumerate(tasks):
+        order = torch.randperm(len(task.train), generator=_generator("probe", seed, task.name, update))
+        examples += [(i, task.train.example(int(index))) for index in order[:count]]
+    return examples
+
+
+def _generator(*key: object) -> torch.Generator:
+    """A generator seeded by all of ``key``, the same on every machine."""
+    digest = blake2b("\0".join(map(str, key)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

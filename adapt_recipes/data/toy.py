@@ -1,0 +1,55 @@
+"""Tables to memorise: tasks that learn at different speeds, made by code, whose best possible loss is known."""
+
+from __future__ import annotations
+
+import math
+import random
+from string import ascii_lowercase, digits
+
+from adapt_recipes.data.examples import Conversation, RawTask
+
+NUM_FACTS = (2, 8, 32, 64, 128, 256, 512)
+# The large tables need many rows: with 1,500 rows for 512 facts some facts never occur in training, and every mixture
+# sits on the same floor.
+NUM_TRAIN_ROWS = (8000, 6000, 4000, 3000, 4000, 6000, 10000)
+NUM_NOISE_ROWS = 6000
+NUM_KEYS = 1024
+ANSWERS = ascii_lowercase[:16]
+KEY_DIGITS = ascii_lowercase[:22] + digits  # base 32: a key is two of these
+
+
+def toy_tasks(*, noise: bool = False, seed: int = 0, num_validation_rows: int = 256) -> list[RawTask]:
+    """Seven random tables of 2 to 512 facts, and by option a task of labels that cannot be learned.
+
+    A prompt is three bytes, the table's letter and one of 1024 keys; its answer is one of 16 letters. Memorising is the
+    task, so training and validation rows are drawn from the same table: the split by prompt that other sources get does
+    not apply. The noise task draws a fresh label for every row.
+
+    The names carry the number of facts (``facts_512``, ``noise``). The true entropies are 0, and ln 16 for noise.
+
+    Args:
+        noise: add the task of random labels.
+        seed: of the tables and rows.
+        num_validation_rows: validation rows a task.
+    """
+    rng = random.Random(f"toy {seed}")
+    keys = [high + low for high in KEY_DIGITS for low in KEY_DIGITS]
+    assert len(keys) == NUM_KEYS
+    tasks = []
+    for letter, num_facts, num_rows in zip("ABCDEFG", NUM_FACTS, NUM_TRAIN_ROWS, strict=True):
+        table = [(key, rng.choice(ANSWERS)) for key in rng.sample(keys, num_facts)]
+        train = [_row(letter, *rng.choice(table)) for _ in range(num_rows)]
+        rng.shuffle(table)
+        validation = [_row(letter, *table[i % num_facts]) for i in range(num_validation_rows)]
+        tasks.append(RawTask(f"facts_{num_facts}", train, validation, entropy=0.0))
+    if noise:
+        train, validation = (
+            [_row("N", rng.choice(keys), rng.choice(ANSWERS)) for _ in range(num_rows)]
+            for num_rows in (NUM_NOISE_ROWS, num_validation_rows)
+        )
+        tasks.append(RawTask("noise", train, validation, entropy=math.log(len(ANSWERS))))
+    return tasks
+
+
+def _row(letter: str, key: str, answer: str) -> Conversation:
+    return [{"role": "user", "content": letter + key}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,173 @@
+"""ADAPT: a task mixture learned by meta-gradients under a token budget (arXiv 2512.04555), in its one-step form.
+
+The paper's abstract fixes the idea: a distribution over tasks, updated by meta-gradients of a smooth worst-case
+validation objective with entropy regularisation. Neither code nor hyper-parameters are public, so what follows is *our
+reading* of it, and every default below is *ours*. With one logit a_i a task:
+
+    (1)  s = softmax(a),   p = (1 - floor) s + floor / N                               the mixture
+    (2)  theta'(p) = theta - eta * sum_i p_i g_i,   g_i = grad L_train_i(theta)        one look-ahead step
+    (3)  F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p)                     smooth worst case, entropy
+         l_j = L_val_j(theta') / c_j
+    (4)  v = sum_j w_j / c_j * grad L_val_j(theta'),   w = softmax(beta l)             one aggregated gradient
+    (5)  dF/dp_i = -u_i + lambda (log p_i + 1),   u_i = eta <v, g_i>                   u_i: what a unit of p_i is worth
+    (6)  a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)                      gradient descent on F through (1)
+
+(2) is linear in p, so (5) is exact and needs first derivatives only. The model is the recipe's business: it measures
+validation losses and dot products <v, g_i> (``adapt_recipes.probe``), v at theta' or, to first order in eta, at theta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adapt_recipes.errors import nearest
+from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+
+# Ours. The smallest divisor c_j, in nats a token: dividing by next to nothing would make a task that the base model
+# already masters the worst case of (3).
+SMALLEST_NORMALISER = 0.1
+
+_STATE = ("logits", "values", "first_losses")
+
+
+class Adapt:
+    """Learns the mixture by the meta-gradient of a smooth worst-case validation loss after one look-ahead step.
+
+    Args:
+        task_names: the tasks, in order.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
+        budget_tokens: supervised tokens to spend; not used.
+        meta_lr: rho of (6), >= 0 (ours); 0 keeps the mixture uniform to the last bit.
+        entropy_weight: lambda of (3), >= 0 (ours).
+        sharpness: beta of (3), > 0 (ours): near 0 the mean of the losses, large their maximum.
+        floor: the part of the mixture spread evenly, 0 <= floor < 1 (ours).
+        normalize: ``initial``: c_j is the first validation loss measured, at least ``SMALLEST_NORMALISER``;
+            ``none``: c_j = 1 (ours).
+        center_and_scale: replace u by z = (u - mean u) / rms(u - mean u) and rho by rho * N in (5) and (6) (ours): the
+            part common to all u_i can be many times their differences, and their size depends on model and data. All
+            u_i equal (to 1e-9 of their size): no move at all. False: the exact gradient step.
+        averaging: share of the old in the running mean of u over updates, 0 <= averaging < 1 (ours); 0: the newest u.
+        lookahead_lr: eta of (2), > 0, the step that the recipe looks ahead (ours).
+
+    Raises:
+        ValueError: if an argument is out of range; one line that names it.
+    """
+
+    observes: tuple[str, ...] = ("validation_losses", "gradient_dots")
+
+    def __init__(
+        self,
+        *,
+        task_names: Sequence[str],
+        num_supervised_tokens: Tensor | Sequence[int],
+        budget_tokens: int,
+        meta_lr: float = 0.1,
+        entropy_weight: float = 0.5,
+        sharpness: float = 1.0,
+        floor: float = 0.05,
+        normalize: str = "initial",
+        center_and_scale: bool = True,
+        averaging: float = 0.7,
+        lookahead_lr: float = 0.1,
+    ) -> None:
+        if normalize not in ("initial", "none"):
+            raise ValueError(f"mixture.normalize: {normalize!r}{nearest(str(normalize), ['initial', 'none'])}")
+        if not isinstance(center_and_scale, bool):
+            raise ValueError(f"mixture.center_and_scale must be true or false, not {center_and_scale!r}")
+        self.meta_lr = number("meta_lr", meta_lr, at_least=0)
+        self.entropy_weight = number("entropy_weight", entropy_weight, at_least=0)
+        self.sharpness = number("sharpness", sharpness, above=0)
+        self.floor = number("floor", floor, at_least=0, below=1)
+        self.averaging = number("averaging", averaging, at_least=0, below=1)
+        self.lookahead_lr = number("lookahead_lr", lookahead_lr, above=0)
+        self.normalize = normalize
+        self.center_and_scale = center_and_scale
+        self.logits = torch.zeros(len(task_names), dtype=torch.float64)  # a
+        self.values = torch.full_like(self.logits, math.nan)  # the running mean of u; NaN: never measured
+        self.first_losses = torch.full_like(self.logits, math.nan)  # NaN: never measured
+
+    def probabilities(self) -> Tensor:
+        """The mixture (1): (num_tasks,) float64 on the CPU, sums to 1."""
+        return floored(torch.softmax(self.logits, dim=0), self.floor)
+
+    def objective_weights(self, validation_losses: Tensor) -> Tensor:
+        """What multiplies grad L_val_j in (4): w_j / c_j.
+
+        Args:
+            validation_losses: (num_tasks,) float64, nats a supervised token at theta'; NaN: not in the objective.
+
+        Returns:
+            (num_tasks,) float64; 0 for a task that is not in the objective. On the very first call, before any update,
+            these losses are the ones that c_j is made of.
+        """
+        _, weights = self._worst_case(validation_losses)
+        return weights / torch.nan_to_num(self._normalisers(validation_losses), nan=1.0)
+
+    def update(
+        self, *, task_tokens: Tensor, validation_losses: Tensor, gradient_dots: Tensor, **signals: Tensor
+    ) -> dict[str, Tensor]:
+        """One step (6) on the logits.
+
+        Args:
+            task_tokens: (num_tasks,) supervised tokens each task has had; not used.
+            validation_losses: (num_tasks,) float64, those that ``objective_weights`` was given.
+            gradient_dots: (num_tasks,) float64, <v, g_i>. NaN where the probe held no token of a task: no evidence.
+                Its running mean stays as it is; before any evidence it counts as the mean of the others under s, which
+                makes its share of (6), apart from the entropy's, exactly 0.
+
+        Returns:
+            To log: ``objective``, F at the mixture in use, a scalar; ``weights``, w; ``values``, the running mean of u.
+        """
+        assert not gradient_dots.isinf().any(), "an infinite gradient: the model has diverged"
+        losses, weights = self._worst_case(validation_losses)
+        self.first_losses = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
+        shares, p = torch.softmax(self.logits, dim=0), self.probabilities()
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # p_i log p_i -> 0 as p_i -> 0
+        beta, measured = self.sharpness, losses[~losses.isnan()]
+        worst_case = (torch.logsumexp(beta * measured, dim=0) - math.log(max(len(measured), 1))) / beta
+        objective = worst_case + self.entropy_weight * (p * log_p).sum()
+
+        u = self.lookahead_lr * gradient_dots
+        mean = torch.where(self.values.isnan(), u, self.averaging * self.values + (1 - self.averaging) * u)
+        self.values = torch.where(u.isnan(), self.values, mean)
+        known = ~self.values.isnan()
+        u = torch.where(known, self.values, 0.0)
+        u = torch.where(known, u, (shares * u).sum() / (shares * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
+
+        rate = self.meta_lr
+        if self.center_and_scale:
+            centred = u - u.mean()
+            size = centred.abs().max()
+            differ = bool(size > 1e-9 * u.abs().max())
+            z = centred / size  # first by its size, so that no square overflows
+            u = z / z.square().mean().sqrt() if differ else torch.zeros_like(u)
+            rate = self.meta_lr * len(u) if differ else 0.0
+        gradient = -u + self.entropy_weight * (log_p + 1)
+        self.logits = self.logits - rate * (1 - self.floor) * shares * (gradient - (shares * gradient).sum())
+        return {"objective": objective, "weights": weights, "values": torch.nan_to_num(self.values)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that ``load_state_dict`` needs to continue as if never stopped."""
+        return copied_state(self, _STATE)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
+        load_state(self, _STATE, state)
+
+    def _normalisers(self, validation_losses: Tensor) -> Tensor:
+        if self.normalize == "none":
+            return torch.ones_like(validation_losses)
+        first = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
+        return first.clamp_min(SMALLEST_NORMALISER)
+
+    def _worst_case(self, validation_losses: Tensor) -> tuple[Tensor, Tensor]:
+        """(l, w) of (3) and (4): l is NaN and w is 0 for tasks that are not in the objective."""
+        assert not validation_losses.isinf().any(), "an infinite validation loss: the model has diverged"
+        losses = validation_losses / self._normalisers(validation_losses)
+        weights, measured = torch.zeros_like(losses), ~losses.isnan()
+        weights[measured] = torch.softmax(self.sharpness * losses[measured], dim=0)
+        return losses, weights

@@ -1,0 +1,88 @@
+"""The few lines every mixture shares: checked arguments, the floor, and state that survives a resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def number(
+    key: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    finite: bool = True,
+) -> float:
+    """A number given in the config, checked.
+
+    Args:
+        key: the argument's name, under ``mixture``.
+        value: what the config says.
+        at_least: the smallest value allowed.
+        above: a bound that the value must exceed.
+        below: a bound that the value must stay under.
+        finite: refuse infinity.
+
+    Returns:
+        ``value`` as a float.
+
+    Raises:
+        ValueError: if ``value`` is no number or out of range; one line that names ``mixture.<key>``.
+    """
+    bounds = [
+        f"{sign} {bound:g}" for sign, bound in ((">=", at_least), (">", above), ("<", below)) if bound is not None
+    ]
+    allowed = " ".join(["a finite number" if finite else "a number", *" and ".join(bounds).split()])
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if (
+        not is_number
+        or (finite and math.isinf(value))
+        or (at_least is not None and value < at_least)
+        or (above is not None and value <= above)
+        or (below is not None and value >= below)
+    ):
+        raise ValueError(f"mixture.{key} must be {allowed}, not {value!r}")
+    return float(value)
+
+
+def floored(shares: Tensor, floor: float) -> Tensor:
+    """``(1 - floor) * shares + floor / num_tasks``, the floor of every learned mixture.
+
+    Written as an interpolation, ``shares + floor * (1 / num_tasks - shares)``: equal shares stay equal to the last bit.
+
+    Args:
+        shares: (num_tasks,), on the simplex.
+        floor: what is spread evenly, 0 <= floor < 1.
+
+    Returns:
+        (num_tasks,), on the simplex, nowhere below ``floor / num_tasks``.
+    """
+    return torch.lerp(shares, torch.full_like(shares, 1 / len(shares)), floor)
+
+
+def copied_state(mixture: object, names: Sequence[str]) -> dict[str, Tensor]:
+    """Copies of the tensors that ``mixture`` holds under ``names``."""
+    return {name: getattr(mixture, name).clone() for name in names}
+
+
+def load_state(mixture: object, names: Sequence[str], state: Mapping[str, Tensor]) -> None:
+    """Puts copies of the tensors of ``state`` in the place of those that ``mixture`` holds under ``names``.
+
+    Raises:
+        ValueError: if ``state`` is that of another kind of mixture or of another number of tasks.
+    """
+    if set(state) != set(names):
+        raise ValueError(f"mixture: the state holds {sorted(state)}, this mixture's is {sorted(names)}")
+    for name in names:
+        here = getattr(mixture, name)
+        if state[name].shape != here.shape:
+            raise ValueError(f"mixture: the state is of {state[name].numel()} tasks, this run has {here.numel()}")
+    for name in names:
+        here = getattr(mixture, name)
+        setattr(mixture, name, state[name].to(here, copy=True))

@@ -1,0 +1,145 @@
+"""Mixtures that stay as they start: uniform, proportional to size, tempered, and given by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapt_recipes.errors import nearest
+from adapt_recipes.mixture.common import number
+
+
+def _by_size(num_supervised_tokens: Tensor | Sequence[int], temperature: float) -> Tensor:
+    sizes = torch.as_tensor(num_supervised_tokens, dtype=torch.float64)
+    assert sizes.min() >= 0 and sizes.max() > 0, f"sizes {sizes.tolist()}"
+    # Relative to the largest, so that a low temperature cannot overflow; an empty task gets nothing at any temperature.
+    weights = torch.where(sizes > 0, (sizes / sizes.max()) ** (1 / temperature), 0.0)
+    return weights / weights.sum()
+
+
+def _unchanged(self: Any) -> Tensor:
+    """The same shares for the whole run: (num_tasks,) float64, sums to 1."""
+    return self._probabilities.clone()
+
+
+def _learn_nothing(self: Any, *, task_tokens: Tensor, **signals: Tensor) -> dict[str, Tensor]:
+    """Nothing to learn and nothing to log."""
+    return {}
+
+
+def _no_state(self: Any) -> dict[str, Tensor]:
+    """A static mixture follows from the config alone."""
+    return {}
+
+
+def _load_no_state(self: Any, state: Mapping[str, Tensor]) -> None:
+    """Takes the empty state of a static mixture."""
+    assert not state, f"a static mixture has no state, but was given {sorted(state)}"
+
+
+class Uniform:
+    """Every task the same share of the supervised tokens (the SFT-U baseline of arXiv 2512.04555).
+
+    Args:
+        task_names: the tasks, in order.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
+        budget_tokens: supervised tokens to spend; not used.
+    """
+
+    observes: tuple[str, ...] = ()
+    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
+
+    def __init__(
+        self, *, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int
+    ) -> None:
+        self._probabilities = torch.full((len(task_names),), 1 / len(task_names), dtype=torch.float64)
+
+
+class Proportional:
+    """Shares in proportion to the supervised tokens available (the SFT-P baseline of arXiv 2512.04555).
+
+    Args:
+        task_names: the tasks, in order; not used.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task.
+        budget_tokens: supervised tokens to spend; not used.
+    """
+
+    observes: tuple[str, ...] = ()
+    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
+
+    def __init__(
+        self, *, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int
+    ) -> None:
+        self._probabilities = _by_size(num_supervised_tokens, temperature=1.0)
+
+
+class Temperature:
+    """Shares in proportion to size^(1/temperature) (MoS, arXiv 2406.08811): 1 is proportional, infinity uniform.
+
+    Args:
+        task_names: the tasks, in order; not used.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task.
+        budget_tokens: supervised tokens to spend; not used.
+        temperature: > 0; ``.inf`` in YAML for infinity.
+
+    Raises:
+        ValueError: if the temperature is no number above 0.
+    """
+
+    observes: tuple[str, ...] = ()
+    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
+
+    def __init__(
+        self,
+        *,
+        task_names: Sequence[str],
+        num_supervised_tokens: Tensor | Sequence[int],
+        budget_tokens: int,
+        temperature: float,
+    ) -> None:
+        temperature = number("temperature", temperature, above=0, finite=False)
+        self._probabilities = _by_size(num_supervised_tokens, temperature)
+
+
+class FixedWeights:
+    """Shares given by hand, normalised to sum to 1.
+
+    Args:
+        task_names: the tasks, in order.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
+        budget_tokens: supervised tokens to spend; not used.
+        weights: a weight >= 0 for each task, by name; a task of weight 0 is never drawn.
+
+    Raises:
+        ValueError: if a task is missing or unknown, a weight is no number >= 0, or all are 0.
+    """
+
+    observes: tuple[str, ...] = ()
+    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
+
+    def __init__(
+        self,
+        *,
+        task_names: Sequence[str],
+        num_supervised_tokens: Tensor | Sequence[int],
+        budget_tokens: int,
+        weights: Mapping[str, float],
+    ) -> None:
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"mixture.weights must map each task's name to a weight, not {weights!r}")
+        given = {str(name): weight for name, weight in weights.items()}
+        for name in given:
+            if name not in task_names:
+                raise ValueError(f"mixture.weights: {name!r} is no task of this run{nearest(name, task_names)}")
+        for name in task_names:
+            if name not in given:
+                raise ValueError(f"mixture.weights lacks a weight for the task {name!r} (0 to leave it out)")
+        values = [number(f"weights[{name!r}]", given[name], at_least=0) for name in task_names]
+        if not any(values):
+            raise ValueError("mixture.weights: at least one weight must be above 0, and all are 0")
+        # Relative to the largest, so that the sum of finite weights is finite.
+        shares = torch.tensor(values, dtype=torch.float64) / max(values)
+        self._probabilities = shares / shares.sum()

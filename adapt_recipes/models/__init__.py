@@ -1,0 +1,7 @@
+"""Models that torchtune lacks a builder for, their checkpoints, and the form in which recipes use a model."""
+
+from adapt_recipes.models.huggingface import HuggingFaceCheckpointer
+from adapt_recipes.models.llama import llama_config, llama_from_folder
+from adapt_recipes.models.token_losses import TokenLosses
+
+__all__ = ["HuggingFaceCheckpointer", "TokenLosses", "llama_config", "llama_from_folder"]

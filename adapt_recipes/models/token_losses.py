@@ -1,0 +1,54 @@
+"""The model as everything in this project sees it: token ids and labels in, one loss a supervised token out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from adapt_recipes.data.examples import IGNORE_INDEX
+
+
+class TokenLosses(nn.Module):
+    """Cross-entropies of a decoder at the supervised positions, and at no other.
+
+    Few tokens of instruction data are supervised (3.6 % in Natural Instructions), so the final norm and the head, which
+    with a large vocabulary cost as much as many layers, see those positions only. The whole computation stands in this
+    module's ``forward``, because under FSDP2 the root's weights (embeddings, norm, head) are whole only in there.
+
+    Rows are padded on the right and there is no mask: causal attention keeps what follows a token out of its state.
+
+    Args:
+        decoder: the model, compiled and with activation checkpointing if so wished.
+        compute_dtype: what matrix products are computed in, by autocast, while weights, residual stream and losses keep
+            their fp32; None: as the weights are.
+    """
+
+    def __init__(self, decoder: TransformerDecoder, *, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.compute_dtype = compute_dtype
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each supervised token.
+
+        Args:
+            tokens: (batch, length) int64, padded on the right with any token.
+            labels: (batch, length) int64, ``labels[:, t]`` is what follows ``tokens[:, t]``; ``IGNORE_INDEX`` where the
+                position is not supervised.
+
+        Returns:
+            (num_supervised,) fp32 cross-entropies in nats, rows one after the other. Where nothing is supervised it is
+            empty and still part of the graph: the backward of its sum gives zero gradients, so that each of several
+            processes can run it.
+        """
+        decoder = self.decoder
+        assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"
+        supervised = labels != IGNORE_INDEX
+        with torch.autocast(tokens.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
+            hidden = decoder.tok_embeddings(tokens)
+            for layer in decoder.layers:
+                hidden = layer(hidden)
+            logits = decoder.output(decoder.norm(hidden[supervised]))
+        return F.cross_entropy(logits.float(), labels[supervised], reduction="none")

@@ -1,0 +1,295 @@
+"""Passes over the model that measure tasks: validation losses, an aggregated gradient, and dot products with it.
+
+``model`` is any module whose ``forward(tokens, labels)`` returns the cross-entropies of the supervised positions, in
+row-major order; ``batches`` is a sequence of objects with ``tokens`` (b, s), ``labels`` (b, s) and ``tasks`` (b,), on
+any device. A task's loss is the mean over all its supervised tokens in all batches of all processes.
+
+Every function runs in eval mode and leaves the weights, their ``.grad``, the training mode of every module and torch's
+generators as it found them, also when a forward raises. Every process must bring the same number of batches; one that
+has no more brings batches without a supervised label. FSDP2's sharded parameters are perturbed shard by shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+IGNORE_INDEX = -100  # the label of a position that does not count, torch's own default
+
+
+class Batch(Protocol):
+    """Sequences of several tasks, right padded."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def tasks(self) -> Tensor: ...
+
+
+def task_losses(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
+    """The mean loss of each task.
+
+    Args:
+        model: see the module's docstring.
+        batches: what to read.
+        num_tasks: tasks in the run.
+
+    Returns:
+        (num_tasks,) float64 on the CPU, nats a supervised token; NaN for a task without a supervised token.
+    """
+    with _measuring(model):
+        return _loss_sums(model, batches, num_tasks) / _num_supervised(model, batches, num_tasks)
+
+
+def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -> list[Tensor]:
+    """The gradient of ``sum_j weights_j * (mean loss of task j)``: v of ADAPT, or a task's own gradient.
+
+    Args:
+        model: see the module's docstring.
+        batches: what to read. Sequences of tasks of weight 0 are not computed.
+        weights: (num_tasks,) float64, finite.
+
+    Returns:
+        One tensor for each trainable parameter, in the order of ``model.parameters()``, sharded as it is.
+    """
+    assert weights.isfinite().all(), f"weights {weights.tolist()}"
+    parameters = _trainable(model)
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    # Gradients are averaged over processes, and the means here are over all of them.
+    token_weights = num_processes * weights / _num_supervised(model, batches, len(weights))
+    chosen = [(weights != 0)[batch.tasks.cpu()] for batch in batches]
+    # A forward of one process is a forward of all of them, or FSDP2 waits for ever.
+    num_wanting = _over_processes(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64), model)
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        with _measuring(model), torch.enable_grad():
+            for batch, rows, wanting in zip(batches, chosen, num_wanting.tolist(), strict=True):
+                if wanting == 0:
+                    continue
+                if not rows.any():
+                    rows[0] = True  # its weight is 0
+                losses, tasks = _token_losses(model, batch, rows)
+                (losses * token_weights[tasks].to(losses)).sum().backward()
+                _reshard(model)
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+    if num_processes > 1:
+        for part in gradient:
+            if not isinstance(part, DTensor):  # FSDP2 has averaged its own
+                dist.all_reduce(part)
+                part /= num_processes
+    return gradient
+
+
+def gradient_dots(
+    model: nn.Module, batches: Sequence[Batch], direction: Sequence[Tensor], num_tasks: int, *, relative_step: float
+) -> Tensor:
+    """``<direction, gradient of task i's mean loss>`` by a central finite difference: two passes without gradients.
+
+    The weights move by ``+- eps * direction`` with ``eps * ||direction|| = relative_step * ||weights||``, and are put
+    back bit for bit from a copy: one copy of the trainable weights is all the memory it takes.
+
+    Args:
+        model: see the module's docstring; trainable weights in fp32 or float64 (compute may be in bf16).
+        batches: what to read, the same in both passes.
+        direction: one tensor for each trainable parameter, as ``loss_gradient`` returns them.
+        num_tasks: tasks in the run.
+        relative_step: 1e-3 suits fp32 compute, 3e-3 bf16 compute (measured).
+
+    Returns:
+        (num_tasks,) float64 on the CPU; NaN for a task without a supervised token. ``direction`` 0 gives 0 without a
+        forward.
+
+    Raises:
+        ValueError: if trainable weights are in half precision, too coarse for a small step.
+    """
+    assert relative_step > 0, f"relative_step {relative_step}"
+    parameters = _trainable(model)
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"dtype: finite differences need fp32 weights, and these are {parameter.dtype}; "
+                "use `bf16` (fp32 weights, bf16 compute) or `fp32`"
+            )
+    num_supervised = _num_supervised(model, batches, num_tasks)
+    size = _norm(direction, model)
+    assert math.isfinite(size), f"the direction's norm is {size}: the model has diverged"
+    if size == 0:
+        return torch.zeros(num_tasks, dtype=torch.float64) / num_supervised
+    # Weights that are all 0 (LoRA's B alone, at the start) have no scale of their own.
+    eps = relative_step * (_norm(parameters, model) or 1.0) / size
+    with _measuring(model), _restored(model) as originals:
+        _move(parameters, originals, direction, eps)
+        above = _loss_sums(model, batches, num_tasks)
+        _move(parameters, originals, direction, -eps)
+        below = _loss_sums(model, batches, num_tasks)
+    return (above - below) / (2 * eps) / num_supervised
+
+
+def gradient_dots_by_backward(
+    model: nn.Module, batches: Sequence[Batch], direction: Sequence[Tensor], num_tasks: int
+) -> Tensor:
+    """What ``gradient_dots`` estimates, by one backward pass a task: the reference, in any dtype.
+
+    Args:
+        model: see the module's docstring.
+        batches: what to read.
+        direction: one tensor for each trainable parameter, as ``loss_gradient`` returns them.
+        num_tasks: tasks in the run.
+
+    Returns:
+        (num_tasks,) float64 on the CPU; NaN for a task without a supervised token.
+    """
+    num_supervised = _num_supervised(model, batches, num_tasks)
+    dots = torch.full((num_tasks,), math.nan, dtype=torch.float64)
+    for task in torch.nonzero(num_supervised).flatten().tolist():
+        weights = torch.zeros(num_tasks, dtype=torch.float64)
+        weights[task] = 1
+        dots[task] = _inner(loss_gradient(model, batches, weights), direction, model)
+    return dots
+
+
+@contextmanager
+def stepped(model: nn.Module, direction: Sequence[Tensor], scale: float) -> Iterator[None]:
+    """The model at ``weights + scale * direction``; afterwards the weights are put back bit for bit from a copy.
+
+    Args:
+        model: see the module's docstring.
+        direction: one tensor for each trainable parameter.
+        scale: minus the learning rate for a step of gradient descent along a gradient.
+    """
+    parameters = _trainable(model)
+    with _restored(model) as originals:
+        _move(parameters, originals, direction, scale)
+        yield
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard, sharing its memory; the whole tensor where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _move(parameters: Sequence[Tensor], originals: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> None:
+    """``parameters = originals + scale * direction``."""
+    for parameter, original, part in zip(parameters, originals, direction, strict=True):
+        torch.add(original, _local(part), alpha=scale, out=_local(parameter))
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yields a copy of the trainable weights (of the shards), and puts them back from it whatever happens."""
+    parameters = _trainable(model)
+    originals = [_local(parameter).detach().clone() for parameter in parameters]
+    _reshard(model)
+    try:
+        yield originals
+    finally:
+        with torch.no_grad():
+            for parameter, original in zip(parameters, originals, strict=True):
+                _local(parameter).copy_(original)
+        _reshard(model)
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module's mode and the generators are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = _device(model)
+    accelerators = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
+    try:
+        model.eval()
+        with torch.random.fork_rng(**accelerators):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _token_losses(model: nn.Module, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(losses on the model's device, their tasks on the CPU) of the supervised positions of some rows."""
+    tokens, labels, tasks = batch.tokens, batch.labels, batch.tasks.cpu()
+    if rows is not None and not rows.all():
+        kept = rows.nonzero().flatten()
+        tokens, labels, tasks = tokens[kept.to(tokens.device)], labels[kept.to(labels.device)], tasks[kept]
+    device = _device(model)
+    return model(tokens.to(device), labels.to(device)), _supervised_tasks(labels, tasks)
+
+
+def _supervised_tasks(labels: Tensor, tasks: Tensor) -> Tensor:
+    """(num_supervised,): the task of every supervised position, in row-major order, on the CPU."""
+    supervised = labels.cpu() != IGNORE_INDEX
+    return tasks.cpu()[:, None].expand_as(supervised)[supervised]
+
+
+@torch.no_grad()
+def _loss_sums(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
+    """(num_tasks,): the sum of each task's losses over batches and processes."""
+    sums = torch.zeros(num_tasks, dtype=torch.float64)
+    for batch in batches:
+        losses, tasks = _token_losses(model, batch)
+        _reshard(model)
+        sums.index_add_(0, tasks, losses.to("cpu", torch.float64))  # on the CPU the order of addition is fixed
+    return _over_processes(sums, model)
+
+
+def _num_supervised(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
+    """(num_tasks,) float64: supervised tokens over batches and processes."""
+    counts = torch.zeros(num_tasks, dtype=torch.int64)
+    for batch in batches:
+        counts += torch.bincount(_supervised_tasks(batch.labels, batch.tasks), minlength=num_tasks)
+    return _over_processes(counts.to(torch.float64), model)
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor], model: nn.Module) -> float:
+    """The inner product of two lists of tensors, in float64, over all shards."""
+    sharded, whole = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in zip(left, right, strict=True):
+            wide = torch.promote_types(a.dtype, torch.float32)  # a product of bf16 would be rounded to bf16
+            product = (_local(a).to(wide) * _local(b)).sum(dtype=torch.float64).cpu()
+            (sharded if isinstance(a, DTensor) else whole).add_(product)
+    return float(_over_processes(sharded, model) + whole)
+
+
+def _norm(tensors: Sequence[Tensor], model: nn.Module) -> float:
+    return math.sqrt(_inner(tensors, tensors, model))
+
+
+def _over_processes(values: Tensor, model: nn.Module) -> Tensor:
+    """The sum over processes: a few CPU float64 numbers, the same on every process."""
+    if not dist.is_initialized():
+        return values
+    summed = values.to(_device(model))  # the backend may know the model's device alone
+    dist.all_reduce(summed)
+    return summed.cpu()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _reshard(model: nn.Module) -> None:
+    """Drops what FSDP2 has gathered, or the next forward would use it in place of the shards as they are by then."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()

@@ -1,0 +1,22 @@
+"""What every test starts from: one thread, no model hub, and marked tests only when asked for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before anything imports torch. One thread: the same sums in the same order everywhere, and small models run faster.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MARKED = ("network", "root", "browser")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests that need more than a plain machine, unless `-m` names their marker."""
+    for item in items:
+        for marker in MARKED:
+            if item.get_closest_marker(marker) and marker not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"marked {marker}: run with pytest -m {marker}"))

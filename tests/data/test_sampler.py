@@ -1,0 +1,146 @@
+"""The token-true sampler: shares, order, budget and state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adapt_recipes.data import IGNORE_INDEX, Examples, Task, TokenSampler, random_examples, validation_examples
+
+
+def task(name: str, lengths: list[int]) -> Task:
+    """A task whose examples have as many supervised tokens as ``lengths`` says, after a prompt of one token."""
+    supervised = torch.cat([torch.tensor([False] + [True] * length) for length in lengths])
+    offsets = torch.tensor([0] + [length + 1 for length in lengths]).cumsum(0)
+    tokens = torch.arange(len(supervised), dtype=torch.int32)
+    examples = Examples(tokens, supervised, offsets, torch.arange(len(lengths)))
+    return Task(name, train=examples, validation=examples)
+
+
+task_lists = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=20), min_size=1, max_size=6)
+
+
+def mixture(draw: st.DrawFn, num_tasks: int) -> Tensor:
+    weights = draw(st.lists(st.integers(0, 9), min_size=num_tasks, max_size=num_tasks).filter(any))
+    p = torch.tensor(weights, dtype=torch.float64)
+    return p / p.sum()
+
+
+@settings(deadline=None)
+@given(st.data(), task_lists)
+def test_every_share_is_within_an_example_of_p_at_every_moment(data: st.DataObject, lengths: list[list[int]]) -> None:
+    sampler = TokenSampler([task(str(i), each) for i, each in enumerate(lengths)], seed=0)
+    longest = max(map(max, lengths))
+    owed = torch.zeros(len(lengths), dtype=torch.float64)  # what each task should have had, p changing all the time
+    had = torch.zeros(len(lengths), dtype=torch.float64)
+    for _ in range(8):
+        p = data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))())
+        for draw in sampler.draw(p, max_examples=5, max_tokens=10**9):
+            assert p[draw.task] > 0
+            owed += p * draw.num_supervised_tokens
+            had[draw.task] += draw.num_supervised_tokens
+        # A task may fall behind while p drifts towards it, but never gets ahead by more than one example.
+        assert (had - owed).max() <= longest
+
+
+def test_shares_are_of_tokens_not_of_examples() -> None:
+    """Mean lengths of 2 and 200: within 1 % of p, where drawing examples by p is wrong by 48 % (total variation)."""
+    sampler = TokenSampler([task("short", [1, 2, 3] * 50), task("long", [150, 200, 250] * 50)], seed=1)
+    p = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    had = torch.zeros(2)
+    for _ in range(300):
+        for draw in sampler.draw(p, max_examples=16, max_tokens=10**9):
+            had[draw.task] += draw.num_supervised_tokens
+    assert abs(float(had[0] / had.sum()) - 0.5) < 0.01
+
+
+def test_ties_go_to_the_first_task() -> None:
+    sampler = TokenSampler([task("a", [1] * 9), task("b", [1] * 9), task("c", [1] * 9)], seed=0)
+    p = torch.full((3,), 1 / 3, dtype=torch.float64)
+    assert [draw.task for draw in sampler.draw(p, max_examples=3, max_tokens=99)] == [0, 1, 2]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 3))
+def test_every_example_once_before_any_twice(lengths: list[int], seed: int) -> None:
+    sampler = TokenSampler([task("a", lengths)], seed=seed)
+    p = torch.ones(1, dtype=torch.float64)
+    passes = [sampler.draw(p, max_examples=len(lengths), max_tokens=10**9) for _ in range(3)]
+    for draws in passes:
+        assert sorted(draw.index for draw in draws) == list(range(len(lengths)))
+    assert [all(draw.first_time for draw in draws) for draws in passes] == [True, False, False]
+
+
+def test_the_order_depends_on_seed_name_and_pass_alone() -> None:
+    def order(name: str, seed: int, others: int, num: int = 20) -> list[int]:
+        tasks = [task(f"other {i}", [3] * 7) for i in range(others)] + [task(name, [2] * 20)]
+        p = torch.full((others + 1,), 1 / (others + 1), dtype=torch.float64)
+        draws = TokenSampler(tasks, seed=seed).draw(p, max_examples=num * (others + 3), max_tokens=10**9)
+        return [draw.index for draw in draws if draw.task == others][:num]
+
+    assert order("a", 0, 0) == order("a", 0, 3)
+    assert order("a", 0, 0) != order("b", 0, 0)
+    assert order("a", 0, 0) != order("a", 1, 0)
+    assert order("a", 0, 0, num=40)[20:] != order("a", 0, 0)
+
+
+@given(st.data(), task_lists, st.integers(1, 200))
+def test_the_budget_ends_within_an_example(data: st.DataObject, lengths: list[list[int]], budget: int) -> None:
+    sampler = TokenSampler([task(str(i), each) for i, each in enumerate(lengths)], seed=0)
+    p = data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))())
+    left = budget
+    while left:
+        draws = sampler.draw(p, max_examples=3, max_tokens=left)
+        for draw in draws:
+            counted = int((sampler.example(draw).labels != IGNORE_INDEX).sum())
+            assert counted == draw.num_supervised_tokens >= 1
+            left -= counted
+        assert len(draws) == 3 or left == 0
+    assert left == 0
+
+
+def test_a_cut_example_keeps_its_first_labels() -> None:
+    sampler = TokenSampler([task("a", [5])], seed=0)
+    (draw,) = sampler.draw(torch.ones(1, dtype=torch.float64), max_examples=1, max_tokens=2)
+    assert sampler.example(draw).labels.tolist() == [1, 2] + [IGNORE_INDEX] * 3
+    assert sampler.example(draw).tokens.tolist() == [0, 1, 2, 3, 4]
+
+
+@given(st.data(), task_lists, st.integers(0, 12))
+def test_the_state_goes_on_where_it_was(data: st.DataObject, lengths: list[list[int]], before: int) -> None:
+    tasks = [task(str(i), each) for i, each in enumerate(lengths)]
+    p = data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))())
+    sampler, resumed = TokenSampler(tasks, seed=3), TokenSampler(tasks, seed=3)
+    for _ in range(before):
+        sampler.draw(p, max_examples=3, max_tokens=10**9)
+    resumed.load_state_dict(sampler.state_dict())
+    assert sampler.draw(p, max_examples=30, max_tokens=10**9) == resumed.draw(p, max_examples=30, max_tokens=10**9)
+
+
+def test_a_state_is_a_copy() -> None:
+    sampler = TokenSampler([task("a", [1] * 9)], seed=0)
+    state = sampler.state_dict()
+    sampler.draw(torch.ones(1, dtype=torch.float64), max_examples=3, max_tokens=9)
+    assert state["num_drawn"].tolist() == [0]
+
+
+def test_probe_examples() -> None:
+    tasks = [task("a", [1] * 50), Task("b", task("b", [2] * 4).train, validation=None)]
+    rows = random_examples(tasks, 8, seed=0, update=0)
+    assert [i for i, _ in rows] == [0] * 8 + [1] * 4, "all of them where there are fewer"
+    firsts = [int(example.tokens[0]) for _, example in rows]
+    assert len(set(firsts[:8])) == 8
+    assert firsts == [int(example.tokens[0]) for _, example in random_examples(tasks, 8, seed=0, update=0)]
+    assert firsts != [int(example.tokens[0]) for _, example in random_examples(tasks, 8, seed=0, update=1)]
+    assert [i for i, _ in validation_examples(tasks)] == [0] * 50
+    assert [i for i, _ in validation_examples(tasks, 3)] == [0] * 3
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_drawing_leaves_torchs_generator_alone(num_tasks: int) -> None:
+    before = torch.get_rng_state()
+    sampler = TokenSampler([task(str(i), [1] * 5) for i in range(num_tasks)], seed=0)
+    sampler.draw(torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64), max_examples=9, max_tokens=9)
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,167 @@
+"""The losses are those of the whole decoder's logits at the supervised positions, whatever is done to the decoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.training import compile_model, set_activation_checkpointing
+
+from adapt_recipes.data.examples import IGNORE_INDEX
+from adapt_recipes.models import TokenLosses
+
+VOCAB = 61
+
+
+def tiny_decoder(*, tied: bool = True) -> TransformerDecoder:
+    torch.manual_seed(0)
+    decoder = llama3_2(
+        vocab_size=VOCAB,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=32,
+        max_seq_len=32,
+        intermediate_dim=48,
+        tie_word_embeddings=tied,
+    )
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3)
+    return decoder
+
+
+def batch(*, share_supervised: float = 0.3, rows: int = 3, length: int = 17) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCAB, (rows, length), generator=generator)
+    labels = torch.randint(VOCAB, (rows, length), generator=generator)
+    ignored = torch.rand(labels.shape, generator=generator) >= share_supervised
+    return tokens, labels.masked_fill(ignored, IGNORE_INDEX)
+
+
+def reference(decoder: TransformerDecoder, tokens: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(decoder(tokens).flatten(0, 1), labels.flatten(), reduction="none")
+    return losses[labels.flatten() != IGNORE_INDEX]
+
+
+def checkpointed(decoder: TransformerDecoder) -> None:
+    set_activation_checkpointing(decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
+
+
+def compiled(decoder: TransformerDecoder) -> None:
+    compile_model(decoder, verbose=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "treatment", [lambda decoder: None, checkpointed, compiled], ids=["plain", "checkpointed", "compiled"]
+)
+def test_losses_and_gradients_equal_those_of_all_logits(
+    tied: bool, treatment: Callable[[TransformerDecoder], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")  # traces forward and backward; needs no C++ compiler
+    decoder = tiny_decoder(tied=tied)
+    expected_decoder = copy.deepcopy(decoder)
+    if tied:  # deepcopy does not follow the tie, which is no module
+        expected_decoder.output.tied_module = expected_decoder.tok_embeddings
+    tokens, labels = batch()
+    expected = reference(expected_decoder, tokens, labels)
+    expected.mean().backward()
+
+    treatment(decoder)
+    losses = TokenLosses(decoder)(tokens, labels)
+    losses.mean().backward()
+
+    assert losses.dtype == torch.float32 and losses.shape == (int((labels != IGNORE_INDEX).sum()),)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(decoder.parameters(), expected_decoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_everything_supervised() -> None:
+    decoder = tiny_decoder()
+    tokens, labels = batch(share_supervised=1.0)
+    torch.testing.assert_close(TokenLosses(decoder)(tokens, labels), reference(decoder, tokens, labels))
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_nothing_supervised_gives_zero_gradients(compute_dtype: torch.dtype | None) -> None:
+    model = TokenLosses(tiny_decoder(), compute_dtype=compute_dtype)
+    tokens, labels = batch(share_supervised=0.0)
+    losses = model(tokens, labels)
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_padded_row_has_the_losses_that_it_has_alone() -> None:
+    model = TokenLosses(tiny_decoder())
+    tokens, labels = batch(share_supervised=0.5)
+    lengths = [17, 5, 9]
+    for row, length in enumerate(lengths):
+        tokens[row, length:] = 0
+        labels[row, length:] = IGNORE_INDEX
+    alone = [model(tokens[row : row + 1, :n], labels[row : row + 1, :n]) for row, n in enumerate(lengths)]
+    torch.testing.assert_close(model(tokens, labels), torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_compute_is_close_and_keeps_fp32_weights_gradients_and_losses() -> None:
+    decoder = tiny_decoder()
+    tokens, labels = batch()
+    exact = TokenLosses(decoder)(tokens, labels)
+    model = TokenLosses(decoder, compute_dtype=torch.bfloat16)
+    losses = model(tokens, labels)
+    losses.mean().backward()
+    assert losses.dtype == torch.float32
+    assert not torch.equal(losses, exact), "computed in bf16"
+    torch.testing.assert_close(losses, exact, rtol=0.02, atol=0.1)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())  # type: ignore[union-attr]
+
+
+def test_bf16_compute_under_activation_checkpointing_repeats_the_same_forward() -> None:
+    tokens, labels = batch()
+    gradients = []
+    for treatment in (lambda decoder: None, checkpointed):
+        decoder = tiny_decoder()
+        treatment(decoder)
+        TokenLosses(decoder, compute_dtype=torch.bfloat16)(tokens, labels).sum().backward()
+        gradients.append([parameter.grad for parameter in decoder.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and recomputed is not None and torch.equal(plain, recomputed)
+
+
+def test_bf16_weights_give_fp32_losses() -> None:
+    decoder = tiny_decoder().to(torch.bfloat16)
+    losses = TokenLosses(decoder)(*batch())
+    assert losses.dtype == torch.float32 and losses.isfinite().all()
+
+
+@pytest.mark.parametrize("share_supervised", [0.3, 0.0])
+def test_as_the_root_of_fsdp2(share_supervised: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tied head reads the embeddings in the root's forward, where they are whole."""
+    tokens, labels = batch(share_supervised=share_supervised)
+    plain = TokenLosses(tiny_decoder())
+    expected = plain(tokens, labels)
+    expected.sum().backward()
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sharded = TokenLosses(tiny_decoder())
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in sharded.decoder.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        losses = sharded(tokens, labels)
+        losses.sum().backward()
+        assert torch.equal(losses, expected)
+        for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours.grad.full_tensor(), theirs.grad)  # type: ignore[union-attr, arg-type]
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,134 @@
+"""What a run leaves behind is what the README promises, whatever the recipe."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Run, Runner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapt_recipes.data import ByteTokenizer, toy_tasks
+
+TINY = sorted(path.stem for path in (ROOT / "yaml").glob("tiny_*.yaml"))
+
+
+@pytest.mark.parametrize("config", TINY)
+def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str) -> None:
+    done = run(config, "validate_every=4")
+    summary = done.summary
+    assert summary["strategy"] == config.removeprefix("tiny_")
+    assert sum(summary["task_tokens"].values()) == summary["supervised_tokens"] == summary["budget_tokens"] == 128
+    assert sum(summary["probabilities"].values()) == pytest.approx(1, abs=1e-12)
+    assert summary["worst_validation_loss"] == max(summary["validation_losses"].values())
+    assert summary["mean_validation_loss"] == pytest.approx(sum(summary["validation_losses"].values()) / 7)
+    assert summary["unique_supervised_tokens"] == 128
+    # A toy row is a prompt of three bytes and an answer: three positions, one of them supervised, and no padding.
+    assert summary["tokens"] == summary["computed_tokens"] == 3 * 128
+    assert summary["probe_total_tokens"] == 3 * summary["probe_tokens"]
+    assert summary["steps"] == len(done.events("step")) == 8
+    assert summary["seconds"] >= summary["mixture_seconds"] + summary["validation_seconds"]
+
+    assert [line["event"] for line in done.log[:2]] == ["mixture", "validation"] and done.log[0]["step"] == 0
+    assert done.log[-1] | {"seconds": 0} == {"event": "end", "reason": "finished", "step": 8, "seconds": 0}
+    assert [line["step"] for line in done.events("validation")] == [0, 4, 8]
+    assert done.events("validation")[0]["losses"] == summary["initial_validation_losses"]
+    assert done.events("validation")[-1]["losses"] == summary["validation_losses"]
+    updates = done.events("mixture")[1:]
+    assert [line["step"] for line in updates] == ([3, 6] if "adapt" in config else [])
+    assert summary["mixture_updates"] == len(updates)
+
+    had = dict.fromkeys(summary["task_tokens"], 0)
+    for number, line in enumerate(done.events("step"), start=1):
+        assert set(line) == {
+            "event",
+            "step",
+            "loss",
+            "lr",
+            "grad_norm",
+            "supervised_tokens",
+            "tokens",
+            "computed_tokens",
+        } | {
+            "task_tokens",
+            "task_losses",
+            "seconds",
+        }
+        assert line["step"] == number and line["supervised_tokens"] == sum(line["task_tokens"].values()) == 16 * number
+        counts = {name: tokens - had[name] for name, tokens in line["task_tokens"].items()}
+        had = line["task_tokens"]
+        assert set(line["task_losses"]) == {name for name, count in counts.items() if count}
+        weighted = sum(loss * counts[name] for name, loss in line["task_losses"].items())
+        assert weighted / 16 == pytest.approx(line["loss"], rel=1e-12)
+
+    resolved = yaml.safe_load((done.folder / "resolved.yaml").read_text())
+    assert resolved["budget"]["tokens"] == 128 and resolved["versions"]["torch"] == torch.__version__
+    assert not list(done.folder.rglob("*.partial")), "nothing half written"
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 127])
+def test_the_budget_is_kept_to_the_token(run: Runner, tokens: int) -> None:
+    done = run("tiny_adapt_planned", f"budget.tokens={tokens}")
+    assert done.summary["supervised_tokens"] == sum(done.summary["task_tokens"].values()) == tokens
+    assert done.summary["steps"] == math.ceil(tokens / 16)
+
+
+def test_the_budget_ends_within_an_answer(run: Runner, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With answers of several tokens the last one counts only in part."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, answer in (("short", "ab"), ("long", "abcdefghijk")):
+        lines = [f'{{"prompt": "{name} {i}", "response": "{answer}"}}\n' for i in range(60)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    done = run(
+        "tiny_uniform",
+        "tasks={_component_: adapt_recipes.data.jsonl_tasks, path: " + str(folder) + ", validation_examples: 4}",
+        "tokenizer.supervise_end=true",
+        "max_seq_len=32",
+        "budget.tokens=101",
+        recipe="sft_full_finetune",
+    )
+    assert done.summary["supervised_tokens"] == 101
+    had = done.summary["task_tokens"]
+    assert abs(had["short"] - had["long"]) <= 12, "shares are of tokens: within an example"
+
+
+def test_the_learning_rate_is_taken_in_the_middle_of_the_step(run: Runner) -> None:
+    rates = [line["lr"] for line in run("tiny_uniform", "budget.tokens=120").events("step")]
+    spent = [16 * i + 8 for i in range(7)] + [116]
+    assert rates == pytest.approx([3e-3 * (1 + math.cos(math.pi * share / 120)) / 2 for share in spent], rel=1e-12)
+
+
+def test_model_is_a_folder_that_transformers_loads(run: Runner) -> None:
+    """Same validation losses as the recipe reports, computed by transformers with its own tokenizer."""
+    done = run("tiny_adapt_planned", "budget.tokens=640")
+    model = AutoModelForCausalLM.from_pretrained(done.folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(done.folder / "model")
+    for task in toy_tasks():
+        assert task.validation is not None
+        rows = [tokenizer(row[0]["content"] + row[1]["content"])["input_ids"] for row in task.validation]
+        assert rows[0] == ByteTokenizer(supervise_end=False).encode(task.validation[0])[0]
+        tokens = torch.tensor(rows)
+        with torch.no_grad():
+            logits = model(tokens[:, :-1]).logits[:, -1]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, -1])
+        assert float(loss) == pytest.approx(done.summary["validation_losses"][task.name], abs=1e-5)
+
+
+def test_probe_tokens_are_all_that_is_read_outside_training(run: Runner) -> None:
+    validation, tasks, examples = 7 * 256, 7, 8  # one supervised token a row
+    assert run("tiny_uniform", folder="u").summary["probe_tokens"] == 2 * validation
+    assert run("tiny_adapt_planned", folder="p").summary["probe_tokens"] == 2 * validation + 2 * tasks * examples
+    # One-step ADAPT reads the validation rows for the losses and for v, and the training rows at theta + and - eps v.
+    assert run("tiny_adapt", folder="a").summary["probe_tokens"] == 2 * validation + 2 * 4 * tasks * examples
+    exact = run("tiny_adapt", "probe.exact_lookahead=true", folder="e")
+    assert exact.summary["probe_tokens"] == 2 * validation + 2 * 5 * tasks * examples
+
+
+def test_metric_loggers_of_torchtune(run: Runner) -> None:
+    logger = "metric_logger={_component_: torchtune.training.metric_logging.DiskLogger, log_dir: logs, filename: metrics.txt}"
+    done: Run = run("tiny_adapt_planned", logger, "log_every=3")
+    lines = (done.folder.parent / "logs" / "metrics.txt").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines if "loss:" in line] == [f"Step {i}" for i in (1, 3, 6, 8)]
+    assert [line.split(" | ")[0] for line in lines if "p/facts_2:" in line] == ["Step 0", "Step 3", "Step 6"]
