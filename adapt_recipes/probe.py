@@ -95,19 +95,32 @@ def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -
 
 
 def gradient_dots(
-    model: nn.Module, batches: Sequence[Batch], direction: Sequence[Tensor], num_tasks: int, *, relative_step: float
+    model: nn.Module,
+    batches: Sequence[Batch],
+    direction: Sequence[Tensor],
+    num_tasks: int,
+    *,
+    relative_step: float,
+    loss_step: float = 0.05,
 ) -> Tensor:
     """``<direction, gradient of task i's mean loss>`` by a central finite difference: two passes without gradients.
 
-    The weights move by ``+- eps * direction`` with ``eps * ||direction|| = relative_step * ||weights||``, and are put
-    back bit for bit from a copy: one copy of the trainable weights is all the memory it takes.
+    The weights move by ``+- eps * direction`` and are put back bit for bit from a copy: one copy of the trainable
+    weights is all the memory it takes. ``eps`` is the smaller of two:
+
+    - ``eps * ||direction|| = relative_step * ||weights||``, which alone suits models of some 10M weights;
+    - ``eps * ||direction||^2 = loss_step``: what the loss whose gradient ``direction`` is changes by, to first order.
+      ``||weights||`` grows with the number of weights and the distance over which a loss is straight does not: for a
+      model of 135M weights a relative step of 1e-3 is a change of 16 nats, and gives dots of the wrong sign.
 
     Args:
         model: see the module's docstring; trainable weights in fp32 or float64 (compute may be in bf16).
         batches: what to read, the same in both passes.
-        direction: one tensor for each trainable parameter, as ``loss_gradient`` returns them.
+        direction: a gradient, one tensor for each trainable parameter, as ``loss_gradient`` returns them.
         num_tasks: tasks in the run.
-        relative_step: 1e-3 suits fp32 compute, 3e-3 bf16 compute (measured).
+        relative_step: 1e-3 suits fp32 compute, 3e-3 to 1e-2 bf16 compute (measured).
+        loss_step: 0.05 suits fp32 compute; bf16 compute, whose rounding is coarse, needs about 1 (measured). Infinity
+            for the first bound alone.
 
     Returns:
         (num_tasks,) float64 on the CPU; NaN for a task without a supervised token. ``direction`` 0 gives 0 without a
@@ -116,7 +129,7 @@ def gradient_dots(
     Raises:
         ValueError: if trainable weights are in half precision, too coarse for a small step.
     """
-    assert relative_step > 0, f"relative_step {relative_step}"
+    assert relative_step > 0 and loss_step > 0, f"relative_step {relative_step}, loss_step {loss_step}"
     parameters = _trainable(model)
     for parameter in parameters:
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -130,7 +143,7 @@ def gradient_dots(
     if size == 0:
         return torch.zeros(num_tasks, dtype=torch.float64) / num_supervised
     # Weights that are all 0 (LoRA's B alone, at the start) have no scale of their own.
-    eps = relative_step * (_norm(parameters, model) or 1.0) / size
+    eps = min(relative_step * (_norm(parameters, model) or 1.0) / size, loss_step / size / size)
     with _measuring(model), _restored(model) as originals:
         _move(parameters, originals, direction, eps)
         above = _loss_sums(model, batches, num_tasks)

@@ -115,22 +115,22 @@ class ChatTokenizer:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start, end, turn_end = self._answer_span(messages[: index + 1], text)
+            start, end = self._answer_span(messages[: index + 1], text)
             first = bisect_right(spans, start, key=lambda span: span[1])
             if spans[first][0] < start and ids[first] in self._special_ids:
                 first += 1  # a special token of the header that swallows white space, the answer's own too
             last = bisect_right(spans, end, key=lambda span: span[1])
             while last < len(ids) and ids[last] not in self._special_ids:
                 last += 1
-            if last == len(ids) or spans[last][0] >= turn_end:
+            if last == len(ids):
                 raise ValueError(
                     "the chat template ends an answer with no special token: the model could not learn to stop"
                 )
             supervised[first : last + 1] = [True] * (last + 1 - first)
         return ids, supervised
 
-    def _answer_span(self, messages: Conversation, text: str) -> tuple[int, int, int]:
-        """Where in ``text`` the answer that is the last of ``messages`` starts and ends, and where its turn ends."""
+    def _answer_span(self, messages: Conversation, text: str) -> tuple[int, int]:
+        """Where in ``text`` the answer that is the last of ``messages`` starts and ends."""
         *before, answer = messages
         turn = self._render(messages)
         head, found, foot = self._render([*before, answer | {"content": _ANSWER}]).partition(_ANSWER)
@@ -143,7 +143,7 @@ class ChatTokenizer:
                 "the chat template is not prefix-stable: an answer stands behind another text in training than when "
                 "the model is asked for it (Qwen3's drops earlier thoughts); keep one answer a conversation"
             )
-        return start, end, len(turn)
+        return start, end
 
     def _render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}

@@ -65,6 +65,9 @@ class AdaptPlanned:
         loss_averaging: (ema) share of the old in the running mean of the validation losses, in [0, 1).
         floor: the part of the mixture spread evenly, in [0, 1). A task at a 1 % share un-learns.
         loss_offset: (d) > 0, nats; below it a relative gain is no progress.
+        measure_after: share of the budget, in [0, 1), spent evenly before anything is measured. What a model learns
+            first, the form of the answers and how often each occurs, it learns of every task alike: counted as
+            progress, it makes a task of pure noise look as if it could be learned.
 
     Raises:
         ValueError: if an argument is out of range; one line that names it.
@@ -89,6 +92,7 @@ class AdaptPlanned:
         loss_averaging: float = 0.5,
         floor: float = 0.05,
         loss_offset: float = 0.02,
+        measure_after: float = 0.05,
     ) -> None:
         self.entropy_weight = number("entropy_weight", entropy_weight, above=0)
         self.sharpness = number("sharpness", sharpness, above=0)
@@ -101,6 +105,7 @@ class AdaptPlanned:
         self.loss_averaging = number("loss_averaging", loss_averaging, at_least=0, below=1)
         self.floor = number("floor", floor, at_least=0, below=1)
         self.loss_offset = number("loss_offset", loss_offset, above=0)
+        self.measure_after = number("measure_after", measure_after, at_least=0, below=1)
         self.task_names = list(task_names)
         self.budget_tokens = budget_tokens
         self.fair_tokens = budget_tokens / len(task_names)
@@ -130,8 +135,8 @@ class AdaptPlanned:
     def update(self, *, task_tokens: Tensor, validation_losses: Tensor, **signals: Tensor) -> dict[str, Tensor]:
         """Measures every task's speed and plans the rest of the budget.
 
-        The first losses of a task, best taken before any training, are its starting point and no progress; tokens it
-        had before them count for no speed. The speeds are then the prior's.
+        The first losses of a task are its starting point and no progress; tokens it had before them count for no speed.
+        The speeds are then the prior's.
 
         Args:
             task_tokens: (num_tasks,) float64, supervised tokens each task has had so far.
@@ -147,6 +152,8 @@ class AdaptPlanned:
         assert not validation_losses.isinf().any(), "an infinite validation loss: the model has diverged"
         T, fair = self.budget_tokens, self.fair_tokens
         spent = min(float(task_tokens.sum()) / T, 1.0)  # f
+        if spent < self.measure_after:
+            return {}
         first, missing = self.losses.isnan(), validation_losses.isnan()
 
         # Only new ground counts as progress.

@@ -151,6 +151,7 @@ def test_a_header_that_swallows_white_space_does_not_count(tmp_path: Path) -> No
     make_folder(tmp_path, template)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     reference = AutoTokenizer.from_pretrained(tmp_path)
     ids, supervised = ChatTokenizer(tmp_path).encode(messages("a", "  the", "b", "cat"))
@@ -178,6 +179,10 @@ def test_an_empty_block_of_thoughts_does_not_count(tmp_path: Path) -> None:
         ("{{ messages[1].content | upper }}</s>", "^the chat template does not show an answer as it is written$"),
         ("{{ messages[0].content }}</s>", "^the chat template does not show an answer as it is written$"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an answer with no special token"),
+        (
+            "{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'A:' if add_generation_prompt }}",
+            "not prefix-stable",
+        ),
         ("{% for m in messages %}{{ m.content }}{% if loop.last %}</s>{% endif %}{% endfor %}", "is not prefix-stable"),
     ],
 )
