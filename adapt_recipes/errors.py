@@ -14,10 +14,10 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
         allowed: what would have been right.
 
     Returns:
-        ``"; did you mean 'x'?"`` where something allowed is spelled alike, else all that is allowed.
+        ``"; did you mean 'x'?"`` where something allowed is spelled alike or abbreviates it, else all that is allowed.
     """
     allowed = list(allowed)
-    close = get_close_matches(word, allowed, n=1)
-    if close:
+    initials = "".join(part[:1] for part in word.split("_"))  # learning_rate for lr
+    if close := get_close_matches(word, allowed, n=1) or [name for name in allowed if name == initials]:
         return f"; did you mean '{close[0]}'?"
     return f"; allowed: {', '.join(allowed)}" if allowed else "; none is allowed here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,12 +17,12 @@ from torch import Tensor
 
 import adapt_recipes
 
-LOG, SUMMARY, RESOLVED = "log.jsonl", "summary.json", "resolved.yaml"
+LOG, SUMMARY, RESOLVED, CHECKPOINTS = "log.jsonl", "summary.json", "resolved.yaml", "checkpoints"
 
 
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in this folder."""
-    return any((folder / name).exists() for name in (LOG, SUMMARY, RESOLVED))
+    return any((folder / name).exists() for name in (LOG, SUMMARY, RESOLVED, CHECKPOINTS))
 
 
 def is_finished(folder: Path) -> bool:
@@ -47,16 +48,25 @@ class RunLog:
 
     @property
     def num_bytes(self) -> int:
-        """Length of the log now."""
+        """Length of the log now, flushed to the disk: a checkpoint that outlives a power cut counts on it."""
+        os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, event: str, **values: Any) -> None:
-        """Add one line. Tensors become lists, numbers that are not finite become null."""
-        self._file.write(_json({"event": event, **values}).encode() + b"\n")
-        self._file.flush()
+        """Add one line. Tensors become lists, numbers that are not finite become null.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; it names the file.
+        """
+        try:
+            self._file.write(_json({"event": event, **values}).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._file.name)) from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written, and `write` has said so
+            self._file.close()
 
 
 def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:

@@ -54,8 +54,8 @@ class MicroBatch(NamedTuple):
 def micro_batches(examples: Sequence[Example], tasks: Sequence[int], *, max_tokens: int) -> list[MicroBatch]:
     """Cut examples into micro-batches that compute the fewest tokens.
 
-    Examples are sorted by length, and the list is cut where the sum of the tokens computed (rows times longest row) and
-    of the overhead of each forward is smallest: a shortest path over the cuts. The longest come first, so that what does
+    Examples are sorted by length, and the list is cut where the sum of tokens computed (rows times longest row) and of
+    the overhead of each forward is smallest: a shortest path over the cuts. The longest come first, so that what does
     not fit in memory fails at once.
 
     Args:

@@ -89,7 +89,7 @@ class Examples:
         lengths = self.lengths[indices]
         offsets = torch.zeros(len(indices) + 1, dtype=torch.int64)
         offsets[1:] = lengths.cumsum(0)
-        # Where each selected token stands in the old block: its example's start there, and how far it is into the example.
+        # Where each selected token stands in the old block: its example's start there plus how far it is into that.
         source = torch.arange(int(offsets[-1])) + (self.offsets[indices] - offsets[:-1]).repeat_interleave(lengths)
         return Examples(self.tokens[source], self.supervised[source], offsets, self.prompt_hashes[indices])
 

@@ -1,33 +1,80 @@
-"""Which example made a step's loss or gradient infinite or NaN."""
+"""Which example made a loss or a gradient infinite or NaN."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
+
+from adapt_recipes.data import Task
+
+ADVICE = "look at it, lower optimizer.lr, or set clip_grad_norm; checkpoints are from before this step"
 
 
 def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence[str], step: int) -> NoReturn:
-    """Compute a step's examples one by one until one goes wrong, and say which.
+    """Compute examples one by one until one goes wrong, and say which.
 
     Args:
         model: ``forward(tokens, labels)`` returns losses; its gradients are spent.
-        batches: the step's micro-batches.
+        batches: the micro-batches in which something went wrong.
         names: what to call each example, in the order in which they were batched.
         step: of the run.
 
     Raises:
         ValueError: always.
     """
-    advice = "lower optimizer.lr, or set clip_grad_norm; checkpoints are from before this step"
     for batch in batches:
         for i, row in enumerate(batch.rows.tolist()):
             model.zero_grad(set_to_none=True)
             losses = model(batch.tokens[i : i + 1], batch.labels[i : i + 1])
             if not losses.isfinite().all():
-                raise ValueError(f"step {step}: the loss of {names[row]} is not finite; look at it, {advice}")
+                raise ValueError(f"step {step}: the loss of {names[row]} is not finite; {ADVICE}")
             losses.sum().backward()
             if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
-                raise ValueError(f"step {step}: the gradient of {names[row]} is not finite; look at it, {advice}")
-    raise ValueError(f"step {step}: the gradient is not finite, though that of every single example is; {advice}")
+                raise ValueError(f"step {step}: the gradient of {names[row]} is not finite; {ADVICE}")
+    raise ValueError(f"step {step}: the gradient is not finite, though that of every single example is; {ADVICE}")
+
+
+def check_validation(
+    model: nn.Module,
+    batches: Sequence[Any],
+    losses: Tensor,
+    gradient: Sequence[Tensor] = (),
+    *,
+    tasks: Sequence[Task],
+    step: int,
+) -> None:
+    """Refuse what was measured on the first so many validation examples of every task, or on all, if it is not finite.
+
+    Args:
+        model: see ``raise_nonfinite``.
+        batches: what was read.
+        losses: (num_tasks,), of no account for a task that is left out of the objective.
+        gradient: of a mean of the losses.
+        tasks: in the order of the mixture.
+        step: of the run.
+
+    Raises:
+        ValueError: it names the step, the task and the example.
+    """
+    measured = losses[[task.validation is not None for task in tasks]]
+    if not all(values.isfinite().all() for values in (measured, *gradient)):
+        read = Counter(task for batch in batches for task in batch.tasks.tolist())
+        names = [
+            f"validation example {i} of task '{tasks[task].name}'" for task in sorted(read) for i in range(read[task])
+        ]
+        raise_nonfinite(model, batches, names=names, step=step)
+
+
+def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str], step: int) -> None:
+    """Refuse gradient dots (num_tasks,) that are not finite, of the tasks that ``batches`` hold examples of.
+
+    Raises:
+        ValueError: it names the step and the task, one of whose training examples has such a gradient.
+    """
+    for task in sorted({task for batch in batches for task in batch.tasks.tolist()}):
+        if not dots[task].isfinite():
+            name = task_names[task]
+            raise ValueError(f"step {step}: the gradient of training examples of task '{name}' is not finite; {ADVICE}")

@@ -23,9 +23,9 @@ def compute_dtype(dtype: DType) -> torch.dtype | None:
     return torch.bfloat16 if dtype == "bf16" else None
 
 
-def finite_difference_step(dtype: DType) -> float:
-    """The relative step at which a central finite difference is most exact: rounding against curvature (measured)."""
-    return 3e-3 if dtype == "bf16" else 1e-3
+def finite_difference_step(dtype: DType) -> dict[str, float]:
+    """How far a central finite difference goes: rounding against curvature, see ``probe.gradient_dots`` (measured)."""
+    return {"relative_step": 3e-3, "loss_step": 1.0} if dtype == "bf16" else {"relative_step": 1e-3, "loss_step": 0.05}
 
 
 def check(dtype: DType, *, learning_rate: float, finite_differences: bool) -> None:
@@ -47,6 +47,6 @@ def check(dtype: DType, *, learning_rate: float, finite_differences: bool) -> No
         )
     if learning_rate < SMALL_LEARNING_RATE:
         print(
-            f"warning: dtype pure_bf16 rounds most steps of optimizer.lr {learning_rate:g} away; bf16 keeps fp32 weights",
+            f"warning: pure_bf16 rounds most steps of optimizer.lr {learning_rate:g} away; bf16 keeps fp32 weights",
             file=sys.stderr,
         )

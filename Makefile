@@ -1,0 +1,44 @@
+# make demo    train a tiny model with a learned mixture, in about a minute
+# make test    the whole test suite      make lint    ruff      make types    mypy
+#
+# Needs Python 3.11 or 3.12 and nothing else. PYTHON=... picks another interpreter, VENV=... another place,
+# ARGS=... goes to pytest (make test ARGS="-k tune_cli").
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO := yaml/tiny_adapt_planned.yaml
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/tune run adapt_full_finetune --config $(DEMO)
+	@echo "Results: $$(sed -n 's/^output_dir: *\([^ ]*\).*/\1/p' $(DEMO))/"
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+# torch first and by its exact pin: then nothing installed later can pull another one.
+$(VENV)/.installed: pyproject.toml hatch_build.py tune_cli_ext.pth
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+		|| { echo "Python 3.11 or 3.12 is needed, and '$(PYTHON)' is not one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

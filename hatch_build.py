@@ -1,0 +1,17 @@
+"""Build hook: what makes torchtune's `tune` know this project's recipes, in a wheel and in an editable install."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class CustomBuildHook(BuildHookInterface):
+    """Adds the .pth file; and in a wheel only, where there is no checkout to find them in, the recipes and configs."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        build_data["force_include_editable"]["tune_cli_ext.pth"] = "tune_cli_ext.pth"
+        build_data["force_include"]["tune_cli_ext.pth"] = "tune_cli_ext.pth"
+        for folder in ("recipes", "yaml"):
+            build_data["force_include"][folder] = f"adapt_recipes/_bundled/{folder}"

@@ -1,0 +1,435 @@
+"""What torchtune's `tune` does with this project installed: from a wheel, in an empty folder, and from the checkout."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tune_cli_ext
+
+ROOT = Path(tune_cli_ext.__file__).resolve().parent
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (ROOT / "yaml").glob("*.yaml"))
+WELL_FORMED = (0, "Config is well-formed!\n")
+
+# What pip writes for torchtune's entry point. It is written here because torchtune is not installed into the
+# environments of these tests but lent to them; the tests marked `network` have the script that pip itself wrote.
+TUNE = """#!{python}
+import sys
+from torchtune._cli.tune import main
+sys.exit(main())
+"""
+
+# Several commands in one process, through what `tune` calls: importing torchtune takes seconds, most commands none.
+TUNE_MANY = """
+import contextlib, io, json, sys
+from torchtune._cli.tune import main
+results = []
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["tune", *command]
+    out, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code
+    results.append([status, out.getvalue()])
+print(json.dumps(results))
+"""
+
+
+class Environment:
+    """A virtual environment with this project in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.python = path / "bin" / "python"
+        self.tune = path / "bin" / "tune"
+        self.site_packages = next((path / "lib").glob("python3.*")) / "site-packages"
+        self.variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def run(self, *command: str | Path, cwd: Path) -> str:
+        """Output of a command, which has to succeed."""
+        words = [str(word) for word in command]
+        done = subprocess.run(words, cwd=cwd, env=self.variables, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def tune_many(self, *commands: list[str], cwd: Path) -> list[tuple[int, str]]:
+        """(exit status, output) of each `tune` command."""
+        output = self.run(self.python, "-c", TUNE_MANY, json.dumps(commands), cwd=cwd)
+        return [(status, text) for status, text in json.loads(output.splitlines()[-1])]
+
+    def train(self, recipe: str, config: str, out: Path, *, cwd: Path) -> tuple[dict, str]:
+        """(summary.json, output) of a training run that ends after a few steps."""
+        command = ["run", recipe, "--config", config, f"output_dir={out}", "budget.tokens=64", "resume=false"]
+        output = self.run(self.tune, *command, cwd=cwd)
+        return json.loads((out / "summary.json").read_text()), output
+
+
+def borrowing_environment(path: Path, *install: str) -> Environment:
+    """An environment of its own for this project, with all that it depends on lent by the environment of the tests.
+
+    The lent site-packages come last and their .pth files are not read, so an editable install of this project in there
+    cannot be seen from here.
+    """
+    venv.create(path, with_pip=False)
+    environment = Environment(path)
+    (environment.site_packages / "zz_lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment.tune.write_text(TUNE.format(python=environment.python))
+    environment.tune.chmod(0o755)
+    options = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    environment.run(sys.executable, "-m", "pip", "--python", environment.python, *options, *install, cwd=path)
+    return environment
+
+
+def build(target: str, source: Path, folder: Path) -> Path:
+    """Build a wheel or sdist of the sources; its path."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(folder)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl" if target == "wheel" else "*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, by way of the sdist."""
+    folder = tmp_path_factory.mktemp("build")
+    shutil.unpack_archive(build("sdist", ROOT, folder), folder)
+    return build("wheel", next(path for path in folder.iterdir() if path.is_dir()), folder)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return borrowing_environment(tmp_path_factory.mktemp("wheel") / "env", str(wheel))
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return borrowing_environment(tmp_path_factory.mktemp("editable") / "env", "--editable", str(ROOT))
+
+
+def listed(output: str) -> dict[str, list[str]]:
+    """{recipe: its configs} as `tune ls` prints them."""
+    recipes: dict[str, list[str]] = {}
+    for line in output.splitlines()[1:]:
+        *recipe, config = line.split()
+        recipes.setdefault(recipe[0] if recipe else list(recipes)[-1], []).append(config)
+    return recipes
+
+
+# ---- the wheel
+
+
+def test_the_wheel_holds_the_sources_and_nothing_beside_them(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "adapt_recipes").rglob("*.py")}
+    bundled = {f"adapt_recipes/_bundled/recipes/{name}.py" for name in RECIPES}
+    bundled |= {f"adapt_recipes/_bundled/yaml/{name}.yaml" for name in CONFIGS}
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert package <= set(names)
+    assert tops == {"adapt_recipes", "tune_cli_ext.py", "tune_cli_ext.pth"}  # `recipes` would overwrite torchtune's
+    assert {name for name in names if "_bundled" in name} == bundled
+    assert len(names) == len(set(names))
+
+
+def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -> None:
+    """ls, cp, cat and validate, by name."""
+    program = "import adapt_recipes as a, tune_cli_ext as t; print(a.__file__, t.__file__)"
+    where = installed.run(installed.python, "-c", program, cwd=tmp_path).split()
+    assert all(path.startswith(str(installed.site_packages)) for path in where), "another installation is tested here"
+
+    ls, cp_recipe, cp_config, cat, *validations = installed.tune_many(
+        ["ls"],
+        ["cp", "adapt_full_finetune", "mine.py"],
+        ["cp", "yaml/tiny_adapt.yaml", "."],
+        ["cat", "yaml/tiny_adapt.yaml"],
+        ["validate", "tiny_adapt"],
+        ["validate", "yaml/tiny_adapt.yaml", "budget.tokens=64", "seed=3"],
+        ["validate", "tiny_adapt.yaml"],
+        ["validate", "tiny_adapt", "sede=3"],
+        ["validate", "tiny_adapt", "budget.tokns=64"],
+        ["validate", "tiny_adapd"],
+        ["validate", "llama2/7B_full", "seed=3"],
+        cwd=tmp_path,
+    )
+    recipes = listed(ls[1])
+    assert list(recipes)[: len(RECIPES)] == RECIPES
+    assert "llama2/7B_full" in recipes["full_finetune_distributed"]
+    for config in CONFIGS:
+        assert [name for name in RECIPES if {config, f"yaml/{config}.yaml"} <= set(recipes[name])], config
+    assert cp_recipe[0] == cp_config[0] == cat[0] == 0
+    assert (tmp_path / "mine.py").read_text() == (ROOT / "recipes" / "adapt_full_finetune.py").read_text()
+    assert (tmp_path / "tiny_adapt.yaml").read_text() == (ROOT / "yaml" / "tiny_adapt.yaml").read_text()
+    assert "strategy: adapt" in cat[1]
+
+    assert validations[:3] == [WELL_FORMED] * 3
+    hints = ["did you mean 'seed'?", "did you mean 'tokens'?", "did you mean 'tiny_adapt'?", "no config of ours"]
+    for (status, output), hint in zip(validations[3:], hints, strict=True):
+        assert status == 2 and hint in output and output.count("\n") == 1, output
+
+
+def test_run_by_name_from_an_empty_folder(installed: Environment, tmp_path: Path) -> None:
+    """The literal command of the README where there is no folder yaml/, without the noise of our pins."""
+    summary, output = installed.train("adapt_full_finetune", "yaml/tiny_adapt.yaml", tmp_path / "out", cwd=tmp_path)
+    assert summary["supervised_tokens"] == 64
+    assert "cpp extensions" not in output and "set_vital" not in output
+
+
+def test_edited_copies_win_over_the_bundled_files(installed: Environment, tmp_path: Path) -> None:
+    """A recipe and a config are copied and edited: then `tune run ./mine.py --config yaml/...` runs the copies."""
+    config = (ROOT / "yaml" / "tiny_adapt.yaml").read_text()
+    recipe = (ROOT / "recipes" / "adapt_full_finetune.py").read_text()
+    assert "\nstrategy: adapt\n" in config and "\nif __name__ ==" in recipe
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml" / "tiny_adapt.yaml").write_text(config.replace("\nstrategy: adapt\n", "\nstrategy: edited\n"))
+    (tmp_path / "mine.py").write_text(recipe.replace("\nif __name__ ==", "\nprint('edited recipe')\nif __name__ =="))
+    summary, output = installed.train("./mine.py", "yaml/tiny_adapt.yaml", tmp_path / "out", cwd=tmp_path)
+    assert "edited recipe" in output
+    assert summary["strategy"] == "edited"
+
+
+def test_a_python_start_imports_nothing_heavy(installed: Environment, tmp_path: Path) -> None:
+    program = "import sys; print(*sys.modules)"
+    hooked = set(installed.run(installed.python, "-c", program, cwd=tmp_path).split())
+    pth = installed.site_packages / "tune_cli_ext.pth"
+    pth.rename(tmp_path / pth.name)
+    try:
+        bare = set(installed.run(installed.python, "-c", program, cwd=tmp_path).split())
+    finally:
+        (tmp_path / pth.name).rename(pth)
+    assert hooked - bare == {"tune_cli_ext", "__future__"}
+
+
+# ---- the checkout
+
+
+def test_commands_from_the_checkout(editable: Environment, tmp_path: Path) -> None:
+    """An editable install reads recipes and configs where they lie."""
+    where = editable.run(editable.python, "-c", "import adapt_recipes; print(adapt_recipes.__file__)", cwd=tmp_path)
+    assert where.strip() == str(ROOT / "adapt_recipes" / "__init__.py")
+    ls, cp, validate = editable.tune_many(
+        ["ls"],
+        ["cp", "yaml/tiny_uniform.yaml", str(tmp_path / "mine.yaml")],
+        ["validate", "yaml/tiny_uniform.yaml"],
+        cwd=ROOT,
+    )
+    assert list(listed(ls[1]))[: len(RECIPES)] == RECIPES
+    assert cp[0] == 0 and (tmp_path / "mine.yaml").read_text() == (ROOT / "yaml" / "tiny_uniform.yaml").read_text()
+    assert validate == WELL_FORMED
+    summary, _ = editable.train("recipes/sft_full_finetune.py", "yaml/tiny_uniform.yaml", tmp_path / "out", cwd=ROOT)
+    assert summary["supervised_tokens"] == 64
+
+
+def test_module_without_a_pth_file(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+    command = [sys.executable, "-S", "-m", "tune_cli_ext", "ls"]  # -S: no .pth file is read
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert list(listed(done.stdout))[: len(RECIPES)] == RECIPES, done.stderr
+    assert "cpp extensions" not in done.stderr
+
+
+# ---- the hook, in this process
+
+
+@pytest.fixture
+def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The current folder, empty, with the hook at work and what it extends not imported yet."""
+    importlib.import_module("torchtune")
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if "tune_cli_ext" not in str(finder)])
+    for name in ("torchtune._recipe_registry", "torchtune._cli.validate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        parent, _, child = name.rpartition(".")
+        monkeypatch.delattr(importlib.import_module(parent), child, raising=False)
+    monkeypatch.setattr(sys, "argv", ["tune", "ls"])
+    monkeypatch.chdir(tmp_path)
+    tune_cli_ext.hook()
+    return tmp_path
+
+
+def registered() -> dict:
+    """{name: recipe} of torchtune's registry."""
+    registry = importlib.import_module("torchtune._recipe_registry")
+    recipes = {recipe.name: recipe for recipe in registry.get_all_recipes()}
+    assert len(recipes) == len(registry.get_all_recipes())
+    return recipes
+
+
+def validate(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """(exit status, output) of `tune validate`."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module("torchtune._cli.validate").Validate.create(parser.add_subparsers())
+    args = parser.parse_args(["validate", *words])
+    status = 0
+    try:
+        args.func(args)
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_hooking_twice_registers_once(empty_folder: Path) -> None:
+    tune_cli_ext.hook()
+    assert sum("tune_cli_ext" in str(finder) for finder in sys.meta_path) == 1
+    recipes = registered()
+    assert list(recipes)[: len(RECIPES)] == RECIPES
+    assert all(recipes[name].supports_distributed for name in RECIPES)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_is_of_one_recipe(empty_folder: Path, config: str) -> None:
+    recipes = registered()
+    owners = [name for name in RECIPES if config in {entry.name for entry in recipes[name].configs}]
+    assert len(owners) == 1, f"yaml/{config}.yaml has to begin: # tune run RECIPE --config yaml/{config}.yaml"
+
+
+@pytest.mark.parametrize("word", ["my.py", "./my.py", "recipes/my.py", "../{name}/my.py", "{folder}/my.py"])
+def test_a_python_file_is_run_as_that_file(empty_folder: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    word = word.format(name=empty_folder.name, folder=empty_folder)
+    (empty_folder / "recipes").mkdir()
+    (empty_folder / word).write_text("")
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "--nproc_per_node", "2", word, "--config", "tiny_adapt"])
+    recipe = registered()[word]
+    assert Path(recipe.file_path).is_absolute() and Path(recipe.file_path).samefile(empty_folder / word)
+    assert recipe.supports_distributed
+
+
+@pytest.mark.parametrize("argv", [["tune", "cp", "my.py"], ["tune", "run", "other.py"]])
+def test_only_files_given_to_run_are_recipes(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    (empty_folder / "my.py").write_text("")
+    monkeypatch.setattr(sys, "argv", argv)
+    assert not [name for name in registered() if name.endswith(".py")]
+
+
+def test_a_config_of_the_current_folder_wins(empty_folder: Path) -> None:
+    (empty_folder / "yaml").mkdir()
+    (empty_folder / "yaml" / "tiny_adapt.yaml").write_text("strategy: mine\n")
+    configs = {config.name: config.file_path for config in registered()["adapt_full_finetune"].configs}
+    assert configs["yaml/tiny_adapt.yaml"] == str(empty_folder / "yaml" / "tiny_adapt.yaml")
+    assert configs["tiny_adapt"] == str(ROOT / "yaml" / "tiny_adapt.yaml")
+
+
+def test_what_is_wrong_with_our_files_leaves_torchtune_as_it_was(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stock recipes stay, and one line says why ours are missing."""
+    monkeypatch.setattr(tune_cli_ext, "_bundle", lambda: str(empty_folder / "nowhere"))
+    assert "full_finetune_distributed" in registered()
+    error = capsys.readouterr().err
+    assert error.startswith("adapt-recipes could not extend torchtune's `tune`: FileNotFoundError")
+    assert error.count("\n") == 1
+
+
+def test_an_error_in_the_finder_stops_no_import(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("fails")
+
+    monkeypatch.setattr(tune_cli_ext, "_silence_known_noise", fail)
+    monkeypatch.setattr(tune_cli_ext, "_extend_after_execution", fail)
+    assert "full_finetune_distributed" in registered()
+    assert sys.meta_path[0].find_spec("torchtune", None) is None
+    assert capsys.readouterr().err.count("RuntimeError: fails") == 2
+
+
+def test_validate_knows_whose_a_config_is(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the recipe in its first line, by name or path, else by its strategy; a config of neither is torchtune's."""
+    text = (ROOT / "yaml" / "tiny_uniform.yaml").read_text()
+    rest = text.partition("\n")[2]
+    (empty_folder / "mine.py").write_text((ROOT / "recipes" / "sft_full_finetune.py").read_text())
+    ours = {
+        "by_name.yaml": text,
+        "by_path.yaml": f"# tune run mine.py --config yaml/x.yaml\n{rest}",
+        "by_strategy.yaml": rest,
+    }
+    for name, content in ours.items():
+        (empty_folder / name).write_text(content)
+        assert validate(capsys, name) == WELL_FORMED
+        status, output = validate(capsys, name, "sede=1")
+        assert status == 2 and "'sede'" in output and "did you mean 'seed'?" in output
+
+    (empty_folder / "stock.yaml").write_text("seed: 1\n")
+    assert validate(capsys, "stock.yaml") == WELL_FORMED
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("# tune run gone.py --config mine.yaml\nstrategy: uniform\n", "gone.py, which is not a file"),
+        ("strategy: unifrom\n", "did you mean 'uniform'?"),
+        ("strategy: [\n", "expected"),
+        ("- strategy\n", "mapping"),
+    ],
+)
+def test_validate_says_in_one_line_what_is_wrong(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str], content: str, hint: str
+) -> None:
+    (empty_folder / "mine.yaml").write_text(content)
+    status, output = validate(capsys, "mine.yaml")
+    assert status == 2 and hint in output and output.count("\n") == 1, output
+
+
+# ---- fresh environments, from the package index
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment into which pip has installed the wheel and all it needs: torch first, by its exact pin."""
+    folder = tmp_path_factory.mktemp("fresh")
+    reach = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "hatchling"]
+    done = subprocess.run(reach, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")
+    venv.create(folder / "env", with_pip=True)
+    environment = Environment(folder / "env")
+    environment.variables["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
+    torch = next(word for word in (ROOT / "pyproject.toml").read_text().split('"') if word.startswith("torch=="))
+    for package in (torch, str(wheel)):
+        environment.run(environment.python, "-m", "pip", "install", "--quiet", package, cwd=folder)
+    environment.run(environment.python, "-m", "pip", "check", cwd=folder)
+    return environment
+
+
+def check_installation(environment: Environment, folder: Path) -> None:
+    """torchtune's own script, as the installer wrote it, in an empty folder."""
+    folder.mkdir()
+    recipes = listed(environment.run(environment.tune, "ls", cwd=folder))
+    assert list(recipes)[: len(RECIPES)] == RECIPES
+    summary, _ = environment.train("adapt_full_finetune", "yaml/tiny_adapt.yaml", folder / "out", cwd=folder)
+    assert summary["supervised_tokens"] == 64
+
+
+@pytest.mark.network
+def test_pip_in_a_fresh_environment(fresh: Environment, tmp_path: Path) -> None:
+    check_installation(fresh, tmp_path / "wheel")
+    fresh.run(fresh.python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", ROOT, cwd=tmp_path)
+    check_installation(fresh, tmp_path / "editable")
+
+
+@pytest.mark.network
+def test_uv_in_a_fresh_environment(fresh: Environment, wheel: Path, tmp_path: Path) -> None:
+    """uv installs the project without dependencies, where pip has installed them: it would fetch gigabytes of CUDA."""
+    venv.create(tmp_path / "env", with_pip=True)
+    tools = Environment(tmp_path / "env")
+    tools.run(tools.python, "-m", "pip", "install", "--quiet", "uv", cwd=tmp_path)
+    uv = [tools.path / "bin" / "uv", "pip"]
+    options = ["--quiet", "--python", fresh.python, "--no-deps", "--reinstall-package", "adapt-recipes"]
+    for name, install in (("wheel", [wheel]), ("editable", ["--editable", ROOT])):
+        tools.run(*uv, "install", *options, *install, cwd=tmp_path)
+        check_installation(fresh, tmp_path / name)
+    tools.run(*uv, "check", "--python", fresh.python, cwd=tmp_path)

@@ -1,0 +1,243 @@
+"""Adds this project's recipes and configs, and a `tune validate` that looks inside them, to torchtune's `tune`.
+
+`tune_cli_ext.pth` calls `hook()` at every start of Python in the environment, so this module imports nothing that a
+bare interpreter has not loaded, and does its work only when torchtune's command line is imported.
+Where no .pth file is read, `python -m tune_cli_ext ls` is the same as `tune ls`.
+
+What of torchtune 0.6.1 it relies on: `_recipe_registry._ALL_RECIPES` is a list of `Recipe(name, file_path, configs,
+supports_distributed)` in which an absolute `file_path` wins, and `_cli.tune` takes `Validate` from `_cli.validate`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # not typing.TYPE_CHECKING: importing typing would cost every Python start a millisecond
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+
+def hook() -> None:
+    """Have torchtune's `tune` extended when it is imported. A second call does nothing; never raises."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
+class _TorchtuneFinder:
+    """Lets torchtune's modules be found as ever; two of them are extended right after they have been executed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        try:
+            if name == "torchtune":
+                _silence_known_noise()
+            if extend := _EXTENSIONS.get(name):
+                finders = (finder for finder in sys.meta_path if finder is not self)
+                spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+                if spec and spec.loader:
+                    _extend_after_execution(spec, extend)
+                return spec
+        except Exception as error:
+            _complain(error)
+        return None
+
+
+def _extend_after_execution(spec: ModuleSpec, extend: Callable[[ModuleType], None]) -> None:
+    execute = spec.loader.exec_module  # type: ignore[union-attr]
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        try:
+            extend(module)
+        except Exception as error:  # whatever is wrong with our files, the stock `tune` must go on working
+            _complain(error)
+
+    spec.loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
+
+
+def _complain(error: Exception) -> None:
+    print(f"adapt-recipes could not extend torchtune's `tune`: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _silence_known_noise() -> None:
+    """Two messages that follow from our pins (torch 2.13 with torchao 0.15 and torchdata 0.11) and mean no harm."""
+    import logging
+    import warnings
+
+    noise = "Skipping import of cpp extensions due to incompatible torch version"
+    logging.getLogger("torchao").addFilter(lambda record: not record.getMessage().startswith(noise))
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+
+
+# ---- recipes and configs
+
+
+def _bundle() -> str:
+    """The folder that holds recipes/ and yaml/: inside the package in a wheel, else the checkout.
+
+    The wheel's comes first: beside this file there, in site-packages, lies a `recipes` too, which is torchtune's.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    bundled = os.path.join(here, "adapt_recipes", "_bundled")
+    return bundled if os.path.isdir(bundled) else here
+
+
+def _files(folder: str, suffix: str) -> dict[str, str]:
+    """{file name without suffix: absolute path} of a folder of the bundle, in alphabetical order."""
+    folder = os.path.join(_bundle(), folder)
+    names = sorted(name for name in os.listdir(folder) if name.endswith(suffix))
+    return {name.removesuffix(suffix): os.path.join(folder, name) for name in names}
+
+
+def _recipe_named_in(config_path: str) -> str | None:
+    """What stands before `--config` in a config's first line, like `# tune run RECIPE --config yaml/NAME.yaml`."""
+    with open(config_path, encoding="utf-8") as file:
+        words = file.readline().split()
+    return words[words.index("--config") - 1] if words[:3] == ["#", "tune", "run"] and "--config" in words else None
+
+
+def _add_recipes(registry: ModuleType) -> None:
+    """Put our recipes before torchtune's, each with its configs, as NAME and as yaml/NAME.yaml."""
+
+    def recipe(name: str, path: str) -> Any:
+        return registry.Recipe(name=name, file_path=path, configs=[], supports_distributed=True)
+
+    recipes = {name: recipe(name, path) for name, path in _files("recipes", ".py").items()}
+    for name, path in _files("yaml", ".yaml").items():
+        if owner := recipes.get(_recipe_named_in(path) or ""):
+            literal = f"yaml/{name}.yaml"
+            # A file of that name in the current folder is the user's edited one, and is what the path means.
+            literal_path = os.path.abspath(literal) if os.path.isfile(literal) else path
+            owner.configs += [registry.Config(name, path), registry.Config(literal, literal_path)]
+    if sys.argv[1:2] == ["run"]:
+        # torchtune would run the user's own file as a module: ./my.py becomes "..my", and recipes/my.py "recipes.my",
+        # which is looked for in the `recipes` that torchtune's wheel installs. A registered path runs as a file.
+        files = (word for word in sys.argv[2:] if word.endswith(".py") and os.path.isfile(word))
+        recipes.update({word: recipe(word, os.path.abspath(word)) for word in files})
+    registry._ALL_RECIPES[:0] = recipes.values()
+
+
+# ---- tune validate
+
+
+def _make_validate_strict(validate: ModuleType) -> None:
+    """Replace torchtune's `tune validate`, which does not look into nested nodes and knows no names or overrides."""
+
+    class Validate(validate.Validate):  # type: ignore[name-defined]
+        """`tune validate CONFIG [key=value ...]`: ours by the schema of their recipe, others as torchtune does."""
+
+        def _add_arguments(self) -> None:
+            self._parser.usage = "tune validate <config> [key=value ...]"
+            self._parser.add_argument("config", help="Name or path of a config to validate.")
+            self._parser.add_argument("overrides", nargs="*", metavar="key=value", help="As given to `tune run`.")
+
+        def _validate_cmd(self, args: argparse.Namespace) -> None:
+            from omegaconf.errors import OmegaConfBaseException
+            from yaml import YAMLError
+
+            sys.path.append(os.getcwd())  # as `tune run` does: a user's recipe may import what lies beside it
+            try:
+                config_path = _config_path(args.config)
+                recipe_path = _recipe_path(config_path)
+                if recipe_path:
+                    _validate_strictly(recipe_path, config_path, args.overrides)
+                elif args.overrides:
+                    raise ValueError(f"{args.config} is no config of ours: overrides are not checked, leave them out")
+            except (ValueError, YAMLError, OmegaConfBaseException) as error:
+                self._parser.exit(2, f"tune validate: error: {' '.join(str(error).split())}\n")
+            if recipe_path:
+                print("Config is well-formed!")
+            else:
+                args.config = config_path
+                super()._validate_cmd(args)
+
+    validate.Validate = Validate  # type: ignore[attr-defined]
+
+
+def _config_path(name_or_path: str) -> str:
+    import torchtune
+    from torchtune._recipe_registry import get_all_recipes
+
+    from adapt_recipes.errors import nearest
+
+    configs = {config.name: config.file_path for recipe in get_all_recipes() for config in recipe.configs}
+    if name_or_path in configs:
+        stock_folder = os.path.join(os.path.dirname(torchtune.__file__), "..", "recipes", "configs")
+        return os.path.join(stock_folder, configs[name_or_path])  # of an absolute path only that is left
+    if not os.path.isfile(name_or_path):
+        raise ValueError(f"config {name_or_path!r} is neither a file nor a known name{nearest(name_or_path, configs)}")
+    return name_or_path
+
+
+def _recipe_path(config_path: str) -> str | None:
+    """The file of the recipe whose schema a config must fit; None for configs that are not ours.
+
+    It is named in the config's first line, by name or path; otherwise by its `strategy`: the recipe is then that of the
+    shipped configs with the same strategy.
+    """
+    from adapt_recipes.errors import nearest
+
+    recipes = _files("recipes", ".py")
+    recipe = _recipe_named_in(config_path) or ""
+    if recipe in recipes:
+        return recipes[recipe]
+    if recipe.endswith(".py"):
+        if not os.path.isfile(recipe):
+            raise ValueError(f"{config_path}: its first line names the recipe {recipe}, which is not a file here")
+        return recipe
+    strategy = _strategy(config_path)
+    if strategy is None:
+        return None
+    shipped = _files("yaml", ".yaml").values()
+    owners = {_strategy(path): recipes[name] for path in shipped if (name := _recipe_named_in(path)) in recipes}
+    if strategy not in owners:
+        known = sorted(filter(None, owners))
+        raise ValueError(f"{config_path}: no recipe is known for strategy {strategy!r}{nearest(strategy, known)}")
+    return owners[strategy]
+
+
+def _strategy(config_path: str) -> str | None:
+    """The value of a config's top-level key `strategy`, if it has one."""
+    from omegaconf import DictConfig, OmegaConf
+
+    config = OmegaConf.load(config_path)
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{config_path}: has to be a mapping of keys to values")
+    return str(config["strategy"]) if "strategy" in config else None
+
+
+def _validate_strictly(recipe_path: str, config_path: str, overrides: list[str]) -> None:
+    """Raise ValueError, with a message of one line, unless config and overrides fit the `Config` of the recipe."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from adapt_recipes.config import load
+
+    spec = spec_from_file_location(os.path.basename(recipe_path).removesuffix(".py"), recipe_path)
+    assert spec is not None and spec.loader is not None
+    recipe = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look their annotations up there
+    spec.loader.exec_module(recipe)
+    if not hasattr(recipe, "Config"):
+        raise ValueError(f"{recipe_path} has no class Config, which is the schema of a recipe's config")
+    load(recipe.Config, config_path, overrides)
+
+
+_EXTENSIONS = {
+    "torchtune._recipe_registry": _add_recipes,
+    "torchtune._cli.validate": _make_validate_strict,
+}
+_FINDER = _TorchtuneFinder()
+
+if __name__ == "__main__":
+    # From the module of that name, not from this `__main__`: else the .pth file's hook and this one would both act.
+    import tune_cli_ext
+
+    tune_cli_ext.hook()
+    from torchtune._cli.tune import main
+
+    sys.exit(main())
