@@ -160,6 +160,7 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
             traceback.print_exc()
         else:
             print(f"error: {_line(error)}", file=sys.stderr)
+            sys.unraisablehook = lambda _: None  # what is only half built may fail once more as it is cleared away
         sys.exit(2)
 
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from torchtune import training, utils
+from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from adapt_recipes import data, probe
@@ -36,8 +36,9 @@ from adapt_recipes.mixture.contract import check_mixture
 from adapt_recipes.models import TokenLosses, llama_config
 from adapt_recipes.runlog import RunLog, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
+from adapt_recipes.training.device import get_device
 from adapt_recipes.training.interrupt import StopSignals
-from adapt_recipes.training.nonfinite import raise_nonfinite
+from adapt_recipes.training.nonfinite import check_validation, raise_nonfinite
 from adapt_recipes.training.resume import check_resume
 
 Steps = Annotated[int, Field(ge=0)]
@@ -102,7 +103,7 @@ class SFTFullFinetune:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.device = utils.get_device(config.device)
+        self.device = get_device(config.device)
         self.open_files = contextlib.ExitStack()
 
     def setup(self) -> None:
@@ -156,10 +157,11 @@ class SFTFullFinetune:
         if saved is not None:
             self._load(saved)
 
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_resolved(self.output_dir, to_dict(config))
-        self.log = RunLog(self.output_dir, keep_bytes=saved["log_bytes"] if saved else 0)
         self.metric_logger = config.metric_logger.build() if config.metric_logger else None
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(self.output_dir, keep_bytes=saved["log_bytes"] if saved else 0)
+        write_resolved(self.output_dir, to_dict(config))
+        checkpoint.clean(self.output_dir / "checkpoints")
         self.display = Display(self.ledger.budget_tokens, log_every=config.log_every)
         for file in filter(None, (self.log, self.metric_logger, self.display)):
             self.open_files.callback(file.close)
@@ -188,13 +190,13 @@ class SFTFullFinetune:
                 if done or stop.received or (config.checkpoint_every and self.num_steps % config.checkpoint_every == 0):
                     self.save()
                     saved_at = self.num_steps
-            if self.ledger.left > 0:
+            if stop.received and self.ledger.left > 0:
                 if saved_at != self.num_steps:
                     self.save()
                 self.log.write("end", reason="interrupted", step=self.num_steps, seconds=self._seconds())
                 self.display.close()
                 self.display.say(
-                    f"stopped at step {self.num_steps} by {stop.received!s}; resume=true goes on from here"
+                    f"stopped at step {self.num_steps} by {stop.received.name}; resume=true goes on from here"
                 )
                 return stop.exit_status
             self.finish()
@@ -226,7 +228,7 @@ class SFTFullFinetune:
         loss = float(loss_sums.sum()) / step_tokens
         self.num_steps += 1
         if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
-            names = [f"training example {draw.index} of task '{self.task_names[draw.task]}'" for draw in draws]
+            names = [f"training example {draw.example_index} of task '{self.task_names[draw.task]}'" for draw in draws]
             raise_nonfinite(self.model, batches, names=names, step=self.num_steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,6 +242,7 @@ class SFTFullFinetune:
         started = time.perf_counter()
         self.validation_losses = probe.task_losses(self.model, self.validation, len(self.tasks))
         self.ledger.probe(self.validation)
+        check_validation(self.model, self.validation, self.validation_losses, tasks=self.tasks, step=self.num_steps)
         self.validation_seconds += time.perf_counter() - started
         losses, spent = self._by_task(self.validation_losses), self.ledger.supervised_tokens
         self.log.write("validation", step=self.num_steps, supervised_tokens=spent, losses=losses)

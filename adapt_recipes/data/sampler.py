@@ -18,13 +18,13 @@ class Draw(NamedTuple):
 
     Attributes:
         task: index of the task.
-        index: of the example in the task's training split.
+        example_index: of the example in the task's training split.
         num_supervised_tokens: those that count; fewer than the example has only where the budget ends within it.
         first_time: whether this is the task's first pass.
     """
 
     task: int
-    index: int
+    example_index: int
     num_supervised_tokens: int
     first_time: bool
 
@@ -80,7 +80,7 @@ class TokenSampler:
 
     def example(self, draw: Draw) -> Example:
         """A drawn example, with labels beyond the budget masked."""
-        tokens, labels = self._tasks[draw.task].train.example(draw.index)
+        tokens, labels = self._tasks[draw.task].train.example(draw.example_index)
         counted = (labels != IGNORE_INDEX).cumsum(0) <= draw.num_supervised_tokens
         return Example(tokens, labels.masked_fill(~counted, IGNORE_INDEX))
 

@@ -69,7 +69,7 @@ def test_every_example_once_before_any_twice(lengths: list[int], seed: int) -> N
     p = torch.ones(1, dtype=torch.float64)
     passes = [sampler.draw(p, max_examples=len(lengths), max_tokens=10**9) for _ in range(3)]
     for draws in passes:
-        assert sorted(draw.index for draw in draws) == list(range(len(lengths)))
+        assert sorted(draw.example_index for draw in draws) == list(range(len(lengths)))
     assert [all(draw.first_time for draw in draws) for draws in passes] == [True, False, False]
 
 
@@ -78,7 +78,7 @@ def test_the_order_depends_on_seed_name_and_pass_alone() -> None:
         tasks = [task(f"other {i}", [3] * 7) for i in range(others)] + [task(name, [2] * 20)]
         p = torch.full((others + 1,), 1 / (others + 1), dtype=torch.float64)
         draws = TokenSampler(tasks, seed=seed).draw(p, max_examples=num * (others + 3), max_tokens=10**9)
-        return [draw.index for draw in draws if draw.task == others][:num]
+        return [draw.example_index for draw in draws if draw.task == others][:num]
 
     assert order("a", 0, 0) == order("a", 0, 3)
     assert order("a", 0, 0) != order("b", 0, 0)

@@ -127,7 +127,8 @@ def test_probe_tokens_are_all_that_is_read_outside_training(run: Runner) -> None
 
 
 def test_metric_loggers_of_torchtune(run: Runner) -> None:
-    logger = "metric_logger={_component_: torchtune.training.metric_logging.DiskLogger, log_dir: logs, filename: metrics.txt}"
+    disk = "torchtune.training.metric_logging.DiskLogger"
+    logger = f"metric_logger={{_component_: {disk}, log_dir: logs, filename: metrics.txt}}"
     done: Run = run("tiny_adapt_planned", logger, "log_every=3")
     lines = (done.folder.parent / "logs" / "metrics.txt").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if "loss:" in line] == [f"Step {i}" for i in (1, 3, 6, 8)]
