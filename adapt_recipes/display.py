@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,9 @@ class Display:
     def plan(
         self, tasks: Sequence[Task], probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str
     ) -> None:
-        """What is about to happen, before it does."""
+        """What is about to happen: each task's share, training split (in supervised tokens) and validation split."""
         available = [int(task.train.num_supervised.sum()) for task in tasks]
-        table = _table("", "p", "training examples", "supervised tokens", "validation examples", "too long")
+        table = _table("", "p", "examples", "tokens", "held out", "too long")
         for task, p, tokens in zip(tasks, probabilities.tolist(), available, strict=True):
             held_out = f"{len(task.validation):,}" if task.validation is not None else "-"
             table.add_row(
@@ -102,7 +103,8 @@ class Display:
             tokens = summary["task_tokens"][name]
             losses = (summary[key][name] for key in ("initial_validation_losses", "validation_losses"))
             share = f"{tokens / summary['budget_tokens']:.1%}"
-            table.add_row(name, f"{p:.3f}", f"{tokens:,}", share, *(f"{loss:.3f}" for loss in losses))
+            shown = (f"{loss:.3f}" if math.isfinite(loss) else "-" for loss in losses)
+            table.add_row(name, f"{p:.3f}", f"{tokens:,}", share, *shown)
         self.console.print(table)
         self.say(
             f"{summary['strategy']}: validation loss worst {summary['worst_validation_loss']:.4f}, mean "
@@ -113,11 +115,12 @@ class Display:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        self._progress.stop()
+        if self.console.is_terminal:
+            self._progress.stop()
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
     return table

@@ -1,0 +1,205 @@
+"""Tiny runs of the recipes: in this process, or in processes of their own that can be killed.
+
+A process of its own is forked from one that has everything imported, so that a kill costs the run and not the imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest  # noqa: F401 (a forked process imports pytest's main module; so it is there already)
+
+from adapt_recipes.config import command_line, load
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+RECIPES = {"adapt": "adapt_full_finetune", "adapt_planned": "adapt_full_finetune", "uniform": "sft_full_finetune"}
+TOTAL_TOKENS = 330  # more than one pass over some of the tasks below
+TIMES = ("seconds", "mixture_seconds", "validation_seconds")
+
+_forkserver = multiprocessing.get_context("forkserver")
+_forkserver.set_forkserver_preload(["running"])
+
+
+def load_recipe(name: str) -> Any:
+    """The module in ``recipes/``; by its path, because torchtune has a package of that name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+for _name in RECIPES.values():
+    load_recipe(_name)
+
+
+class Runs:
+    """Runs of the shipped tiny configs on small tasks, each a command line.
+
+    Dropout makes training draw random numbers, so that a generator that is not where it belongs shows.
+
+    Args:
+        home: a folder for the tasks and their cache.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._whole = home / "whole"
+        self.tasks = home / "tasks"
+        self.tasks.mkdir()
+        for task, (num_rows, answer) in {"a": (12, "x"), "b": (20, "yes"), "c": (30, "12"), "d": (16, "it is")}.items():
+            rows = [{"prompt": f"{task}{i}", "response": f"{answer}{i % 7}"} for i in range(num_rows)]
+            (self.tasks / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        self.settings: dict[str, Any] = {
+            "tasks": "adapt_recipes.data.jsonl_tasks",
+            "tasks.path": self.tasks,
+            "tasks.cache_dir": home / "cache",
+            "tasks.validation_examples": 4,
+            "tasks.no_validation": "[d]",
+            "tokenizer.supervise_end": "true",
+            "model.attn_dropout": 0.1,
+            "budget.tokens": TOTAL_TOKENS,
+            "budget.allow_repeats": "true",
+            "batch_size": 8,
+            "validate_every": 4,
+            "checkpoint_every": 2,
+        }
+        self.adapt_settings = {"mixture_update_every": 3, "probe.examples": 3}
+
+    def argv(self, strategy: str, output_dir: Path, /, **changes: Any) -> list[str]:
+        """The recipe's command line. Keys with dots come as ``**{"optimizer.lr": 0.1}``."""
+        settings = self.settings | (self.adapt_settings if strategy != "uniform" else {})
+        settings |= {"output_dir": output_dir, "resume": "true"} | changes
+        config = ROOT / "yaml" / f"tiny_{strategy}.yaml"
+        return ["--config", str(config), "~tasks.noise", *(f"{key}={value}" for key, value in settings.items())]
+
+    def config(self, strategy: str, output_dir: Path, /, **changes: Any) -> Any:
+        _, path, *overrides = self.argv(strategy, output_dir, **changes)
+        return load(load_recipe(RECIPES[strategy]).Config, path, overrides)
+
+    def run(self, strategy: str, output_dir: Path, /, **changes: Any) -> int:
+        """Run in this process. Returns the exit status; errors come as they are raised."""
+        return load_recipe(RECIPES[strategy]).main(self.config(strategy, output_dir, **changes))
+
+    def whole(self, strategy: str, /, **changes: Any) -> Path:
+        """The run directory of a run that was never stopped; run once."""
+        folder = self._whole / "-".join(map(str, (strategy, *changes.values())))
+        if not folder.exists():
+            assert self.run(strategy, folder, **changes) == 0
+        return folder
+
+    def start(
+        self,
+        strategy: str,
+        output_dir: Path,
+        /,
+        *,
+        die_at_operation: int | None = None,
+        max_file_bytes: int | None = None,
+        **changes: Any,
+    ) -> ForkServerProcess:
+        """Run in a process of its own, whose output goes to ``OUTPUT_DIR.out`` and ``.err``.
+
+        Args:
+            strategy: what the config is called.
+            output_dir: the run directory.
+            die_at_operation: kill -9 before the n-th operation on a file of the run directory.
+            max_file_bytes: the system refuses to write larger files.
+            changes: see ``argv``.
+        """
+        argv = self.argv(strategy, output_dir, **changes)
+        process = _forkserver.Process(
+            target=_run, args=(RECIPES[strategy], argv, output_dir, die_at_operation, max_file_bytes)
+        )
+        # The process that the others are forked from reads this when it starts, at the first run.
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(HERE)])):
+            process.start()
+        return process
+
+    def finish(self, strategy: str, output_dir: Path, /, **arguments: Any) -> int | None:
+        """The same, to its end. Returns the exit status, negative for a signal."""
+        process = self.start(strategy, output_dir, **arguments)
+        process.join(120)
+        assert process.exitcode is not None, "it hangs"
+        return process.exitcode
+
+
+def _run(
+    recipe: str, argv: list[str], output_dir: Path, die_at_operation: int | None, max_file_bytes: int | None
+) -> None:
+    for stream, suffix in ((1, ".out"), (2, ".err")):
+        path = output_dir.with_name(output_dir.name + suffix)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if max_file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    if die_at_operation:
+        _die(output_dir, die_at_operation)
+    module = load_recipe(recipe)
+    command_line(module.main, module.Config, argv)
+
+
+def _die(folder: Path, operation: int) -> None:
+    """Kill this process before its n-th operation on a file of ``folder``."""
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        changes = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove")  # rmtree names no folder: counted all
+        if changes or (event == "open" and str(arguments[0]).startswith(f"{folder}/")):
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def said(output_dir: Path, suffix: str) -> str:
+    """What the last run in a process of its own wrote to ``.out`` or ``.err``."""
+    return output_dir.with_name(output_dir.name + suffix).read_text()
+
+
+def events(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of ``log.jsonl``; a last one that is still being written is left out."""
+    with contextlib.suppress(FileNotFoundError):
+        text = (output_dir / "log.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return []
+
+
+def sequence(output_dir: Path) -> list[dict[str, Any]]:
+    """What a log says of the run whether or not it was interrupted: no times, no checkpoints, no resumes."""
+    kept = [event for event in events(output_dir) if event["event"] not in ("checkpoint", "resume")]
+    return [{key: value for key, value in event.items() if key not in TIMES} for event in kept]
+
+
+def summary(output_dir: Path) -> dict[str, Any]:
+    """``summary.json`` without its times."""
+    values = json.loads((output_dir / "summary.json").read_text())
+    return {key: value for key, value in values.items() if key not in TIMES}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_run(output_dir: Path, expected: Path) -> None:
+    """Two finished runs said the same, bit for bit, and ended with the same model."""
+    for here, there in zip(sequence(output_dir), sequence(expected), strict=False):
+        assert here == there
+    assert len(sequence(output_dir)) == len(sequence(expected))
+    assert summary(output_dir) == summary(expected)
+    assert files(output_dir / "model") == files(expected / "model")

@@ -1,0 +1,510 @@
+"""A run that is stopped at any moment and resumed is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import RECIPES, Runs, assert_same_run, events, files, load_recipe, said, sequence, summary
+
+from adapt_recipes.training.checkpoint import load_checkpoint, rng_state
+from adapt_recipes.training.resume import FREE_TO_CHANGE
+
+STRATEGIES = list(RECIPES)
+
+
+class Killed(BaseException):
+    """No `except Exception` sees this, as none sees kill -9."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("home"))
+
+
+def stop(runs: Runs, strategy: str, folder: Path, *, method: str = "step", after: int = 0, **changes: Any) -> None:
+    """Run up to the first call of ``method`` with ``after`` steps done or more, and die there."""
+    recipe = next(
+        value
+        for value in vars(load_recipe(RECIPES[strategy])).values()
+        if isinstance(value, type) and "TOTALS" in vars(value)
+    )
+    original = getattr(recipe, method)
+
+    def dying(self: Any) -> Any:
+        if self.num_steps >= after:
+            raise Killed
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(recipe, method, dying)
+        runs.run(strategy, folder, **changes)
+
+
+@pytest.fixture(scope="module")
+def stopped(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of adapt_planned that died in step 6; its checkpoints are from steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    stop(runs, "adapt_planned", folder, after=5, keep_checkpoints=2)
+    assert names(folder / "checkpoints") == ["step_2", "step_4"] and events(folder)[-1]["step"] == 5
+    return folder
+
+
+@pytest.fixture
+def folder(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_nothing_left_over(folder: Path) -> None:
+    steps = summary(folder)["steps"]
+    assert names(folder / "checkpoints") == [f"step_{steps}"]
+    assert names(folder) == ["checkpoints", "log.jsonl", "model", "resolved.yaml", "summary.json"]
+
+
+# ---- stopped anywhere
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stopped_before_every_step(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    expected = runs.whole(strategy)
+    num_steps = summary(expected)["steps"]
+    assert num_steps >= 10
+    for step in range(num_steps):
+        stop(runs, strategy, tmp_path / "run", after=step)
+    assert runs.run(strategy, tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", expected)
+    resumed_at = [event["step"] for event in events(tmp_path / "run") if event["event"] == "resume"]
+    assert resumed_at == sorted(resumed_at) and set(resumed_at) == set(range(2, num_steps, 2))
+    states = [load_checkpoint(path / "checkpoints" / f"step_{num_steps}") for path in (tmp_path / "run", expected)]
+    for state in states:
+        state["rng"] = state["rng"]["torch"]
+    for part in ("model", "optimizer", "sampler", "mixture", "ledger", "rng"):
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0, equal_nan=True)
+
+
+class MostLost:
+    """A mixture of one's own, which goes by training losses: sums since its last update, so often in mid-sum."""
+
+    observes = ("train_losses",)
+
+    def __init__(self, *, task_names: list[str], **given: Any) -> None:
+        self.p = torch.full((len(task_names),), 1 / len(task_names), dtype=torch.float64)
+
+    def probabilities(self) -> torch.Tensor:
+        return self.p
+
+    def update(self, *, train_losses: torch.Tensor, **signals: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.p = torch.softmax(train_losses.nan_to_num(), dim=0)
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"p": self.p.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.p = state["p"]
+
+
+def test_a_mixture_of_ones_own_is_resumed_as_well(runs: Runs, tmp_path: Path) -> None:
+    changes = {"mixture": "test_resume.MostLost"}
+    for step in range(2, 10, 3):
+        stop(runs, "adapt_planned", tmp_path / "run", after=step, **changes)
+    assert runs.run("adapt_planned", tmp_path / "run", **changes) == 0
+    assert_same_run(tmp_path / "run", runs.whole("adapt_planned", **changes))
+
+
+def test_seconds_go_on_without_the_down_time(runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.perf_counter
+    before = [event["seconds"] for event in events(folder) if event["event"] == "step"]
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + 1000)
+    assert runs.run("adapt_planned", folder) == 0
+    seconds = [event["seconds"] for event in events(folder) if event["event"] == "step"]
+    assert seconds[:4] == before[:4] and seconds == sorted(seconds)
+    total = json.loads((folder / "summary.json").read_text())["seconds"]
+    assert seconds[-1] < total < 500
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_before_random_operations_on_its_files(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    """kill -9 by the process itself: between making, writing, flushing, renaming and removing its files."""
+    generator = random.Random(strategy)
+    for kills in itertools.count():  # noqa: B007 (asserted on below)
+        status = runs.finish(strategy, tmp_path / "run", die_at_operation=generator.randint(5, 30))
+        if status == 0:
+            break
+        assert status == -9, said(tmp_path / "run", ".err")
+    assert kills >= 3
+    assert_same_run(tmp_path / "run", runs.whole(strategy))
+    assert_nothing_left_over(tmp_path / "run")
+
+
+def test_killed_before_every_operation_at_the_end(runs: Runs, tmp_path: Path) -> None:
+    """The last checkpoint is there, and a model/ as well: what is left is to write it again, and the summary."""
+    ready, left_behind = tmp_path / "ready", set()
+    stop(runs, "uniform", ready, method="finish")
+    shutil.copytree(runs.whole("uniform") / "model", ready / "model")
+    for operation in itertools.count(1):
+        folder = Path(shutil.copytree(ready, tmp_path / "run", dirs_exist_ok=True))
+        status = runs.finish("uniform", folder, die_at_operation=operation)
+        assert status in (0, -9), said(folder, ".err")
+        left_behind |= set(names(folder))
+        assert runs.run("uniform", folder) == 0
+        assert_same_run(folder, runs.whole("uniform"))
+        assert_nothing_left_over(folder)
+        if status == 0:
+            break
+        shutil.rmtree(folder)
+    assert operation > 20
+    assert left_behind >= {"resolved.yaml.partial", "model.partial", "model.removed", "summary.json.partial"}
+
+
+def writing_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step_*.partial/state.pt"))
+
+
+def writing_model(folder: Path) -> bool:
+    return (folder / "model.partial").exists()
+
+
+def writing_summary(folder: Path) -> bool:
+    return any(event["event"] == "end" for event in events(folder)[-1:])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_from_outside_again_and_again(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    generator = random.Random(strategy)
+    changes: dict[str, Any] = {"budget.tokens": 1500}
+    expected, kills = runs.whole(strategy, **changes), 0
+    for moment in (writing_checkpoint, None, writing_checkpoint, None, writing_model, writing_summary):
+        process = runs.start(strategy, tmp_path / "run", checkpoint_every=1, **changes)
+        if moment is None:
+            time.sleep(generator.uniform(0.1, 0.5))
+        while moment and process.exitcode is None and not moment(tmp_path / "run"):
+            pass
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -9), said(tmp_path / "run", ".err")
+        kills += process.exitcode == -9
+    assert kills >= 3
+    assert runs.finish(strategy, tmp_path / "run", **changes) == 0
+    assert_same_run(tmp_path / "run", expected)
+    assert_nothing_left_over(tmp_path / "run")
+
+
+# ---- what a folder holds when a run starts in it
+
+
+def test_a_stale_log_without_a_checkpoint_is_replaced(runs: Runs, tmp_path: Path) -> None:
+    stop(runs, "uniform", tmp_path / "run", after=1)
+    assert len(events(tmp_path / "run")) == 3 and not (tmp_path / "run" / "checkpoints").exists()
+    (tmp_path / "run" / "log.jsonl").open("a").write('{"event": "st')
+    assert runs.run("uniform", tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", runs.whole("uniform"))
+    assert "resume" not in {event["event"] for event in events(tmp_path / "run")}
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Every file with its content and the time it was written."""
+    return {name: (content, (folder / name).stat().st_mtime_ns) for name, content in files(folder).items()}
+
+
+def test_a_finished_run_says_so_and_is_left_alone(runs: Runs, tmp_path: Path) -> None:
+    shutil.copytree(runs.whole("uniform"), tmp_path / "run")
+    before = state_of(tmp_path / "run")
+    assert runs.finish("uniform", tmp_path / "run") == 0
+    assert "is finished already" in said(tmp_path / "run", ".out")
+    assert state_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("kept", ["log.jsonl", "resolved.yaml", "summary.json", "checkpoints", None])
+def test_without_resume_a_folder_that_holds_a_run_is_refused(runs: Runs, tmp_path: Path, kept: str | None) -> None:
+    shutil.copytree(runs.whole("uniform"), tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
+        if kept not in (None, path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = state_of(tmp_path / "run")
+    assert runs.finish("uniform", tmp_path / "run", resume="false") == 2
+    lines = [line for line in said(tmp_path / "run", ".err").splitlines() if "torchao" not in line]
+    assert len(lines) == 1 and lines[0].startswith(
+        f"error: output_dir: {tmp_path / 'run'} holds a run; set resume=true"
+    )
+    assert state_of(tmp_path / "run") == before
+
+
+# ---- what may change and what may not
+
+CHANGES: dict[str, Any] = {
+    "strategy": "another",
+    "seed": 1,
+    "dtype": "bf16",
+    "deterministic": "true",
+    "model.attn_dropout": 0.2,
+    "tokenizer.supervise_end": "false",
+    "checkpointer.checkpoint_dir": "MODEL",
+    "tasks.validation_examples": 3,
+    "max_seq_len": 15,
+    "budget.tokens": 331,
+    "mixture.floor": 0.1,
+    "mixture_update_every": 4,
+    "probe.examples": 4,
+    "optimizer.lr": 0.001,
+    "lr_schedule.warmup": 0.1,
+    "batch_size": 9,
+    "clip_grad_norm": 1.0,
+    "compile": "true",
+    "activation_checkpointing": "true",
+}
+
+
+@pytest.fixture
+def torch_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts back what `deterministic` sets for the whole process."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_changed_key_is_refused_by_name(runs: Runs, folder: Path, torch_settings: None, key: str) -> None:
+    before = state_of(folder)
+    value = runs.whole("adapt_planned") / "model" if CHANGES[key] == "MODEL" else CHANGES[key]
+    with pytest.raises(
+        ValueError, match=rf"^resume: (model\.max_seq_len, )?{key} changed since the run began; [^\n]*\Z"
+    ):
+        runs.run("adapt_planned", folder, **{key: value})
+    assert state_of(folder) == before
+
+
+def test_every_changed_key_is_named(runs: Runs, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^resume: seed, mixture\.floor, optimizer\.eps changed since"):
+        runs.run("adapt_planned", folder, seed=3, **{"mixture.floor": 0, "optimizer.eps": 1e-6})
+
+
+FREE: dict[str, Any] = {
+    "metric_logger": None,
+    "checkpoint_every": 1,
+    "validate_every": 2,
+    "log_every": 1,
+    "keep_checkpoints": 3,
+    "tasks.cache_dir": "elsewhere",
+}
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_a_free_key_may_change(runs: Runs, folder: Path, tmp_path: Path, key: str) -> None:
+    changes = {key: FREE[key]}
+    if key == "metric_logger":
+        logger = "torchtune.training.metric_logging.DiskLogger"
+        changes = {"metric_logger._component_": logger, "metric_logger.log_dir": tmp_path / "metrics"}
+    if key == "tasks.cache_dir":
+        changes[key] = tmp_path / "cache"
+    assert runs.run("adapt_planned", folder, **changes) == 0
+    if key == "validate_every":
+        assert steps(folder) == steps(runs.whole("adapt_planned"))
+        assert files(folder / "model") == files(runs.whole("adapt_planned") / "model")
+    else:
+        assert_same_run(folder, runs.whole("adapt_planned"))
+    if key == "metric_logger":
+        assert names(tmp_path / "metrics")
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in sequence(folder) if event["event"] == "step"]
+
+
+def test_another_micro_batch_bound_goes_on_with_a_warning(
+    runs: Runs, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs.run("adapt_planned", folder, micro_batch_tokens=17) == 0
+    assert "warning: micro_batch_tokens changed" in capsys.readouterr().err
+    here, there = steps(folder), steps(runs.whole("adapt_planned"))
+    assert here[:4] == there[:4]
+    counts = ("step", "supervised_tokens", "tokens", "lr")
+    assert [[s[name] for name in counts] for s in here] == [[s[name] for name in counts] for s in there]
+    assert here[4]["computed_tokens"] != there[4]["computed_tokens"]
+
+
+def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None:
+    """A new key needs a decision: here, and in the contract."""
+    free = {*FREE, "resume", "output_dir", "device", "micro_batch_tokens"}
+    assert set(FREE_TO_CHANGE) == free
+    keys = {field.name for recipe in set(RECIPES.values()) for field in fields(load_recipe(recipe).Config)}
+    assert keys == {key.split(".")[0] for key in (*CHANGES, *free)}
+
+
+@pytest.mark.parametrize("change", ["an answer", "a row more", "a task less"])
+def test_changed_data_is_refused(tmp_path: Path, change: str) -> None:
+    runs = Runs(tmp_path)
+    stop(runs, "uniform", tmp_path / "run", after=3)
+    rows = (runs.tasks / "c.jsonl").read_text()
+    if change == "an answer":
+        (runs.tasks / "c.jsonl").write_text(rows.replace('"125"', '"126"'))
+    elif change == "a row more":
+        (runs.tasks / "c.jsonl").write_text(rows + '\n{"prompt": "new", "response": "1"}')
+    else:
+        (runs.tasks / "c.jsonl").unlink()
+    before = state_of(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"^resume: tasks: the data changed since the run began"):
+        runs.run("uniform", tmp_path / "run")
+    assert state_of(tmp_path / "run") == before
+    (runs.tasks / "c.jsonl").write_text(rows)
+    assert runs.run("uniform", tmp_path / "run") == 0
+
+
+# ---- damage
+
+
+def test_a_log_shorter_than_at_the_checkpoint_is_refused(runs: Runs, folder: Path) -> None:
+    log = (folder / "log.jsonl").read_bytes()
+    (folder / "log.jsonl").write_bytes(log[:200])
+    before = state_of(folder)
+    with pytest.raises(
+        ValueError, match=rf"^resume: {folder}/log\.jsonl is shorter than it was at the checkpoint[^\n]*\Z"
+    ):
+        runs.run("adapt_planned", folder)
+    assert state_of(folder) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(runs: Runs, folder: Path) -> None:
+    newest = folder / "checkpoints" / "step_4"
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:5000])
+    before = state_of(folder)
+    with pytest.raises(
+        ValueError, match=rf"^checkpoint {newest}/state\.pt cannot be read [^\n]*; remove {newest} [^\n]*\Z"
+    ):
+        runs.run("adapt_planned", folder)
+    assert state_of(folder) == before
+    shutil.rmtree(newest)
+    assert runs.run("adapt_planned", folder) == 0
+    assert [event["step"] for event in events(folder) if event["event"] == "resume"] == [2]
+    assert_same_run(folder, runs.whole("adapt_planned"))
+
+
+@pytest.mark.parametrize("full_at", ["checkpoint", "model", "log"])
+def test_a_full_disk_ends_in_one_line_and_costs_nothing(runs: Runs, folder: Path, tmp_path: Path, full_at: str) -> None:
+    """Stood in for by the system's limit on the size of a file."""
+    limit, message = 100_000, f"error: no space left while writing checkpoint step_6 in {folder / 'checkpoints'}; "
+    message += "the newest whole checkpoint is step_4"
+    if full_at == "model":
+        shutil.rmtree(folder)
+        stop(runs, "adapt_planned", folder, method="finish")
+        message = f"error: no space left while writing {folder / 'model'}"
+    if full_at == "log":
+        limit = load_checkpoint(folder / "checkpoints" / "step_4")["log_bytes"] + 400
+        message = f"error: [Errno 27] File too large: '{folder / 'log.jsonl'}'"
+    before = names(folder / "checkpoints")
+    assert (folder / "log.jsonl").stat().st_size < 100_000
+    assert runs.finish("adapt_planned", folder, max_file_bytes=limit, keep_checkpoints=2) == 2
+    lines = [line for line in said(folder, ".err").splitlines() if "torchao" not in line]
+    assert len(lines) == 1 and lines[0].startswith(message)
+    assert names(folder / "checkpoints") == before and not list(folder.glob("model*"))
+    if full_at != "log":
+        assert (events(folder)[-1]["event"], events(folder)[-1]["reason"]) == ("end", "error")
+    assert runs.run("adapt_planned", folder) == 0
+    assert_same_run(folder, runs.whole("adapt_planned"))
+    assert_nothing_left_over(folder)
+
+
+# ---- the same seed, the same run
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_seed_alone_decides(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    assert runs.finish(strategy, tmp_path / "again") == 0
+    assert_same_run(tmp_path / "again", runs.whole(strategy))
+    assert runs.run(strategy, tmp_path / "other", seed=1) == 0
+    first, other = steps(runs.whole(strategy)), steps(tmp_path / "other")
+    assert all(here["loss"] != there["loss"] for here, there in zip(first, other, strict=False))
+
+
+def test_each_line_of_the_log_is_there_when_it_is_written(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("sft_full_finetune").SFTFullFinetune
+    step, validate, seen = recipe.step, recipe.validate, []
+
+    def read_after(method: Callable[[Any], None]) -> Callable[[Any], None]:
+        def reading(self: Any) -> None:
+            method(self)
+            last = (tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]
+            seen.append((json.loads(last)["event"], json.loads(last)["step"]))
+
+        return reading
+
+    monkeypatch.setattr(recipe, "step", read_after(step))
+    monkeypatch.setattr(recipe, "validate", read_after(validate))
+    assert runs.run("uniform", tmp_path / "run") == 0
+    num_steps = summary(tmp_path / "run")["steps"]
+    assert [number for event, number in seen if event == "step"] == list(range(1, num_steps + 1))
+    assert [number for event, number in seen if event == "validation"] == [0, 4, 8, num_steps]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_validation_does_not_touch_the_training(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    expected = runs.whole(strategy)  # validates every 4 steps
+    for every in (0, 1):
+        folder = tmp_path / str(every)
+        assert runs.run(strategy, folder, validate_every=every) == 0
+        validated = [event["step"] for event in events(folder) if event["event"] == "validation"]
+        assert len(validated) == (2 if every == 0 else summary(folder)["steps"] + 1)
+        assert steps(folder) == steps(expected)
+        assert files(folder / "model") == files(expected / "model")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        ("adapt", {}),
+        ("adapt", {"probe.estimator": "backward"}),
+        ("adapt", {"probe.exact_lookahead": "true", "probe.separate_batches": "false"}),
+        ("adapt_planned", {}),
+    ],
+)
+def test_probes_leave_generators_weights_and_gradients_alone(
+    runs: Runs, tmp_path: Path, strategy: str, changes: dict[str, Any]
+) -> None:
+    module = load_recipe(RECIPES[strategy])
+    recipe = module.AdaptFullFinetune(runs.config(strategy, tmp_path / "run", **changes))
+    recipe.setup()
+    recipe.clock = time.perf_counter()
+    try:
+        for _ in range(3):
+            recipe.step()
+        before = recipe_state(recipe)
+        recipe.validate()
+        assert recipe_state(recipe) == before
+        probabilities = recipe.mixture.probabilities()
+        for _ in range(2):  # adapt_planned's first losses are a starting point and no progress
+            recipe.step()
+            before = recipe_state(recipe)
+            recipe.update_mixture()
+            assert recipe_state(recipe) == before
+        assert not torch.equal(recipe.mixture.probabilities(), probabilities)
+        recipe.step()
+        assert recipe_state(recipe)["generators"] != before["generators"], "training draws no random numbers here"
+    finally:
+        recipe.cleanup()
+
+
+def recipe_state(recipe: Any) -> dict[str, Any]:
+    parameters = dict(recipe.model.named_parameters())
+    generators = rng_state() | {"torch": torch.get_rng_state().tolist()}
+    return {
+        "generators": {name: state for name, state in generators.items() if name != "cuda"},
+        "weights": {name: parameter.detach().numpy().tobytes() for name, parameter in parameters.items()},
+        "gradients": {name: parameter.grad is None for name, parameter in parameters.items()},
+        "training": {name: module.training for name, module in recipe.model.named_modules()},
+    }
