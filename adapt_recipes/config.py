@@ -36,6 +36,15 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 # Of these, one given on the command line replaces the one in the file.
 BUDGETS = ("fraction", "tokens", "passes")
 
+YAML_WORDS = {  # for what pydantic says of JSON
+    "Input should be": "has to be",
+    "an object": "a mapping of keys to values",
+    "a valid array": "a list",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid ": "a ",
+}
+
 
 class Given:
     """Marks a component field, ``Annotated[Component, Given("params")]``, with the arguments the recipe gives it."""
@@ -100,7 +109,7 @@ def locate(path: str) -> Any:
             owner = f"'{'.'.join(parts[:i])}' has no" if i else "there is no module"
             public = [name for name in (dir(found) if i else sys.modules) if name[0] != "_" and "." not in name]
             hint = nearest(part, public)
-            hint = hint if len(public) < 12 or "did you mean" in hint else ""
+            hint = hint if "did you mean" in hint else ""  # not the whole list
             raise ValueError(f"'{path}' cannot be imported: {owner} '{part}'{hint}") from error
         except Exception as error:  # whatever the module does when it is imported
             raise ValueError(f"'{path}' cannot be imported: {_named(error)}") from error
@@ -189,6 +198,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}{line}: {_line(error)}") from error
     if not isinstance(values, dict) or not values:
         raise ValueError(f"--config {path}: has to be a mapping of keys to values{'' if values else ', and is empty'}")
+    values.pop("versions", None)  # of a run's resolved.yaml, which is a config like any other
     return values  # type: ignore[return-value]
 
 
@@ -221,9 +231,10 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         value = None if parsed["value"] == "None" else parsed["value"]
         if isinstance(value, str) and isinstance(node.get(last), dict) and "_component_" in node[last]:
             node, last = node[last], "_component_"  # as in torchtune: model=other.builder
-        for name in BUDGETS if parents == ["budget"] and last in BUDGETS else ():
-            if f"budget.{name}" not in seen:
-                node.pop(name, None)
+        if parents == ["budget"] and last in BUDGETS:
+            for name in BUDGETS:
+                if f"budget.{name}" not in seen:
+                    node.pop(name, None)
         node[last] = value
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
@@ -261,14 +272,8 @@ def _strictly(adapter: TypeAdapter, value: Any) -> Any:
 
 def _wrong(key: str, detail: Any) -> str:
     """What pydantic has to say of a value, in the words of YAML."""
-    said = detail["msg"].replace("Input should be", "has to be")
-    for theirs, ours in {
-        "an object": "a mapping of keys to values",
-        "a valid array": "a list",
-        "a valid boolean": "true or false",
-        "a valid integer": "a whole number",
-        "a valid ": "a ",
-    }.items():
+    said = detail["msg"]
+    for theirs, ours in YAML_WORDS.items():
         said = said.replace(theirs, ours)
     return f"{key}: {said}, not {json.dumps(detail['input'], default=str)}"
 
@@ -299,18 +304,13 @@ def _check_arguments(key: str, node: Component, given: Sequence[str]) -> None:
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in (*given, *node.arguments):
             raise ValueError(f"missing key '{key}.{name}', which {node.component} needs")
-    hints = _annotations(component)
+    try:
+        hints = get_type_hints(component.__init__ if inspect.isclass(component) else component)
+    except Exception:  # libraries hide some annotations behind names that are not importable
+        return
     for name, value in node.arguments.items():
         if name in hints and name in named and value is not named[name].default:  # `x: int = None` is common
             _check_type(f"{key}.{name}", value, hints[name])
-
-
-def _annotations(component: Any) -> dict[str, Any]:
-    """The component's annotations where they can be told; libraries hide some behind names that are not importable."""
-    try:
-        return get_type_hints(component.__init__ if inspect.isclass(component) else component)
-    except Exception:
-        return {}
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:

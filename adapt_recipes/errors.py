@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from os.path import commonprefix
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
@@ -14,10 +15,22 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
         allowed: what would have been right.
 
     Returns:
-        ``"; did you mean 'x'?"`` where something allowed is spelled alike or abbreviates it, else all that is allowed.
+        ``"; did you mean 'x'?"`` where something allowed is spelled alike or its initials, else all that is allowed.
     """
     allowed = list(allowed)
-    initials = "".join(part[:1] for part in word.split("_"))  # learning_rate for lr
-    if close := get_close_matches(word, allowed, n=1) or [name for name in allowed if name == initials]:
+    close = (
+        get_close_matches(word, [name for name in allowed if _one_slip_apart(word, name)], n=1, cutoff=0.1)
+        or get_close_matches(word, allowed, n=1)
+        or [name for name in allowed if name == "".join(part[:1] for part in word.split("_"))]  # learning_rate for lr
+    )
+    if close:
         return f"; did you mean '{close[0]}'?"
     return f"; allowed: {', '.join(allowed)}" if allowed else "; none is allowed here"
+
+
+def _one_slip_apart(one: str, other: str) -> bool:
+    """Whether one letter is another, missing or too many, or two are swapped."""
+    same = len(commonprefix([one, other]))
+    one, other = one[same:], other[same:]
+    swapped = one[:2] == other[:2][::-1] and one[2:] == other[2:]
+    return swapped or one[1:] == other[1:] or one[1:] == other or one == other[1:]

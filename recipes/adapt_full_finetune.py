@@ -33,12 +33,12 @@ from adapt_recipes.budget import BudgetConfig, Ledger
 from adapt_recipes.config import STRICT, Component, Given, command_line, to_dict
 from adapt_recipes.display import Display
 from adapt_recipes.mixture.contract import check_mixture
-from adapt_recipes.models import TokenLosses, llama_config
+from adapt_recipes.models import TokenLosses, check_decoder, llama_config
 from adapt_recipes.runlog import RunLog, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
 from adapt_recipes.training.device import get_device
 from adapt_recipes.training.interrupt import StopSignals
-from adapt_recipes.training.nonfinite import check_dots, check_validation, raise_nonfinite
+from adapt_recipes.training.nonfinite import check_dots, check_finite, raise_nonfinite
 from adapt_recipes.training.resume import check_resume
 
 Steps = Annotated[int, Field(ge=0)]
@@ -156,6 +156,7 @@ class AdaptFullFinetune:
         self.checkpointer = config.checkpointer.build()
         with training.set_default_dtype(precision.weights_dtype(config.dtype)), self.device:
             decoder = config.model.build()
+        check_decoder(decoder, max_seq_len=config.max_seq_len, max_token=data.max_token(self.tasks))
         if self.checkpointer.config is not None:
             self.checkpointer.check_architecture(decoder)
         if saved is None and (weights := self.checkpointer.load()) is not None:
@@ -285,14 +286,10 @@ class AdaptFullFinetune:
                 if config.exact_lookahead:  # (2): a step along sum_i p_i g_i
                     gradient = probe.loss_gradient(self.model, self._read(train), self.mixture.probabilities())
                     lookahead.enter_context(probe.stepped(self.model, gradient, -self.mixture.lookahead_lr))
-                losses = probe.task_losses(self.model, self._read(self.probe_validation), num_tasks)
-                check_validation(self.model, self.probe_validation, losses, tasks=self.tasks, step=self.num_steps)
+                losses = signals["validation_losses"] = self._validation_losses(self.probe_validation)
                 weights = self.mixture.objective_weights(losses)
                 direction = probe.loss_gradient(self.model, self._read(self.probe_validation), weights)  # (4): v
-                check_validation(
-                    self.model, self.probe_validation, losses, direction, tasks=self.tasks, step=self.num_steps
-                )
-            signals["validation_losses"] = losses
+                check_finite(self.model, self.probe_validation, direction, tasks=self.tasks, step=self.num_steps)
             if config.estimator == "finite_difference":  # (5): <v, g_i>
                 step = precision.finite_difference_step(self.config.dtype)
                 dots = probe.gradient_dots(self.model, self._read(train, passes=2), direction, num_tasks, **step)
@@ -301,9 +298,7 @@ class AdaptFullFinetune:
             check_dots(dots, train, task_names=self.task_names, step=self.num_steps)
             signals["gradient_dots"] = dots
         elif "validation_losses" in observes:
-            losses = probe.task_losses(self.model, self._read(self.probe_validation), num_tasks)
-            check_validation(self.model, self.probe_validation, losses, tasks=self.tasks, step=self.num_steps)
-            signals["validation_losses"] = losses
+            signals["validation_losses"] = self._validation_losses(self.probe_validation)
         logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
         self.window_losses.zero_()
         self.window_tokens.zero_()
@@ -314,8 +309,7 @@ class AdaptFullFinetune:
     def validate(self) -> None:
         """Measure every task on its whole validation split."""
         started = time.perf_counter()
-        self.validation_losses = probe.task_losses(self.model, self._read(self.validation), len(self.tasks))
-        check_validation(self.model, self.validation, self.validation_losses, tasks=self.tasks, step=self.num_steps)
+        self.validation_losses = self._validation_losses(self.validation)
         self.validation_seconds += time.perf_counter() - started
         losses, spent = self._by_task(self.validation_losses), self.ledger.supervised_tokens
         self.log.write("validation", step=self.num_steps, supervised_tokens=spent, losses=losses)
@@ -410,6 +404,13 @@ class AdaptFullFinetune:
         for _ in range(passes):
             self.ledger.probe(batches)
         return batches
+
+    def _validation_losses(self, batches: list[data.MicroBatch]) -> Tensor:
+        """(num_tasks,) float64, nats a supervised token; NaN for tasks left out of the objective."""
+        losses = probe.task_losses(self.model, self._read(batches), len(self.tasks))
+        measured = losses[[task.validation is not None for task in self.tasks]]
+        check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.num_steps)
+        return losses
 
     def _by_task(self, values: Tensor) -> dict[str, Any]:
         return dict(zip(self.task_names, values.tolist(), strict=True))

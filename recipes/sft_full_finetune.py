@@ -33,12 +33,12 @@ from adapt_recipes.budget import BudgetConfig, Ledger
 from adapt_recipes.config import STRICT, Component, Given, command_line, to_dict
 from adapt_recipes.display import Display
 from adapt_recipes.mixture.contract import check_mixture
-from adapt_recipes.models import TokenLosses, llama_config
+from adapt_recipes.models import TokenLosses, check_decoder, llama_config
 from adapt_recipes.runlog import RunLog, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
 from adapt_recipes.training.device import get_device
 from adapt_recipes.training.interrupt import StopSignals
-from adapt_recipes.training.nonfinite import check_validation, raise_nonfinite
+from adapt_recipes.training.nonfinite import check_finite, raise_nonfinite
 from adapt_recipes.training.resume import check_resume
 
 Steps = Annotated[int, Field(ge=0)]
@@ -135,6 +135,7 @@ class SFTFullFinetune:
         self.checkpointer = config.checkpointer.build()
         with training.set_default_dtype(precision.weights_dtype(config.dtype)), self.device:
             decoder = config.model.build()
+        check_decoder(decoder, max_seq_len=config.max_seq_len, max_token=data.max_token(self.tasks))
         if self.checkpointer.config is not None:
             self.checkpointer.check_architecture(decoder)
         if saved is None and (weights := self.checkpointer.load()) is not None:
@@ -240,9 +241,7 @@ class SFTFullFinetune:
     def validate(self) -> None:
         """Measure every task on its whole validation split."""
         started = time.perf_counter()
-        self.validation_losses = probe.task_losses(self.model, self.validation, len(self.tasks))
-        self.ledger.probe(self.validation)
-        check_validation(self.model, self.validation, self.validation_losses, tasks=self.tasks, step=self.num_steps)
+        self.validation_losses = self._validation_losses(self.validation)
         self.validation_seconds += time.perf_counter() - started
         losses, spent = self._by_task(self.validation_losses), self.ledger.supervised_tokens
         self.log.write("validation", step=self.num_steps, supervised_tokens=spent, losses=losses)
@@ -327,6 +326,19 @@ class SFTFullFinetune:
         tasks, rows = [task for task, _ in examples], [example for _, example in examples]
         batches = data.micro_batches(rows, tasks, max_tokens=self.config.micro_batch_tokens)
         return [batch.to(self.device) for batch in batches]
+
+    def _read(self, batches: list[data.MicroBatch], *, passes: int = 1) -> list[data.MicroBatch]:
+        """Books what a probe is about to read."""
+        for _ in range(passes):
+            self.ledger.probe(batches)
+        return batches
+
+    def _validation_losses(self, batches: list[data.MicroBatch]) -> Tensor:
+        """(num_tasks,) float64, nats a supervised token; NaN for tasks left out of the objective."""
+        losses = probe.task_losses(self.model, self._read(batches), len(self.tasks))
+        measured = losses[[task.validation is not None for task in self.tasks]]
+        check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.num_steps)
+        return losses
 
     def _by_task(self, values: Tensor) -> dict[str, Any]:
         return dict(zip(self.task_names, values.tolist(), strict=True))

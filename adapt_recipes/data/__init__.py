@@ -6,7 +6,7 @@ from adapt_recipes.data.chat import ChatTokenizer
 from adapt_recipes.data.examples import IGNORE_INDEX, Example, Examples, RawTask, Task
 from adapt_recipes.data.hf import hf_tasks
 from adapt_recipes.data.jsonl import jsonl_tasks
-from adapt_recipes.data.load import TasksConfig, fingerprint, load_tasks
+from adapt_recipes.data.load import TasksConfig, fingerprint, load_tasks, max_token
 from adapt_recipes.data.natural_instructions import natural_instructions
 from adapt_recipes.data.prepare import prepare_tasks
 from adapt_recipes.data.sampler import TokenSampler, random_examples, validation_examples
@@ -27,6 +27,7 @@ __all__ = [
     "hf_tasks",
     "jsonl_tasks",
     "load_tasks",
+    "max_token",
     "micro_batches",
     "natural_instructions",
     "prepare_tasks",

@@ -40,7 +40,7 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         ValueError: the file and line, or the task, and what is wrong with it.
     """
     cache = config.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "adapt_recipes")
-    return prepare_tasks(
+    tasks = prepare_tasks(
         config.build(),
         tokenizer,
         max_seq_len=max_seq_len,
@@ -49,6 +49,15 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         no_validation=config.no_validation,
         cache_dir=Path(cache).expanduser(),
     )
+    if all(task.validation is None for task in tasks):
+        raise ValueError("tasks.no_validation: it names every task; leave one at least to validate on")
+    return tasks
+
+
+def max_token(tasks: Sequence[Task]) -> int:
+    """The highest token id that any of the tasks holds."""
+    splits = [split for task in tasks for split in (task.train, task.validation) if split is not None]
+    return max(int(split.tokens.max()) for split in splits)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:

@@ -2,6 +2,6 @@
 
 from adapt_recipes.models.huggingface import HuggingFaceCheckpointer
 from adapt_recipes.models.llama import llama_config, llama_from_folder
-from adapt_recipes.models.token_losses import TokenLosses
+from adapt_recipes.models.token_losses import TokenLosses, check_decoder
 
-__all__ = ["HuggingFaceCheckpointer", "TokenLosses", "llama_config", "llama_from_folder"]
+__all__ = ["HuggingFaceCheckpointer", "TokenLosses", "check_decoder", "llama_config", "llama_from_folder"]

@@ -10,6 +10,27 @@ from torchtune.modules import TransformerDecoder
 from adapt_recipes.data.examples import IGNORE_INDEX
 
 
+def check_decoder(decoder: TransformerDecoder, *, max_seq_len: int, max_token: int) -> None:
+    """Refuse a model that cannot read the data.
+
+    Args:
+        decoder: as its builder returned it.
+        max_seq_len: rendered tokens of the longest example.
+        max_token: the highest token id there is in the data. Some tokenizers have ids that no text gives.
+
+    Raises:
+        ValueError: it is no decoder of torchtune's, too short, or has no embedding for a token.
+    """
+    if not isinstance(decoder, TransformerDecoder):
+        raise ValueError(
+            f"model._component_: gives a {type(decoder).__name__}; a recipe needs torchtune's TransformerDecoder"
+        )
+    if decoder.max_seq_len < max_seq_len:
+        raise ValueError(f"model.max_seq_len: {decoder.max_seq_len} is less than max_seq_len, {max_seq_len}")
+    if (rows := decoder.tok_embeddings.weight.shape[0]) <= max_token:
+        raise ValueError(f"model.vocab_size: {rows} is too few: the tokenizer gives this data token {max_token}")
+
+
 class TokenLosses(nn.Module):
     """Cross-entropies of a decoder at the supervised positions, and at no other.
 

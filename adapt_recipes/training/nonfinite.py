@@ -37,30 +37,22 @@ def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence
     raise ValueError(f"step {step}: the gradient is not finite, though that of every single example is; {ADVICE}")
 
 
-def check_validation(
-    model: nn.Module,
-    batches: Sequence[Any],
-    losses: Tensor,
-    gradient: Sequence[Tensor] = (),
-    *,
-    tasks: Sequence[Task],
-    step: int,
+def check_finite(
+    model: nn.Module, batches: Sequence[Any], values: Sequence[Tensor], *, tasks: Sequence[Task], step: int
 ) -> None:
-    """Refuse what was measured on the first so many validation examples of every task, or on all, if it is not finite.
+    """Refuse what was measured on validation examples if it is not finite.
 
     Args:
         model: see ``raise_nonfinite``.
-        batches: what was read.
-        losses: (num_tasks,), of no account for a task that is left out of the objective.
-        gradient: of a mean of the losses.
+        batches: what was read: of each task all validation examples, or the first so many.
+        values: losses, or a gradient of them.
         tasks: in the order of the mixture.
         step: of the run.
 
     Raises:
         ValueError: it names the step, the task and the example.
     """
-    measured = losses[[task.validation is not None for task in tasks]]
-    if not all(values.isfinite().all() for values in (measured, *gradient)):
+    if not all(value.isfinite().all() for value in values):
         read = Counter(task for batch in batches for task in batch.tasks.tolist())
         names = [
             f"validation example {i} of task '{tasks[task].name}'" for task in sorted(read) for i in range(read[task])

@@ -16,7 +16,7 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
 
 from adapt_recipes.data.examples import IGNORE_INDEX
-from adapt_recipes.models import TokenLosses
+from adapt_recipes.models import TokenLosses, check_decoder
 
 VOCAB = 61
 
@@ -165,3 +165,19 @@ def test_as_the_root_of_fsdp2(share_supervised: float, tmp_path_factory: pytest.
             assert torch.equal(ours.grad.full_tensor(), theirs.grad)  # type: ignore[union-attr, arg-type]
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "max_token", "said"),
+    [
+        (65, 5, r"model\.max_seq_len: 64 is less than max_seq_len, 65"),
+        (64, 64, r"model\.vocab_size: 64 is too few: .* 64"),
+    ],
+)
+def test_a_decoder_that_cannot_read_the_data_is_refused(max_seq_len: int, max_token: int, said: str) -> None:
+    decoder = llama3_2(vocab_size=64, num_layers=1, num_heads=2, num_kv_heads=2, embed_dim=8, max_seq_len=64)
+    check_decoder(decoder, max_seq_len=64, max_token=63)
+    with pytest.raises(ValueError, match=said):
+        check_decoder(decoder, max_seq_len=max_seq_len, max_token=max_token)
+    with pytest.raises(ValueError, match=r"model\._component_: gives a Linear"):
+        check_decoder(torch.nn.Linear(2, 2), max_seq_len=1, max_token=1)

@@ -349,6 +349,11 @@ def test_no_task_file(refusal: Refusal) -> None:
     assert refusal(*tasks) == "tasks.path: no folder tasks"
 
 
+def test_no_task_left_to_validate_on(refusal: Refusal) -> None:
+    said = refusal(*write_tasks(a=GOOD, b=GOOD), "tasks.no_validation=[a, b]")
+    assert said == "tasks.no_validation: it names every task; leave one at least to validate on"
+
+
 def test_a_type_that_no_task_has(refusal: Refusal) -> None:
     task = {"Categories": ["Translation"], "Definition": "Translate.", "Instances": [{"input": "a", "output": "b"}]}
     Path("tasks").mkdir()

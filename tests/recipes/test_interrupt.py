@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """A process that a shell starts in the background is deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -69,7 +77,7 @@ def interrupt(
         nonlocal sent
         if not sent and when(self):
             sent = True
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(owner, method, interrupted)

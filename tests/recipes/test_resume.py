@@ -156,6 +156,7 @@ def test_killed_before_every_operation_at_the_end(runs: Runs, tmp_path: Path) ->
     ready, left_behind = tmp_path / "ready", set()
     stop(runs, "uniform", ready, method="finish")
     shutil.copytree(runs.whole("uniform") / "model", ready / "model")
+    shutil.copytree(runs.whole("uniform") / "checkpoints", ready / "checkpoints" / "step_8.removed")
     for operation in itertools.count(1):
         folder = Path(shutil.copytree(ready, tmp_path / "run", dirs_exist_ok=True))
         status = runs.finish("uniform", folder, die_at_operation=operation)

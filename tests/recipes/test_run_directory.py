@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import yaml
 from conftest import ROOT, Run, Runner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapt_recipes.config import load
 from adapt_recipes.data import ByteTokenizer, toy_tasks
 
 TINY = sorted(path.stem for path in (ROOT / "yaml").glob("tiny_*.yaml"))
@@ -133,3 +137,13 @@ def test_metric_loggers_of_torchtune(run: Runner) -> None:
     lines = (done.folder.parent / "logs" / "metrics.txt").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if "loss:" in line] == [f"Step {i}" for i in (1, 3, 6, 8)]
     assert [line.split(" | ")[0] for line in lines if "p/facts_2:" in line] == ["Step 0", "Step 3", "Step 6"]
+
+
+def test_resolved_yaml_gives_the_same_run_again(run: Runner, adapt_full_finetune: ModuleType) -> None:
+    first = run("tiny_adapt", folder="first")
+    config = load(adapt_full_finetune.Config, first.folder / "resolved.yaml", ["output_dir=again"])
+    assert adapt_full_finetune.main(config) == 0
+    again = [json.loads(line) for line in Path("again/log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in again if line["event"] == "step"] == [
+        line["loss"] for line in first.events("step")
+    ]

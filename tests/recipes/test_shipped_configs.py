@@ -47,10 +47,20 @@ def model_and_data(tmp_path: Path) -> Path:
     tasks = tmp_path / "data" / "natural-instructions" / "tasks"
     tasks.mkdir(parents=True)
     rng = random.Random(0)
-    types = ("Question Answering", "Sentiment Analysis", "Information Extraction", "Summarization", "Dialogue Generation")
+    types = (
+        "Question Answering",
+        "Sentiment Analysis",
+        "Information Extraction",
+        "Summarization",
+        "Dialogue Generation",
+    )
     for number, category in enumerate(types):
         instances = [
-            {"id": str(i), "input": f"{category} {i} " + "x" * rng.randint(0, 40), "output": [rng.choice(["yes", "no"])]}
+            {
+                "id": str(i),
+                "input": f"{category} {i} " + "x" * rng.randint(0, 40),
+                "output": [rng.choice(["yes", "no"])],
+            }
             for i in range(160)
         ]
         worked = [{"input": "is it?", "output": "yes", "explanation": "it is"}]

@@ -1,0 +1,270 @@
+"""Configs: what a file and a command line become, and that no misspelling gets through."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import math
+import string
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pydantic.dataclasses import dataclass
+
+from adapt_recipes.budget import BudgetConfig
+from adapt_recipes.config import STRICT, Component, Given, command_line, load, locate, to_dict
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "yaml").glob("*.yaml"))
+
+
+def build(size: int, lr: float = 0.1, names: list[str] | None = None, late: bool = None) -> tuple[Any, ...]:  # type: ignore[assignment] # noqa: E501
+    """What the component of these tests makes."""
+    return size, lr, names, late
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Schema:
+    name: str
+    part: Component
+    budget: BudgetConfig
+    size: int = 3
+    fitted: Annotated[Component | None, Given("size")] = None
+
+
+FILE = """
+name: a
+part:
+  _component_: test_config.build
+  size: ${size}
+  lr: 0.2
+budget:
+  fraction: 0.5
+size: 4
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = tmp_path / "config.yaml"
+    path.write_text(FILE)
+    return path
+
+
+# ---- from a file and a command line to a config
+
+
+def test_a_file(file: Path) -> None:
+    config = load(Schema, file)
+    assert (config.name, config.size, config.budget.fraction, config.fitted) == ("a", 4, 0.5, None)
+    assert config.part.arguments == {"size": 4, "lr": 0.2}
+    assert config.part.build(late=True) == (4, 0.2, None, True)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("name=b=c", {"name": "b=c"}),
+        ("name='5'", {"name": "5"}),
+        ("size=5", {"size": 5, "part": {"_component_": "test_config.build", "size": 5, "lr": 0.2}}),
+        ("part.lr=1", {"part": {"_component_": "test_config.build", "size": 4, "lr": 1}}),
+        ("part.lr=1e-3", {"part": {"_component_": "test_config.build", "size": 4, "lr": 0.001}}),
+        ("part.lr=.inf", {"part": {"_component_": "test_config.build", "size": 4, "lr": math.inf}}),
+        (
+            "part.names=[a, b]",
+            {"part": {"_component_": "test_config.build", "size": 4, "lr": 0.2, "names": ["a", "b"]}},
+        ),
+        ("part.late=null", {"part": {"_component_": "test_config.build", "size": 4, "lr": 0.2, "late": None}}),
+        ("part.late=None", {"part": {"_component_": "test_config.build", "size": 4, "lr": 0.2, "late": None}}),
+        ("~part.lr", {"part": {"_component_": "test_config.build", "size": 4}}),
+        ("part=builtins.dict", {"part": {"_component_": "builtins.dict", "size": 4, "lr": 0.2}}),
+        ("part={_component_: builtins.dict, a: 1}", {"part": {"_component_": "builtins.dict", "a": 1}}),
+        ("budget.tokens=7", {"budget": {"fraction": None, "tokens": 7, "passes": None, "allow_repeats": False}}),
+        ("budget={passes: 2}", {"budget": {"fraction": None, "tokens": None, "passes": 2.0, "allow_repeats": False}}),
+        (
+            "budget.allow_repeats=true",
+            {"budget": {"fraction": 0.5, "tokens": None, "passes": None, "allow_repeats": True}},
+        ),
+    ],
+)
+def test_an_override(file: Path, override: str, expected: dict[str, Any]) -> None:
+    assert to_dict(load(Schema, file, [override])) == to_dict(load(Schema, file)) | expected
+
+
+def test_a_node_that_the_file_does_not_have(file: Path) -> None:
+    config = load(Schema, file, ["fitted._component_=builtins.dict", "fitted.lr=1"])
+    assert to_dict(config)["fitted"] == {"_component_": "builtins.dict", "lr": 1}
+    assert load(Schema, file, ["fitted={_component_: builtins.dict, lr: 1}"]) == config
+    assert load(Schema, file, ["fitted={_component_: test_config.build, lr: 1}", "~fitted.lr"]).fitted is not None
+
+
+def test_what_the_recipe_gives_is_neither_missing_nor_allowed(file: Path) -> None:
+    load(Schema, file, ["fitted={_component_: test_config.build}"])
+    with pytest.raises(ValueError, match="^fitted.size: the recipe gives this itself; take it out$"):
+        load(Schema, file, ["fitted={_component_: test_config.build, size: 3}"])
+    with pytest.raises(ValueError, match="^fitted._component_: 'math.sqrt' does not take 'size', which"):
+        load(Schema, file, ["fitted={_component_: math.sqrt}"])
+
+
+def test_arguments_missing_are_named_in_their_order(file: Path) -> None:
+    for _ in range(3):
+        with pytest.raises(ValueError, match="^missing key 'part.vocab_size'"):
+            load(Schema, file, ["part={_component_: torchtune.models.llama3_2.llama3_2}"])
+
+
+def test_locate() -> None:
+    assert locate("math.sqrt") is math.sqrt
+    assert locate("adapt_recipes.config.Component.build") is Component.build
+    assert locate("xml.dom.minidom").__name__ == "xml.dom.minidom"
+    with pytest.raises(ValueError, match="^'math.sqt' cannot be imported: 'math' has no 'sqt'; did you mean 'sqrt'?"):
+        locate("math.sqt")
+    with pytest.raises(ValueError, match="'xml.dom' has no 'nothing'"):
+        locate("xml.dom.nothing.at_all")
+    for path in ("", ".", "math.", "math sqrt", "1.2"):
+        with pytest.raises(ValueError, match="is not an import path"):
+            locate(path)
+
+
+def test_what_a_component_raises_begins_with_its_key_once(file: Path) -> None:
+    node = load(Schema, file, ["part={_component_: builtins.int, x: y}"]).part
+    with pytest.raises(ValueError, match=r"^part: builtins.int cannot be built: TypeError: .* \(ADAPT_TRACEBACK=1"):
+        node.build()
+    node = load(Schema, file, ["part={_component_: adapt_recipes.training.schedule.cosine, final: 2}"]).part
+    with pytest.raises(ValueError, match="^part: lr_schedule.final: 2"):
+        node.build()
+
+
+# ---- the configs that come with the recipes
+
+
+@cache
+def recipe_of(path: Path) -> ModuleType:
+    """By its file: torchtune installs a package called `recipes` that raises when it is imported."""
+    name = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_survives_being_written_and_read(path: Path, tmp_path: Path) -> None:
+    schema = recipe_of(path).Config
+    config = load(schema, path)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    again = load(schema, resolved)
+    assert again == config
+    assert json.dumps(to_dict(again)) == json.dumps(to_dict(config))  # types as well: 1, 1.0 and true are equal
+    assert "${" not in resolved.read_text()
+    written = yaml.safe_load(path.read_text())
+    assert config.model.arguments["max_seq_len"] == config.max_seq_len == written["max_seq_len"]
+    assert config.strategy in path.stem and config.output_dir == f"runs/{path.stem}"
+    for key in set(written) - {"model", "budget", "tasks", "probe"}:
+        assert to_dict(config)[key] == written[key]
+
+
+def test_infinity_survives(tmp_path: Path) -> None:
+    path = next(path for path in SHIPPED if path.stem == "tiny_temperature")
+    config = load(recipe_of(path).Config, path, ["mixture.temperature=.inf"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(yaml.safe_dump(to_dict(config)))
+    assert load(recipe_of(path).Config, resolved).mixture.arguments["temperature"] == math.inf
+
+
+PLANNED = ROOT / "yaml" / "tiny_adapt_planned.yaml"
+
+
+@cache
+def keys() -> dict[str, list[str]]:
+    """All keys that the config may have, by the key of the mapping they stand in ("" for the top)."""
+    schema = recipe_of(PLANNED).Config
+    config = load(schema, PLANNED)
+    found = {"": list(schema.__dataclass_fields__)}
+    for name in found[""]:
+        node = getattr(config, name)
+        if isinstance(node, Component):
+            fixed = set(type(node).model_fields) - {"component"}
+            found[name] = sorted({*inspect.signature(locate(node.component)).parameters, *fixed} - set(GIVEN))
+        elif hasattr(node, "__dataclass_fields__"):
+            found[name] = list(node.__dataclass_fields__)
+    return found
+
+
+GIVEN = ("task_names", "num_supervised_tokens", "budget_tokens", "params")
+
+
+def slips(key: str) -> set[str]:
+    """The key with one letter wrong, missing or too many, or two swapped."""
+    cuts = [(key[:i], key[i:]) for i in range(len(key) + 1)]
+    letters = string.ascii_lowercase + "_"
+    found = {before + letter + after[k:] for before, after in cuts for letter in letters for k in (0, 1)}
+    found |= {before + after[1:] for before, after in cuts} | {b + a[:2][::-1] + a[2:] for b, a in cuts}
+    return found - {key, ""}
+
+
+@st.composite
+def misspellings(draw: st.DrawFn) -> tuple[str, str, str]:
+    """(mapping, key, the key misspelt)."""
+    where = draw(st.sampled_from(sorted(keys())))
+    key = draw(st.sampled_from(keys()[where]))
+    return where, key, draw(st.sampled_from(sorted(slips(key))))
+
+
+@settings(max_examples=300, deadline=None)
+@given(misspellings())
+def test_no_misspelling_gets_through(misspelling: tuple[str, str, str]) -> None:
+    where, key, misspelt = misspelling
+    others = set(keys()[where]) - {key}
+    assume(misspelt not in {*GIVEN, *others, *(slip for other in others for slip in slips(other))})
+    wrong = f"{where}.{misspelt}".lstrip(".")
+    with pytest.raises(ValueError) as refused:
+        load(recipe_of(PLANNED).Config, PLANNED, [f"{wrong}=1"])
+    said = str(refused.value)
+    assert said.startswith(f"unknown key '{wrong}'") and said.endswith(f"; did you mean '{key}'?")
+
+
+# ---- the end of a process
+
+
+def status(monkeypatch: pytest.MonkeyPatch, file: Path, main: Any, *argv: str) -> int:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(SystemExit) as exit:
+        command_line(main, Schema, ["--config", str(file), *argv])
+    return exit.value.code  # type: ignore[return-value]
+
+
+def test_exit_status(monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(config: Schema) -> int:
+        raise OSError(28, "No space left on device", "checkpoint")
+
+    def bug(config: Schema) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.delenv("ADAPT_TRACEBACK", raising=False)
+    assert status(monkeypatch, file, lambda config: config.size, "size=143") == 143
+    assert status(monkeypatch, file, lambda config: 0, "size=x") == 2
+    assert capsys.readouterr().err == 'error: size: has to be a whole number, not "x"\n'
+    assert status(monkeypatch, file, full) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'checkpoint'\n"
+    with pytest.raises(RuntimeError):  # what is nobody's fault but ours keeps its traceback
+        command_line(bug, Schema, ["--config", str(file)])
+    monkeypatch.setenv("ADAPT_TRACEBACK", "1")
+    assert status(monkeypatch, file, lambda config: 0, "size=x") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_line_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command_line(lambda config: 0, Schema, ["size=1"])
+    assert exit.value.code == 2 and "--config" in capsys.readouterr().err.splitlines()[-1]
