@@ -1,95 +1,132 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and a table at the end."""
+"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, and a table before and after."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from adapt_recipes.budget import Ledger
 from adapt_recipes.data import Task
 
+REFRESHES_PER_SECOND = 1  # each takes a few milliseconds
+RECENT_UPDATES = 5  # over which a probability's direction is shown
+OTHER_LINES = 6  # of the live view, besides a line a task
+
 
 class Display:
-    """Progress of the budget, loss and speed.
+    """Progress of the budget, loss and speed, and how each task stands.
 
     Args:
+        tasks: in the order of the mixture.
         budget_tokens: supervised tokens the run will spend.
         log_every: steps between plain lines where there is no terminal; 0: only the first and the last step.
         console: where to write; default: standard output.
     """
 
-    def __init__(self, budget_tokens: int, *, log_every: int, console: Console | None = None) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], *, budget_tokens: int, log_every: int, console: Console | None = None
+    ) -> None:
         self.console = console or Console(highlight=False)
+        self._tasks = tasks
         self._budget_tokens = budget_tokens
         self._log_every = log_every
+        self._first_step: tuple[float, int, int] | None = (
+            None  # seconds, tokens, supervised tokens: not before a resume
+        )
+        self._probabilities: deque[list[float]] = deque(maxlen=RECENT_UPDATES + 1)
+        self._train_losses = [math.nan] * len(tasks)
+        self._validation_losses = [math.nan] * len(tasks)
+        self._task_tokens = [0] * len(tasks)
+        self._num_drawn = [0] * len(tasks)
+        self._line = ""
+        self._mixture_seconds = 0.0
         self._progress = Progress(
-            TextColumn("step {task.fields[step]}"),
+            TextColumn("step {task.fields[step]:,}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} supervised tokens"),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
             TimeRemainingColumn(),
             console=self.console,
             expand=True,
-            refresh_per_second=4,
         )
-        self._bar = self._progress.add_task("run", total=budget_tokens, step=0, loss=0.0, tokens_per_second=0.0)
-        self._resumed_at: tuple[float, int, int] | None = (
-            None  # seconds, tokens and supervised tokens at the first step
+        self._bar = self._progress.add_task("run", total=budget_tokens, step=0)
+        self._live = Live(
+            get_renderable=self._view, console=self.console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
         )
 
     def start(self) -> None:
-        """Show the bar, where there is a terminal."""
+        """Show the live view, where there is a terminal."""
         if self.console.is_terminal:
-            self._progress.start()
+            self._live.start()
+
+    def close(self) -> None:
+        """Take the live view away."""
+        if self.console.is_terminal:
+            self._live.stop()
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """Lines above the live view."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def step(self, step: int, loss: float, ledger: Ledger, seconds: float) -> None:
-        """Training step ``step`` is done, ``seconds`` since the run began."""
-        supervised_tokens, tokens = ledger.supervised_tokens, ledger.tokens
-        first = self._resumed_at is None
-        if self._resumed_at is None:
-            self._resumed_at = (seconds, tokens, supervised_tokens)
-        elapsed = max(seconds - self._resumed_at[0], 1e-9)
-        speed = (tokens - self._resumed_at[1]) / elapsed
-        if self.console.is_terminal:
-            self._progress.update(self._bar, completed=supervised_tokens, step=step, loss=loss, tokens_per_second=speed)
-        elif first or supervised_tokens >= self._budget_tokens or (self._log_every and step % self._log_every == 0):
-            spent = supervised_tokens - self._resumed_at[2]
-            left = (self._budget_tokens - supervised_tokens) * elapsed / spent if spent else float("nan")
-            self.say(
-                f"step {step}: {supervised_tokens:,}/{self._budget_tokens:,} supervised tokens "
-                f"({supervised_tokens / self._budget_tokens:.1%}), loss {loss:.4f}, {speed:,.0f} tokens/s"
-                + (f", {left:.0f} s left" if spent else "")
-            )
+    def mixture(self, probabilities: Tensor, seconds: float) -> None:
+        """The mixture that is used from now on, and the seconds that all its updates have taken."""
+        self._probabilities.append(probabilities.tolist())
+        self._mixture_seconds = seconds
 
-    def plan(
-        self, tasks: Sequence[Task], probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str
+    def validation(self, losses: Tensor) -> None:
+        """What a validation has measured, NaN for tasks it leaves out."""
+        self._validation_losses = losses.tolist()
+
+    def step(
+        self, step: int, loss: float, ledger: Ledger, seconds: float, *, task_losses: Tensor, num_drawn: Tensor
     ) -> None:
+        """Training step ``step`` is done, ``seconds`` since the run began; losses are NaN for tasks not in the step."""
+        self._task_tokens, self._num_drawn = ledger.task_tokens.tolist(), num_drawn.tolist()
+        for i, task_loss in enumerate(task_losses.tolist()):
+            if not math.isnan(task_loss):
+                before = self._train_losses[i]
+                self._train_losses[i] = task_loss if math.isnan(before) else 0.9 * before + 0.1 * task_loss
+        is_first = self._first_step is None
+        if self._first_step is None:
+            self._first_step = (seconds, ledger.tokens, ledger.supervised_tokens)
+        elapsed = max(seconds - self._first_step[0], 1e-9)
+        speed = (ledger.tokens - self._first_step[1]) / elapsed
+        spent, total = ledger.supervised_tokens, self._budget_tokens
+        self._progress.update(self._bar, completed=spent, step=step)
+        self._line = f"loss {loss:.4f}   {speed:,.0f} tokens/s   "
+        self._line += f"mixture updates {self._mixture_seconds / max(seconds, 1e-9):.1%} of the time"
+        is_due = is_first or spent >= total or (self._log_every and step % self._log_every == 0)
+        if is_due and not self.console.is_terminal:
+            since = spent - self._first_step[2]
+            left = f", {(total - spent) * elapsed / since:.0f} s left" if since else ""
+            share = f"{spent:,}/{total:,} supervised tokens ({spent / total:.1%})"
+            self.say(f"step {step}: {share}, loss {loss:.4f}, {speed:,.0f} tokens/s{left}")
+
+    def plan(self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str) -> None:
         """What is about to happen: each task's share, training split (in supervised tokens) and validation split."""
-        available = [int(task.train.num_supervised.sum()) for task in tasks]
+        available = [int(task.train.num_supervised.sum()) for task in self._tasks]
         table = _table("", "p", "examples", "tokens", "held out", "too long")
-        for task, p, tokens in zip(tasks, probabilities.tolist(), available, strict=True):
+        for task, p, tokens in zip(self._tasks, probabilities.tolist(), available, strict=True):
             held_out = f"{len(task.validation):,}" if task.validation is not None else "-"
             table.add_row(
                 task.name, f"{p:.3f}", f"{len(task.train):,}", f"{tokens:,}", held_out, f"{task.num_dropped:,}"
             )
         self.console.print(table)
         # p is a share of tokens: a task's share of examples is p over its mean length
-        lengths = torch.tensor([tokens / len(task.train) for task, tokens in zip(tasks, available, strict=True)])
+        lengths = torch.tensor([tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)])
         num_steps = max(1, round(ledger.budget_tokens * float((probabilities / lengths).sum()) / batch_size))
         self.say(
             f"budget: {ledger.budget_tokens:,} of {sum(available):,} supervised tokens, about {num_steps:,} steps of "
@@ -103,20 +140,54 @@ class Display:
             tokens = summary["task_tokens"][name]
             losses = (summary[key][name] for key in ("initial_validation_losses", "validation_losses"))
             share = f"{tokens / summary['budget_tokens']:.1%}"
-            shown = (f"{loss:.3f}" if math.isfinite(loss) else "-" for loss in losses)
-            table.add_row(name, f"{p:.3f}", f"{tokens:,}", share, *shown)
+            table.add_row(name, f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
         self.console.print(table)
         self.say(
-            f"{summary['strategy']}: validation loss worst {summary['worst_validation_loss']:.4f}, mean "
-            f"{summary['mean_validation_loss']:.4f}, after {summary['supervised_tokens']:,} supervised tokens in "
-            f"{summary['steps']:,} steps and {summary['seconds']:.1f} s; probes and validation read "
-            f"{summary['probe_tokens']:,} more\nresults: {folder}/summary.json, log.jsonl, model/"
+            f"{summary['strategy']}: validation loss worst {summary['worst_validation_loss']:.4f}, "
+            f"mean {summary['mean_validation_loss']:.4f}\n"
+            f"{summary['supervised_tokens']:,} supervised tokens in {summary['steps']:,} steps and "
+            f"{summary['seconds']:.1f} s; probes and validation read {summary['probe_tokens']:,} more\n"
+            f"results: {folder}/summary.json, log.jsonl, model/"
         )
 
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self.console.is_terminal:
-            self._progress.stop()
+    def _view(self) -> RenderableType:
+        """The live view: as many tasks as fit, those with the largest shares; side by side where there is room.
+
+        Lines of text, because a table of 60 tasks takes rich 50 ms to draw.
+        """
+        width, height = self.console.size
+        rows = self._rows()
+        name_width = max(4, min(max(len(name) for name, *_ in rows), 32, width - len(_HEADER)))
+        abreast = max(1, width // (name_width + len(_HEADER) + 3))
+        per_column = min(max(height - OTHER_LINES, 3), math.ceil(len(rows) / abreast))
+        shown = sorted(range(len(rows)), key=lambda i: -rows[i][1])[: per_column * abreast]
+        lines = [f"{rows[i][0]:<{name_width}.{name_width}}{rows[i][2]}" for i in sorted(shown)]
+        columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
+        header = "   ".join([" " * name_width + _HEADER] * len(columns))
+        body = ["   ".join(parts) for parts in zip_longest(*columns, fillvalue="")]
+        rest = [f"and {len(rows) - len(shown)} tasks with smaller shares"] if len(shown) < len(rows) else []
+        return Group(self._progress, Text("\n".join([self._line, header, *body, *rest]), no_wrap=True))
+
+    def _rows(self) -> list[tuple[str, float, str]]:
+        """Of every task: name, probability, and the cells under ``_HEADER``."""
+        now = self._probabilities[-1] if self._probabilities else [0.0] * len(self._tasks)
+        before = self._probabilities[0] if self._probabilities else now
+        spent = max(sum(self._task_tokens), 1)
+        rows = []
+        for i, task in enumerate(self._tasks):
+            direction = "↑" if now[i] > 1.05 * before[i] else "↓" if now[i] < 0.95 * before[i] else " "
+            cells = f"  {now[i]:.3f} {direction} {self._task_tokens[i] / spent:6.1%}"
+            cells += f"  {_number(self._train_losses[i]):>6}  {_number(self._validation_losses[i]):>6}"
+            cells += f"  {self._num_drawn[i]:8,}  {self._num_drawn[i] / len(task.train):6.2f}"
+            rows.append((task.name, now[i], cells))
+        return rows
+
+
+_HEADER = "      p    share   train   valid      seen  passes"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def _table(*columns: str) -> Table:

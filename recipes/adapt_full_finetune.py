@@ -187,15 +187,16 @@ class AdaptFullFinetune:
         self.log = RunLog(self.output_dir, keep_bytes=saved["log_bytes"] if saved else 0)
         write_resolved(self.output_dir, to_dict(config))
         checkpoint.clean(self.output_dir / "checkpoints")
-        self.display = Display(self.ledger.budget_tokens, log_every=config.log_every)
+        self.display = Display(self.tasks, budget_tokens=self.ledger.budget_tokens, log_every=config.log_every)
         for file in filter(None, (self.log, self.metric_logger, self.display)):
             self.open_files.callback(file.close)
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
         p = self.mixture.probabilities()
-        self.display.plan(self.tasks, p, ledger=self.ledger, batch_size=config.batch_size, where=where)
+        self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where)
         if saved is not None:
             self.log.write("resume", step=self.num_steps, supervised_tokens=self.ledger.supervised_tokens)
             self.display.say(f"resumed from {saved_path}")
+            self.display.mixture(p, self.mixture_seconds)
 
     def train(self) -> int:
         """Spend the budget. Returns the exit status: 0, or 143 / 130 when SIGTERM / Ctrl-C stopped it."""
@@ -313,6 +314,7 @@ class AdaptFullFinetune:
         self.validation_seconds += time.perf_counter() - started
         losses, spent = self._by_task(self.validation_losses), self.ledger.supervised_tokens
         self.log.write("validation", step=self.num_steps, supervised_tokens=spent, losses=losses)
+        self.display.validation(self.validation_losses)
 
     def save(self) -> None:
         """Write all that an exact resume needs, whole or not at all."""
@@ -427,13 +429,15 @@ class AdaptFullFinetune:
             "task_losses": {name: value for name, value in self._by_task(task_losses).items() if value == value},
         }
         self.log.write("step", step=step, loss=loss, lr=lr, grad_norm=grad_norm, **totals, **by_task, seconds=seconds)
-        self.display.step(step, loss, ledger, seconds)
+        drawn = self.sampler.num_drawn
+        self.display.step(step, loss, ledger, seconds, task_losses=task_losses, num_drawn=drawn)
         every = self.config.log_every
         if self.metric_logger and (step == 1 or ledger.left == 0 or (every and step % every == 0)):
             self.metric_logger.log_dict({"loss": loss, "lr": lr, "grad_norm": grad_norm, **totals}, step=step)
 
     def _log_mixture(self, signals: dict[str, Any]) -> None:
         """The probabilities used from the next step on, and what led to them."""
+        self.display.mixture(self.mixture.probabilities(), self.mixture_seconds)
         probabilities = self._by_task(self.mixture.probabilities())
         signals = {name: self._by_task(value) if value.dim() else value for name, value in signals.items()}
         totals: dict[str, Any] = {n: getattr(self.ledger, n) for n in ("supervised_tokens", "probe_tokens")}

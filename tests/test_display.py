@@ -1,10 +1,11 @@
-"""What a person sees: a bar on a terminal, plain lines elsewhere."""
+"""What a person sees: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -13,25 +14,37 @@ from adapt_recipes.data import Examples, Task
 from adapt_recipes.display import Display
 
 
-def spent(ledger: Ledger, tokens: int) -> Ledger:
-    ledger.spend(torch.tensor([tokens, 0]), unique=tokens, batches=[])
-    ledger.tokens += 10 * tokens
-    return ledger
+def task(name: str, *, validated: bool = True) -> Task:
+    """20 examples of one supervised token each."""
+    tokens, supervised = torch.zeros(40, dtype=torch.int32), torch.tensor([False, True] * 20)
+    examples = Examples(tokens, supervised, torch.arange(0, 41, 2), torch.arange(20))
+    return Task(name, examples, examples if validated else None, num_dropped=3)
 
 
-def steps(console: Console, log_every: int) -> None:
-    display = Display(100, log_every=log_every, console=console)
+def console(*, width: int = 120, height: int = 24, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), width=width, height=height, force_terminal=terminal)
+
+
+def shown(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def five_steps(console: Console, log_every: int) -> Display:
+    display = Display([task("one"), task("two")], budget_tokens=100, log_every=log_every, console=console)
     display.start()
     ledger = Ledger(100, 2)
     for step in range(1, 6):
-        display.step(step, 1.0 / step, spent(ledger, 20), seconds=2.0 * step)
-    display.close()
+        ledger.spend(torch.tensor([20, 0]), unique=20, batches=[])
+        ledger.tokens += 200
+        losses = torch.tensor([1.0 / step, torch.nan])
+        display.step(step, 1.0 / step, ledger, 2.0 * step, task_losses=losses, num_drawn=torch.tensor([20 * step, 0]))
+    return display
 
 
 def plain(log_every: int) -> list[str]:
-    console = Console(file=io.StringIO(), width=120)
-    steps(console, log_every)
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    out = console()
+    five_steps(out, log_every).close()
+    return shown(out).splitlines()
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
@@ -42,23 +55,51 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert not any("\x1b" in line for line in lines)
 
 
-def test_a_bar_on_a_terminal() -> None:
-    console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    steps(console, log_every=1)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("step 5", "100%", "100/100", "loss", "0.200", "100", "tokens/s"):
-        assert part in shown
-    assert "step 4:" not in shown, "no plain lines besides"
+def test_a_live_view_on_a_terminal() -> None:
+    out = console(width=90, terminal=True)
+    display = five_steps(out, log_every=1)
+    display.mixture(torch.tensor([0.5, 0.5]), seconds=0.0)
+    display.mixture(torch.tensor([0.75, 0.25]), seconds=1.0)
+    display.validation(torch.tensor([0.5, torch.nan]))
+    display.close()
+    assert "step 5:" not in shown(out), "no plain lines besides"
+    view = console(width=90)
+    view.print(display._view())
+    lines = shown(view).splitlines()
+    assert "step 5" in lines[0] and "100%" in lines[0] and "100/100 tokens" in lines[0]
+    assert lines[1] == "loss 0.2000   100 tokens/s   mixture updates 0.0% of the time"
+    # p and its direction, share of the tokens, train loss (smoothed), validation loss, examples seen, passes
+    rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
+    assert rows["one"] == ["0.750", "↑", "100.0%", "0.762", "0.500", "100", "5.00"]
+    assert rows["two"] == ["0.250", "↓", "0.0%", "-", "-", "0", "0.00"]
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 60, 200])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 40), (200, 50)])
+def test_it_stays_readable(num_tasks: int, width: int, height: int) -> None:
+    names = [f"A Task Type With a Rather Long Name {i}" if i % 2 else f"task {i}" for i in range(num_tasks)]
+    out = console(width=width, height=height)
+    display = Display([task(name) for name in names], budget_tokens=10**9, log_every=1, console=out)
+    p = torch.arange(1, num_tasks + 1).double()
+    display.mixture(p / p.sum(), seconds=1.0)
+    out.print(display._view())
+    lines = shown(out).splitlines()
+    assert len(lines) <= height and max(map(len, lines)) <= width
+    if num_tasks <= height - 6:
+        assert all(any(name[:16] in line for line in lines) for name in names)
+    else:
+        assert names[-1][:16] in "".join(lines), "the largest shares stay"
+    assert "…" not in "".join(lines), "no number is cut"
 
 
 def test_the_plan_and_the_results(tmp_path: Path) -> None:
-    tokens = torch.zeros(40, dtype=torch.int32)
-    examples = Examples(tokens, torch.tensor([False, True] * 20), torch.arange(0, 41, 2), torch.arange(20))
-    tasks = [Task("one", examples, examples, num_dropped=3), Task("two", examples, None)]
-    console = Console(file=io.StringIO(), width=100)
-    display = Display(30, log_every=0, console=console)
+    out = console(width=80)
+    display = Display([task("one"), task("two", validated=False)], budget_tokens=30, log_every=0, console=out)
     p = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    display.plan(tasks, p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    assert "budget: 30 of 40 supervised tokens, about 6 steps of 5 examples, on cpu" in shown(out)
+    rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
+    assert rows["one"] == ["0.250", "20", "20", "20", "3"] and rows["two"] == ["0.750", "20", "20", "-", "3"]
     summary = {
         "strategy": "uniform",
         "probabilities": {"one": 0.25, "two": 0.75},
@@ -74,9 +115,7 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
         "probe_tokens": 40,
     }
     display.results(summary, folder=tmp_path)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.split()}
-    assert "budget: 30 of 40 supervised tokens, about 6 steps of 5 examples, on cpu" in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["one"] == ["0.250", "10", "33.3%", "2.000", "1.000"]
     assert rows["two"] == ["0.750", "20", "66.7%", "-", "-"]
-    assert "probes and validation read 40 more" in shown and str(tmp_path) in shown
+    assert "probes and validation read 40 more" in shown(out) and str(tmp_path) in shown(out)
