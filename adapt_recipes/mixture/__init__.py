@@ -2,6 +2,6 @@
 
 from adapt_recipes.mixture.adapt import Adapt
 from adapt_recipes.mixture.planned import AdaptPlanned
-from adapt_recipes.mixture.static import FixedWeights, Proportional, Temperature, Uniform
+from adapt_recipes.mixture.static import fixed_weights, proportional, temperature, uniform
 
-__all__ = ["Adapt", "AdaptPlanned", "FixedWeights", "Proportional", "Temperature", "Uniform"]
+__all__ = ["Adapt", "AdaptPlanned", "fixed_weights", "proportional", "temperature", "uniform"]

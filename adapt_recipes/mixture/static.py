@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,35 +11,36 @@ from adapt_recipes.errors import nearest
 from adapt_recipes.mixture.common import number
 
 
-def _by_size(num_supervised_tokens: Tensor | Sequence[int], temperature: float) -> Tensor:
-    sizes = torch.as_tensor(num_supervised_tokens, dtype=torch.float64)
-    assert sizes.min() >= 0 and sizes.max() > 0, f"sizes {sizes.tolist()}"
-    # Relative to the largest, so that a low temperature cannot overflow; an empty task gets nothing at any temperature.
-    weights = torch.where(sizes > 0, (sizes / sizes.max()) ** (1 / temperature), 0.0)
-    return weights / weights.sum()
+class Static:
+    """The same shares for the whole run.
+
+    Args:
+        probabilities: (num_tasks,) float64, on the simplex.
+    """
+
+    observes: tuple[str, ...] = ()
+
+    def __init__(self, probabilities: Tensor) -> None:
+        self._probabilities = probabilities
+
+    def probabilities(self) -> Tensor:
+        """(num_tasks,) float64, sums to 1."""
+        return self._probabilities.clone()
+
+    def update(self, *, task_tokens: Tensor, **signals: Tensor) -> dict[str, Tensor]:
+        """Nothing to learn and nothing to log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: it follows from the config."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the empty state of a static mixture."""
+        assert not state, f"a static mixture has no state, but was given {sorted(state)}"
 
 
-def _unchanged(self: Any) -> Tensor:
-    """The same shares for the whole run: (num_tasks,) float64, sums to 1."""
-    return self._probabilities.clone()
-
-
-def _learn_nothing(self: Any, *, task_tokens: Tensor, **signals: Tensor) -> dict[str, Tensor]:
-    """Nothing to learn and nothing to log."""
-    return {}
-
-
-def _no_state(self: Any) -> dict[str, Tensor]:
-    """A static mixture follows from the config alone."""
-    return {}
-
-
-def _load_no_state(self: Any, state: Mapping[str, Tensor]) -> None:
-    """Takes the empty state of a static mixture."""
-    assert not state, f"a static mixture has no state, but was given {sorted(state)}"
-
-
-class Uniform:
+def uniform(*, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int) -> Static:
     """Every task the same share of the supervised tokens (the SFT-U baseline of arXiv 2512.04555).
 
     Args:
@@ -48,17 +48,12 @@ class Uniform:
         num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
         budget_tokens: supervised tokens to spend; not used.
     """
-
-    observes: tuple[str, ...] = ()
-    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
-
-    def __init__(
-        self, *, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int
-    ) -> None:
-        self._probabilities = torch.full((len(task_names),), 1 / len(task_names), dtype=torch.float64)
+    return Static(torch.full((len(task_names),), 1 / len(task_names), dtype=torch.float64))
 
 
-class Proportional:
+def proportional(
+    *, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int
+) -> Static:
     """Shares in proportion to the supervised tokens available (the SFT-P baseline of arXiv 2512.04555).
 
     Args:
@@ -66,17 +61,16 @@ class Proportional:
         num_supervised_tokens: (num_tasks,) supervised tokens available per task.
         budget_tokens: supervised tokens to spend; not used.
     """
-
-    observes: tuple[str, ...] = ()
-    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
-
-    def __init__(
-        self, *, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int
-    ) -> None:
-        self._probabilities = _by_size(num_supervised_tokens, temperature=1.0)
+    return Static(_by_size(num_supervised_tokens, temperature=1.0))
 
 
-class Temperature:
+def temperature(
+    *,
+    task_names: Sequence[str],
+    num_supervised_tokens: Tensor | Sequence[int],
+    budget_tokens: int,
+    temperature: float,
+) -> Static:
     """Shares in proportion to size^(1/temperature) (MoS, arXiv 2406.08811): 1 is proportional, infinity uniform.
 
     Args:
@@ -88,23 +82,16 @@ class Temperature:
     Raises:
         ValueError: if the temperature is no number above 0.
     """
-
-    observes: tuple[str, ...] = ()
-    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
-
-    def __init__(
-        self,
-        *,
-        task_names: Sequence[str],
-        num_supervised_tokens: Tensor | Sequence[int],
-        budget_tokens: int,
-        temperature: float,
-    ) -> None:
-        temperature = number("temperature", temperature, above=0, finite=False)
-        self._probabilities = _by_size(num_supervised_tokens, temperature)
+    return Static(_by_size(num_supervised_tokens, number("temperature", temperature, above=0, finite=False)))
 
 
-class FixedWeights:
+def fixed_weights(
+    *,
+    task_names: Sequence[str],
+    num_supervised_tokens: Tensor | Sequence[int],
+    budget_tokens: int,
+    weights: Mapping[str, float],
+) -> Static:
     """Shares given by hand, normalised to sum to 1.
 
     Args:
@@ -116,30 +103,26 @@ class FixedWeights:
     Raises:
         ValueError: if a task is missing or unknown, a weight is no number >= 0, or all are 0.
     """
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"mixture.weights must map each task's name to a weight, not {weights!r}")
+    given = {str(name): weight for name, weight in weights.items()}
+    for name in given:
+        if name not in task_names:
+            raise ValueError(f"mixture.weights: {name!r} is no task of this run{nearest(name, task_names)}")
+    for name in task_names:
+        if name not in given:
+            raise ValueError(f"mixture.weights lacks a weight for the task {name!r} (0 to leave it out)")
+    values = [number(f"weights[{name!r}]", given[name], at_least=0) for name in task_names]
+    if not any(values):
+        raise ValueError("mixture.weights: at least one weight must be above 0, and all are 0")
+    # Relative to the largest, so that the sum of finite weights is finite.
+    shares = torch.tensor(values, dtype=torch.float64) / max(values)
+    return Static(shares / shares.sum())
 
-    observes: tuple[str, ...] = ()
-    probabilities, update, state_dict, load_state_dict = _unchanged, _learn_nothing, _no_state, _load_no_state
 
-    def __init__(
-        self,
-        *,
-        task_names: Sequence[str],
-        num_supervised_tokens: Tensor | Sequence[int],
-        budget_tokens: int,
-        weights: Mapping[str, float],
-    ) -> None:
-        if not isinstance(weights, Mapping):
-            raise ValueError(f"mixture.weights must map each task's name to a weight, not {weights!r}")
-        given = {str(name): weight for name, weight in weights.items()}
-        for name in given:
-            if name not in task_names:
-                raise ValueError(f"mixture.weights: {name!r} is no task of this run{nearest(name, task_names)}")
-        for name in task_names:
-            if name not in given:
-                raise ValueError(f"mixture.weights lacks a weight for the task {name!r} (0 to leave it out)")
-        values = [number(f"weights[{name!r}]", given[name], at_least=0) for name in task_names]
-        if not any(values):
-            raise ValueError("mixture.weights: at least one weight must be above 0, and all are 0")
-        # Relative to the largest, so that the sum of finite weights is finite.
-        shares = torch.tensor(values, dtype=torch.float64) / max(values)
-        self._probabilities = shares / shares.sum()
+def _by_size(num_supervised_tokens: Tensor | Sequence[int], temperature: float) -> Tensor:
+    sizes = torch.as_tensor(num_supervised_tokens, dtype=torch.float64)
+    assert sizes.min() >= 0 and sizes.max() > 0, f"sizes {sizes.tolist()}"
+    # Relative to the largest, so that a low temperature cannot overflow; an empty task gets nothing at any temperature.
+    weights = torch.where(sizes > 0, (sizes / sizes.max()) ** (1 / temperature), 0.0)
+    return weights / weights.sum()

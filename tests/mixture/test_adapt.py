@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from adapt_recipes import probe
-from adapt_recipes.mixture import Adapt, Uniform
+from adapt_recipes.mixture import Adapt, uniform
 from adapt_recipes.mixture.adapt import SMALLEST_NORMALISER
 
 NAN = math.nan
@@ -300,13 +300,13 @@ def test_the_order_of_the_tasks_does_not_matter(case, options) -> None:
 def test_a_meta_learning_rate_of_0_is_uniform_to_the_last_bit(floor, center_and_scale) -> None:
     for n in range(1, 101):
         mixture = make(n, meta_lr=0, floor=floor, center_and_scale=center_and_scale)
-        uniform = Uniform(task_names=mixture.values, num_supervised_tokens=[], budget_tokens=1).probabilities()
-        assert torch.equal(mixture.probabilities(), uniform)
+        expected = uniform(task_names=mixture.values, num_supervised_tokens=[], budget_tokens=1).probabilities()
+        assert torch.equal(mixture.probabilities(), expected)
         generator = torch.Generator().manual_seed(n)
         for _ in range(2):
             dots = torch.randn(n, generator=generator, dtype=torch.float64)
             update(mixture, torch.rand(n, generator=generator, dtype=torch.float64).tolist(), dots.tolist())
-            assert torch.equal(mixture.probabilities(), uniform)
+            assert torch.equal(mixture.probabilities(), expected)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapt_recipes.mixture import FixedWeights, Proportional, Temperature, Uniform
+from adapt_recipes.mixture import fixed_weights, proportional, uniform
+from adapt_recipes.mixture import temperature as tempered
 
 NAMES = ["Summarization", "Question Answering", "Title Generation"]
 COMMON = {"task_names": NAMES, "num_supervised_tokens": torch.tensor([600, 300, 100]), "budget_tokens": 1000}
@@ -29,10 +30,10 @@ def is_one_line(error) -> bool:
 @pytest.mark.parametrize(
     ("mixture", "expected"),
     [
-        (Uniform(**COMMON), [1 / 3, 1 / 3, 1 / 3]),
-        (Proportional(**COMMON), [0.6, 0.3, 0.1]),
-        (Temperature(**COMMON, temperature=2), [math.sqrt(x) / (math.sqrt(6) + math.sqrt(3) + 1) for x in (6, 3, 1)]),
-        (FixedWeights(**COMMON, weights={NAMES[1]: 3, NAMES[0]: 1, NAMES[2]: 0}), [0.25, 0.75, 0.0]),
+        (uniform(**COMMON), [1 / 3, 1 / 3, 1 / 3]),
+        (proportional(**COMMON), [0.6, 0.3, 0.1]),
+        (tempered(**COMMON, temperature=2), [math.sqrt(x) / (math.sqrt(6) + math.sqrt(3) + 1) for x in (6, 3, 1)]),
+        (fixed_weights(**COMMON, weights={NAMES[1]: 3, NAMES[0]: 1, NAMES[2]: 0}), [0.25, 0.75, 0.0]),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -45,10 +46,10 @@ def test_shares(mixture, expected) -> None:
 @pytest.mark.parametrize(
     "mixture",
     [
-        Uniform(**COMMON),
-        Proportional(**COMMON),
-        Temperature(**COMMON, temperature=10.0),
-        FixedWeights(**COMMON, weights=dict.fromkeys(NAMES, 1)),
+        uniform(**COMMON),
+        proportional(**COMMON),
+        tempered(**COMMON, temperature=10.0),
+        fixed_weights(**COMMON, weights=dict.fromkeys(NAMES, 1)),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -64,7 +65,7 @@ def test_nothing_changes_a_static_mixture(mixture) -> None:
 
 @given(SIZES, st.floats(0.01, 1e6))
 def test_every_temperature_gives_a_mixture_ordered_by_size(sizes, temperature) -> None:
-    p = sized(Temperature, sizes, temperature=temperature).probabilities()
+    p = sized(tempered, sizes, temperature=temperature).probabilities()
     assert abs(p.sum() - 1) < 1e-12
     assert (p >= 0).all()
     assert (p[torch.tensor(sizes) == 0] == 0).all(), "an empty task can give nothing"
@@ -75,24 +76,24 @@ def test_every_temperature_gives_a_mixture_ordered_by_size(sizes, temperature) -
 @given(SIZES)
 def test_temperature_runs_from_proportional_to_uniform(sizes) -> None:
     assert torch.equal(
-        sized(Temperature, sizes, temperature=1).probabilities(), sized(Proportional, sizes).probabilities()
+        sized(tempered, sizes, temperature=1).probabilities(), sized(proportional, sizes).probabilities()
     )
     if all(sizes):
-        hottest = sized(Temperature, sizes, temperature=math.inf).probabilities()
-        assert torch.equal(hottest, sized(Uniform, sizes).probabilities())
+        hottest = sized(tempered, sizes, temperature=math.inf).probabilities()
+        assert torch.equal(hottest, sized(uniform, sizes).probabilities())
 
 
 @pytest.mark.parametrize("temperature", [0, -1, math.nan, "hot", True, None])
 def test_temperature_out_of_range(temperature) -> None:
     with pytest.raises(ValueError, match=r"mixture\.temperature must be a number > 0, not ") as error:
-        Temperature(**COMMON, temperature=temperature)
+        tempered(**COMMON, temperature=temperature)
     assert is_one_line(error)
 
 
 @given(st.lists(st.floats(0, 1e308), min_size=1, max_size=20).filter(any))
 def test_fixed_weights_are_normalised(weights) -> None:
     names = [f"task {i}" for i in range(len(weights))]
-    p = sized(FixedWeights, [1] * len(weights), weights=dict(zip(names, weights, strict=True))).probabilities()
+    p = sized(fixed_weights, [1] * len(weights), weights=dict(zip(names, weights, strict=True))).probabilities()
     assert p.isfinite().all()
     assert abs(p.sum() - 1) < 1e-12
     assert (p[torch.tensor(weights, dtype=torch.float64) == 0] == 0).all()
@@ -116,5 +117,5 @@ def test_fixed_weights_are_normalised(weights) -> None:
 )
 def test_wrong_weights_are_named(weights, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        FixedWeights(**COMMON, weights=weights)
+        fixed_weights(**COMMON, weights=weights)
     assert is_one_line(error)

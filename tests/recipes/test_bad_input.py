@@ -136,8 +136,8 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Refusal:
         ("optimizer.params=[]", "optimizer.params: the recipe gives this itself; take it out"),
         ("~model.vocab_size", f"missing key 'model.vocab_size', which {LLAMA} needs"),
         (
-            "mixture=adapt_recipes.mixture.FixedWeights",
-            "missing key 'mixture.weights', which adapt_recipes.mixture.FixedWeights needs",
+            "mixture=adapt_recipes.mixture.fixed_weights",
+            "missing key 'mixture.weights', which adapt_recipes.mixture.fixed_weights needs",
         ),
         # overrides
         ("seed", "'seed' is not an override: write key=value, or ~key to take a key out"),

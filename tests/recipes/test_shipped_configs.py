@@ -98,8 +98,8 @@ def test_its_name_tells_the_truth(path: Path, adapt_full_finetune, sft_full_fine
     recipe = path.read_text().split()[3]
     module = {"adapt_full_finetune": adapt_full_finetune, "sft_full_finetune": sft_full_finetune}[recipe]
     config = load(module.Config, path)
-    component = {"adapt": "Adapt", "adapt_planned": "AdaptPlanned", "fixed": "FixedWeights"}
-    assert config.mixture.component.split(".")[-1] == component.get(config.strategy, config.strategy.capitalize())
+    component = {"adapt": "Adapt", "adapt_planned": "AdaptPlanned", "fixed": "fixed_weights"}
+    assert config.mixture.component.split(".")[-1] == component.get(config.strategy, config.strategy)
     assert config.output_dir == f"runs/{path.stem}"
     model, _, rest = path.stem.partition("_") if path.stem.startswith("tiny") else ("smollm2", "", path.stem[13:])
     strategy, _, budget = rest.rpartition("_") if rest.endswith("pct") else (rest, "", "")

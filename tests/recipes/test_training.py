@@ -25,7 +25,7 @@ def test_a_meta_learning_rate_of_0_is_uniform_bit_for_bit(run: Runner) -> None:
 
 
 def test_a_static_mixture_is_the_same_in_both_recipes(run: Runner) -> None:
-    static = "mixture._component_=adapt_recipes.mixture.Uniform"
+    static = "mixture._component_=adapt_recipes.mixture.uniform"
     in_adapt = run("tiny_adapt_planned", static, folder="a")
     assert in_adapt.training() == run("tiny_uniform", folder="b").training()
     assert in_adapt.summary["mixture_updates"] == 0
