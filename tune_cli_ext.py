@@ -5,7 +5,8 @@ bare interpreter has not loaded, and does its work only when torchtune's command
 Where no .pth file is read, `python -m tune_cli_ext ls` is the same as `tune ls`.
 
 What of torchtune 0.6.1 it relies on: `_recipe_registry._ALL_RECIPES` is a list of `Recipe(name, file_path, configs,
-supports_distributed)` in which an absolute `file_path` wins, and `_cli.tune` takes `Validate` from `_cli.validate`.
+supports_distributed)` in which an absolute `file_path` wins, and `_cli.tune` takes `Validate` from `_cli.validate` and
+`Run`, whose `_get_recipe` looks a recipe up, from `_cli.run`.
 """
 
 from __future__ import annotations
@@ -123,6 +124,39 @@ def _add_recipes(registry: ModuleType) -> None:
     registry._ALL_RECIPES[:0] = recipes.values()
 
 
+# ---- tune run
+
+
+def _make_run_name_what_it_knows(run: ModuleType) -> None:
+    """Have `tune run` say which recipe was meant, where torchtune ends in a traceback of `runpy`."""
+
+    class Run(run.Run):  # type: ignore[name-defined]
+        def _get_recipe(self, recipe_str: str) -> Any:
+            from adapt_recipes.errors import nearest
+
+            recipe = super()._get_recipe(recipe_str)
+            if recipe is None and not _is_module(self._convert_to_dotpath(recipe_str)):
+                hint = nearest(recipe_str, [known.name for known in run.get_all_recipes()])
+                hint = hint if "did you mean" in hint else "; `tune ls` lists those there are"
+                self._parser.exit(2, f"tune run: error: no recipe '{recipe_str}', by name or by path{hint}\n")
+            return recipe
+
+    run.Run = Run  # type: ignore[attr-defined]
+
+
+def _is_module(dotted: str) -> bool:
+    """Whether `tune run` could run this as a module, from the current folder or from what is installed."""
+    from importlib.util import find_spec
+
+    sys.path.append(os.getcwd())
+    try:
+        return find_spec(dotted) is not None
+    except (ImportError, ValueError):
+        return False
+    finally:
+        sys.path.pop()
+
+
 # ---- tune validate
 
 
@@ -229,6 +263,7 @@ def _validate_strictly(recipe_path: str, config_path: str, overrides: list[str])
 
 _EXTENSIONS = {
     "torchtune._recipe_registry": _add_recipes,
+    "torchtune._cli.run": _make_run_name_what_it_knows,
     "torchtune._cli.validate": _make_validate_strict,
 }
 _FINDER = _TorchtuneFinder()

@@ -162,6 +162,8 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
         ["validate", "tiny_adapt", "budget.tokns=64"],
         ["validate", "tiny_adapd"],
         ["validate", "llama2/7B_full", "seed=3"],
+        ["run", "adapt_full_finetun", "--config", "tiny_adapt"],
+        ["run", "./gone.py", "--config", "tiny_adapt"],
         cwd=tmp_path,
     )
     recipes = listed(ls[1])
@@ -176,6 +178,7 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
 
     assert validations[:3] == [WELL_FORMED] * 3
     hints = ["did you mean 'seed'?", "did you mean 'tokens'?", "did you mean 'tiny_adapt'?", "no config of ours"]
+    hints += ["no recipe 'adapt_full_finetun', by name or by path; did you mean 'adapt_full_finetune'?", "`tune ls`"]
     for (status, output), hint in zip(validations[3:], hints, strict=True):
         assert status == 2 and hint in output and output.count("\n") == 1, output
 
