@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_recipes.mixture import AdaptPlanned, uniform
+from adapt_recipes.mixture import AdaptPlanned, planned, uniform
 from adapt_recipes.mixture.planned import STARVED_UPDATES
 
 NAN = math.nan
@@ -248,7 +249,7 @@ def test_always_a_mixture_above_the_floor_and_the_state_carries_everything(updat
             assert torch.equal(again[name], value), name
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(
     st.integers(2, 6).flatmap(
         lambda n: st.tuples(
@@ -262,7 +263,7 @@ def test_always_a_mixture_above_the_floor_and_the_state_carries_everything(updat
     )
 )
 def test_the_order_of_the_tasks_does_not_matter(case) -> None:
-    """Up to rounding, which the fixed point's iteration amplifies where two tasks are nearly tied (6e-6 was seen)."""
+    """With one iteration an update, for sixty amplify rounding where two tasks are nearly tied (to 6e-6 was seen)."""
     steps, order = case
     order, n = list(order), len(case[1])
     mixture, permuted = make(n), make(n)
@@ -270,9 +271,10 @@ def test_the_order_of_the_tasks_does_not_matter(case) -> None:
     for step in steps:
         tokens = tokens + tensor([t for t, _ in step])
         losses = tensor([loss / 10 for _, loss in step])
-        update(mixture, tokens, losses)
-        update(permuted, tokens[order], losses[order])
-    torch.testing.assert_close(permuted.probabilities(), mixture.probabilities()[order], rtol=0, atol=1e-3)
+        with patch.object(planned, "ITERATIONS", 1):
+            update(mixture, tokens, losses)
+            update(permuted, tokens[order], losses[order])
+    torch.testing.assert_close(permuted.probabilities(), mixture.probabilities()[order], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
