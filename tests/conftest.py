@@ -7,7 +7,7 @@ import os
 import pytest
 from hypothesis import settings
 
-# The same examples every time, so that a failure is the change's own; `--hypothesis-profile=default` looks for new ones.
+# The same examples every time: a failure is the change's own. `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 
