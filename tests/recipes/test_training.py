@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import Runner, load_recipe
+from conftest import ROOT, Runner
 from safetensors.torch import load_file
 
 ADAPT = "adapt_recipes.mixture.Adapt"
@@ -143,6 +143,14 @@ def test_a_mixture_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Pat
         run("tiny_uniform", "mixture._component_=my_mixtures.TwoToOne", folder="other")
 
 
+def test_the_mixture_of_the_readme(run: Runner, tmp_path: Path) -> None:
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (code,) = (block.split("```")[0] for block in blocks if "class Mine" in block)
+    (tmp_path / "readme_mixture.py").write_text(f"import torch\n\n{code}")
+    done = run("tiny_adapt_planned", "mixture={_component_: readme_mixture.Mine, temperature: 0.5}")
+    assert done.summary["mixture_updates"] == 2 and "logits" in done.events("mixture")[-1]
+
+
 def test_the_lines_that_recipes_share_are_the_same(
     adapt_full_finetune: ModuleType, sft_full_finetune: ModuleType
 ) -> None:
@@ -153,7 +161,3 @@ def test_the_lines_that_recipes_share_are_the_same(
     ours, theirs = (inspect.getsource(module).splitlines() for module in (adapt_full_finetune, sft_full_finetune))
     only_sft = [line for line in theirs if line not in ours]
     assert len(only_sft) <= 30, only_sft
-
-
-def test_a_copied_and_edited_recipe_runs(tmp_path: Path) -> None:
-    assert load_recipe("sft_full_finetune").Config is not load_recipe("sft_full_finetune").Config

@@ -1,0 +1,108 @@
+"""Runs several configs with several seeds and puts them in one table: what came out, with its range over seeds.
+
+    python benchmarks/compare.py --out runs/toy --seeds 30,31,32 tiny_uniform tiny_adapt tiny_adapt_planned
+    python benchmarks/compare.py --out runs/noise --seeds 30,31,32 tiny_uniform tiny_adapt_planned tasks.noise=true
+
+The first config is what the others are held against: "tokens to its loss" are the supervised tokens after which a
+validation first finds the worst excess loss at or below the one that the first config ends with, for the same seed.
+Excess is over the lowest loss there can be: ln 16 for the toy tasks' noise, else 0. Runs that are finished are not run
+again, so a comparison that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ENTROPIES = {"noise": math.log(16)}
+
+
+def run(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
+    """One run of a shipped config, in a process of its own; nothing where it is finished."""
+    path = ROOT / "yaml" / f"{config}.yaml"
+    recipe = ROOT / "recipes" / f"{path.read_text().split()[3]}.py"  # "# tune run RECIPE --config ..."
+    seeds = [f"seed={seed}"] + ([f"tasks.seed={seed}"] if config.startswith("tiny_") else [])
+    command = [sys.executable, str(recipe), "--config", str(path), *seeds, f"output_dir={folder}", "resume=true"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with open(folder.with_suffix(".txt"), "w") as output:
+        subprocess.run([*command, *overrides], check=True, stdout=output, stderr=output, env=environment)
+
+
+def excess(losses: dict[str, float | None]) -> list[float]:
+    """The losses that were measured, each above its task's lowest possible."""
+    return [loss - ENTROPIES.get(name, 0.0) for name, loss in losses.items() if loss is not None]
+
+
+def tokens_to_reach(folder: Path, worst: float) -> float:
+    """Supervised tokens at the first validation whose worst excess is no higher; NaN: never."""
+    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        if line["event"] == "validation" and max(excess(line["losses"])) <= worst:
+            return line["supervised_tokens"]
+    return math.nan
+
+
+def row(config: str, folders: Sequence[Path], baselines: Sequence[Path]) -> list[str]:
+    """One config's line: means and ranges over seeds."""
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    targets = [max(excess(json.loads((base / "summary.json").read_text())["validation_losses"])) for base in baselines]
+    reached = [tokens_to_reach(folder, target) for folder, target in zip(folders, targets, strict=True)]
+
+    def cell(value: Callable[[dict[str, Any]], float], digits: int) -> str:
+        values = [value(summary) for summary in summaries]
+        return spread(values, digits)
+
+    return [
+        config,
+        cell(lambda s: max(excess(s["validation_losses"])), 3),
+        cell(lambda s: sum(excess(s["validation_losses"])) / len(excess(s["validation_losses"])), 3),
+        spread(reached, 0),
+        cell(lambda s: s["task_tokens"].get("noise", 0) / s["budget_tokens"], 2),
+        cell(lambda s: s["steps"], 0),
+        cell(lambda s: s["mixture_updates"], 0),
+        cell(lambda s: s["probe_tokens"], 0),
+        cell(lambda s: s["seconds"], 0),
+        cell(lambda s: s["mixture_seconds"] / s["seconds"], 2),
+    ]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and the range where there is one; "never" where a value is missing."""
+    if any(math.isnan(value) for value in values):
+        return "never" if all(math.isnan(value) for value in values) else "not always"
+    low, high, mean = min(values), max(values), sum(values) / len(values)
+    said = f"{mean:.{digits}f}"
+    return said if low == high else f"{said} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], required=True)
+    parser.add_argument("words", nargs="+", metavar="config|key=value", help="names in yaml/, and overrides for all")
+    arguments = parser.parse_args(argv)
+    configs = [word for word in arguments.words if "=" not in word]
+    overrides = [word for word in arguments.words if "=" in word]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    folders = {config: [arguments.out / f"{config}_{seed}" for seed in arguments.seeds] for config in configs}
+    for i, seed in enumerate(arguments.seeds):
+        for config in configs:  # one after the other with the same seed, so that a change of the machine hits all
+            run(config, seed, folders[config][i], overrides)
+    columns = ["", "worst excess", "mean excess", "tokens to its loss", "noise share", "steps", "updates"]
+    columns += ["probe tokens", "seconds", "of them updates"]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for config in configs:
+        print("| " + " | ".join(row(config, folders[config], folders[configs[0]])) + " |")
+
+
+if __name__ == "__main__":
+    main()
