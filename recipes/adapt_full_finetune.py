@@ -6,7 +6,7 @@
   to the token;
 - every ``mixture_update_every`` steps measures what the mixture observes, and lets it change;
 - any mixture component works: ``adapt`` (the paper's one-step form), ``adapt_planned`` (ours), a static one, or yours;
-- fp32, bf16 (fp32 weights) and pure bf16, ``torch.compile``, activation checkpointing, padding-free micro-batches;
+- fp32, bf16 (fp32 weights) and pure bf16, ``torch.compile``, activation checkpointing, micro-batches of like length;
 - stopped at any moment, it resumes bit for bit; ends with a Hugging Face folder.
 
 Meant to be copied and edited: ``tune cp adapt_full_finetune mine.py``, then ``tune run mine.py --config ...``.

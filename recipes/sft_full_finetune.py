@@ -5,7 +5,7 @@
 - draws examples so that each task gets the share of *supervised tokens* the mixture gives it, until the budget is spent
   to the token;
 - uniform, size-proportional, temperature or fixed weights, or a static mixture of yours;
-- fp32, bf16 (fp32 weights) and pure bf16, ``torch.compile``, activation checkpointing, padding-free micro-batches;
+- fp32, bf16 (fp32 weights) and pure bf16, ``torch.compile``, activation checkpointing, micro-batches of like length;
 - stopped at any moment, it resumes bit for bit; ends with a Hugging Face folder.
 
 The lines it shares with ``adapt_full_finetune`` are the same to the letter.
