@@ -1,0 +1,100 @@
+"""Start-up cold and from the cache, peak memory, and what a run's own ``summary.json`` says of its speed.
+
+    python benchmarks/startup.py [--config NAME] [--model FOLDER --data FOLDER] [key=value ...]
+
+Runs a shipped config twice, each time as a process of its own: first with an empty cache of tokenised tasks, then from
+the cache. Start-up is from the start of the process to the first line of ``log.jsonl``, when training begins; the
+operating system's own cache of files is as it is. Everything else is of the config as shipped but for the budget
+(``--budget``), so the share of mixture updates is that of its default settings; speed leaves validation and updates
+out, start-up too, and the share of updates is of the time without validation. Give ``--model`` and ``--data`` for the
+configs of real models; their validation at start and end takes long, see ``tasks.validation_examples``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line ``argv``. Returns the numbers that ``--json`` writes."""
+    parser = common.parser(__doc__, max_seq_len=1024)
+    parser.add_argument("--config", default="tiny_adapt_planned", help="a name in yaml/")
+    parser.add_argument("--budget", type=int, default=9600, help="supervised tokens a run")
+    arguments, overrides = parser.parse_known_args(argv)
+    real = not arguments.config.startswith("tiny_")
+    numbers: dict[str, Any] = {"config": arguments.config, "budget_tokens": arguments.budget}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = [*common.sources(arguments, folder), "tasks.types=null"] if real else []
+        overrides = [*sources, f"budget.tokens={arguments.budget}", f"tasks.cache_dir={folder / 'cache'}", *overrides]
+        for state in ("cold", "cached"):
+            output_dir = folder / state
+            last_wins = dict(each.split("=", 1) for each in (*overrides, f"output_dir={output_dir}"))
+            numbers[state] = run(arguments.config, last_wins, output_dir, threads=arguments.threads)
+    rows = [
+        (label, *(show(numbers[state][key]) for state in ("cold", "cached")))
+        for label, key, show in (
+            ("start-up, s", "startup_seconds", float),
+            ("whole run, s", "wall_seconds", float),
+            ("peak memory, MiB", "peak_mib", float),
+            ("tokens/s", "tokens_per_second", float),
+            ("supervised tokens/s", "supervised_tokens_per_second", float),
+            ("padding", "padding", "{:.1%}".format),
+            ("mixture updates, share of time", "mixture_share", "{:.1%}".format),
+            ("steps", "steps", int),
+            ("mixture updates", "mixture_updates", int),
+        )
+    ]
+    common.show(f"{arguments.config}, {arguments.budget} supervised tokens", ("", "cold", "cached"), rows)
+    return common.write(arguments.json, numbers)
+
+
+def run(config: str, overrides: dict[str, str], output_dir: Path, *, threads: int) -> dict[str, Any]:
+    """Run a recipe to its end and watch it from outside."""
+    recipe = "adapt_full_finetune" if "adapt" in config else "sft_full_finetune"
+    command = [sys.executable, str(common.ROOT / "recipes" / f"{recipe}.py")]
+    command += ["--config", str(common.CONFIGS / f"{config}.yaml"), *(f"{k}={v}" for k, v in overrides.items())]
+    python_path = os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path}
+    output = output_dir.with_suffix(".out")
+    first_line = output_dir / "log.jsonl"
+    startup = peak = 0.0
+    started = time.perf_counter()
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    while process.poll() is None:
+        peak = max(peak, common.memory(process.pid)[1])
+        if not startup and first_line.exists() and first_line.stat().st_size:
+            startup = time.perf_counter() - started
+        time.sleep(0.01)
+    wall = time.perf_counter() - started
+    if process.returncode:
+        raise RuntimeError(f"the run failed: {output.read_text()[-2000:]}")
+    summary = json.loads((output_dir / "summary.json").read_text())
+    training = summary["seconds"] - summary["validation_seconds"]
+    stepping = training - summary["mixture_seconds"]
+    return {
+        "startup_seconds": startup,
+        "wall_seconds": wall,
+        "peak_mib": peak,
+        "tokens_per_second": summary["tokens"] / stepping,
+        "supervised_tokens_per_second": summary["supervised_tokens"] / stepping,
+        "padding": 1 - summary["tokens"] / summary["computed_tokens"],
+        "mixture_share": summary["mixture_seconds"] / training,
+        "steps": summary["steps"],
+        "mixture_updates": summary["mixture_updates"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Tokens a second, padding and memory of this project's training step, beside torchtune's recipe and HF's Trainer.
+
+    python benchmarks/throughput.py [--model FOLDER] [--data FOLDER]
+
+All train the same model on the same examples: drawn once by this project's sampler with a uniform mixture, in that
+order. All take an optimizer step (AdamW, fused, gradients clipped at 1) every ``--batch-size`` examples, in bf16:
+
+- ours: the shipped recipe's ``step``: fp32 weights and bf16 autocast, micro-batches by length, the head on supervised
+  positions.
+- torchtune: the recipe class of its wheel, with its own ``train``: bf16 weights, 8 examples a forward.
+- Trainer: transformers' own: fp32 weights and bf16 autocast, 8 examples a forward. It is left out, with a line that
+  says so, where ``--trainer-python`` has no transformers and accelerate.
+
+``contenders.py`` says of each what is the library's own. Each runs in a process of its own, one at a time, in turns:
+A B C A B C. Trust the ratios, which are of runs side by side; on a machine that does other work the times alone are not
+to be trusted. A real token is a position that is not padding, counted after the causal shift (an example's length less
+one), so that all have as many; padding is what else passes through the embedding, of all that does (the others' last
+token, which predicts nothing, is not padding). Memory is the peak of the process, and its growth since the libraries
+were imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+from contenders import CONTENDERS
+
+from adapt_recipes.config import load
+from adapt_recipes.data import IGNORE_INDEX, TokenSampler, load_tasks
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line ``argv``. Returns the numbers that ``--json`` writes."""
+    parser = common.parser(__doc__, max_seq_len=1024)
+    parser.add_argument("--examples", type=int, default=64, help="drawn once, a multiple of the batch size")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples an optimizer step, of all")
+    parser.add_argument("--stock-batch-size", type=int, default=8, help="examples a forward of the other two")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trainer-python", default=sys.executable, help="interpreter of the Trainer's environment")
+    arguments = parser.parse_args(argv)
+    if arguments.examples % arguments.batch_size or arguments.batch_size % arguments.stock_batch_size:
+        parser.error("--examples has to be a multiple of --batch-size, and that of --stock-batch-size")
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = measure(arguments, Path(folder))
+    report(numbers)
+    return common.write(arguments.json, numbers)
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The counts of the examples, and what each contender answered in each round."""
+    settings = draw(arguments, folder)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    contenders, skipped = {}, {}
+    try:
+        for name in CONTENDERS:
+            python = arguments.trainer_python if name == "Trainer" else sys.executable
+            contender = Contender(name, python=python, folder=folder, threads=arguments.threads)
+            if reason := contender.answer().get("skipped"):
+                skipped[name] = reason
+                contender.close()
+            else:
+                contenders[name] = contender
+        rounds = [{name: contender.round() for name, contender in contenders.items()} for _ in range(arguments.rounds)]
+    finally:
+        for contender in contenders.values():
+            contender.close()
+    counts = {key: settings[key] for key in ("num_examples", "num_tokens", "num_supervised_tokens")}
+    shown: dict[str, Any] = {}
+    for name in contenders:
+        turns = [turn[name] for turn in rounds]
+        # Of the others one position an example, the last, is neither a real token nor padding.
+        real = settings["num_tokens"] + (0 if name == "ours" else settings["num_examples"])
+        shown[name] = {
+            "tokens_per_second": [settings["num_tokens"] / turn["seconds"] for turn in turns],
+            "supervised_tokens_per_second": [settings["num_supervised_tokens"] / turn["seconds"] for turn in turns],
+            "padding": 1 - real / turns[0]["positions"],
+            "positions": turns[0]["positions"],
+            "first_loss": turns[0]["first_loss"],
+            "peak_mib": max(turn["peak_mib"] for turn in turns),
+            "growth_mib": max(turn["growth_mib"] for turn in turns),
+        }
+    ratios = {
+        name: [turn[name]["seconds"] / turn["ours"]["seconds"] for turn in rounds]
+        for name in contenders
+        if name != "ours"
+    }
+    return {**counts, "contenders": shown, "ours_over": ratios, "skipped": skipped}
+
+
+def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Draw the examples as the recipe will, write them down, and return what a contender has to know."""
+    recipe = common.load_module("sft_full_finetune", common.ROOT / "recipes" / "sft_full_finetune.py")
+    overrides = [
+        *common.sources(arguments, folder),
+        "tasks.types=null",
+        "budget.tokens=1000000000",
+        "budget.allow_repeats=true",
+        f"batch_size={arguments.batch_size}",
+        f"micro_batch_tokens={max(4096, arguments.max_seq_len)}",
+        "log_every=0",
+    ]
+    config = load(recipe.Config, common.CONFIGS / "smollm2_135m_uniform_10pct.yaml", overrides)
+    tokenizer = config.tokenizer.build()
+    tasks = load_tasks(config.tasks, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
+    mixture = config.mixture.build(task_names=[t.name for t in tasks], num_supervised_tokens=[], budget_tokens=0)
+    sampler = TokenSampler(tasks, seed=config.seed)
+    rows, num_supervised = [], 0
+    for drawn in sampler.draw(mixture.probabilities(), max_examples=arguments.examples, max_tokens=10**9):
+        split = tasks[drawn.task].train
+        start, end = split.offsets[drawn.example_index : drawn.example_index + 2].tolist()
+        tokens, supervised = split.tokens[start:end].long(), split.supervised[start:end]
+        rows.append({"tokens": tokens.tolist(), "labels": tokens.masked_fill(~supervised, IGNORE_INDEX).tolist()})
+        num_supervised += int(supervised.sum())
+    (folder / "examples.json").write_text(json.dumps(rows))
+    return {
+        "overrides": overrides,
+        "model": config.checkpointer.arguments["checkpoint_dir"],
+        "folder": str(folder),
+        "examples": str(folder / "examples.json"),
+        "max_seq_len": arguments.max_seq_len,
+        "batch_size": arguments.batch_size,
+        "stock_batch_size": arguments.stock_batch_size,
+        "threads": arguments.threads,
+        "num_examples": len(rows),
+        "num_tokens": sum(len(row["tokens"]) - 1 for row in rows),
+        "num_supervised_tokens": num_supervised,
+    }
+
+
+class Contender:
+    """A process that runs ``contenders.py``, its output beside the settings in ``NAME.log``."""
+
+    def __init__(self, name: str, *, python: str, folder: Path, threads: int) -> None:
+        self._name = name
+        self._log = folder / f"{name}.log"
+        here = Path(__file__).resolve().parent
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(here), str(common.ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        with self._log.open("w") as log:
+            command = [python, str(here / "contenders.py"), name, str(folder / "settings.json")]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
+
+    def answer(self) -> dict[str, Any]:
+        """The next line it says."""
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        raise RuntimeError(f"{self._name} ended before its time:\n{self._log.read_text()[-2000:]}")
+
+    def round(self) -> dict[str, Any]:
+        """Train once over the examples."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """End it: its standard input has no more lines."""
+        self._process.communicate()
+
+
+def report(numbers: dict[str, Any]) -> None:
+    """Print the tables."""
+    names = list(numbers["contenders"])
+    title = "{num_examples} examples, {num_tokens} real tokens, {num_supervised_tokens} supervised".format(**numbers)
+    rows = []
+    for name in names:
+        of = numbers["contenders"][name]
+        speed = statistics.median(of["tokens_per_second"])
+        supervised = statistics.median(of["supervised_tokens_per_second"])
+        padding, loss = f"{of['padding']:.1%}", f"{of['first_loss']:.4f}"
+        rows.append((name, speed, supervised, padding, of["peak_mib"], of["growth_mib"], loss))
+    columns = ("median", "tokens/s", "supervised/s", "padding", "peak MiB", "growth MiB", "first loss")
+    common.show(title, columns, rows)
+    speeds = zip(*(numbers["contenders"][name]["tokens_per_second"] for name in names), strict=True)
+    common.show("tokens/s by round", ("round", *names), [(str(i), *speed) for i, speed in enumerate(speeds, 1)])
+    for name, ratios in numbers["ours_over"].items():
+        print(f"ours / {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name, reason in numbers["skipped"].items():
+        print(f"{name} left out: {reason}")
+
+
+if __name__ == "__main__":
+    main()

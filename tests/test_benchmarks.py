@@ -1,0 +1,72 @@
+"""Each benchmark runs on tiny settings and counts right. No test looks at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from adapt_recipes.data import RawTask
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(name: str) -> ModuleType:
+    """A benchmark's module; its folder is on the path, as when it is run as a script."""
+    if (folder := str(ROOT / "benchmarks")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
+
+def test_throughput_trains_all_on_the_same_examples(tmp_path: Path) -> None:
+    out = tmp_path / "numbers.json"
+    argv = ["--examples", "16", "--rounds", "1", "--max-seq-len", "384", "--json", str(out)]
+    numbers = benchmark("throughput").main(argv)
+    assert json.loads(out.read_text()) == numbers
+    assert numbers["num_examples"] == 16
+    assert 0 < numbers["num_supervised_tokens"] < numbers["num_tokens"]
+    of = numbers["contenders"]
+    assert {"ours", "torchtune"} <= of.keys() and of.keys() | numbers["skipped"].keys() == {*of, "Trainer"}
+    for contender in of.values():  # a step before any update: the same loss, as far as bf16 can tell
+        assert contender["first_loss"] == pytest.approx(of["ours"]["first_loss"], rel=1e-2)
+        assert contender["positions"] >= numbers["num_tokens"] and 0 <= contender["padding"] < 1
+    assert of["ours"]["padding"] < of["torchtune"]["padding"]
+
+
+def test_throughput_refuses_a_batch_that_does_not_divide() -> None:
+    with pytest.raises(SystemExit):
+        benchmark("throughput").main(["--examples", "20"])
+
+
+def test_update_cost_reads_the_same_tokens_whatever_the_number_of_tasks() -> None:
+    numbers = benchmark("update_cost").main(["--tasks", "2,10", "--examples", "10", "--rounds", "1"])
+    assert numbers["tokens"] > 0
+    assert {count: {name: len(v) for name, v in of.items()} for count, of in numbers["cost_in_steps"].items()} == {
+        2: {"adapt": 1, "adapt_planned": 1},
+        10: {"adapt": 1, "adapt_planned": 1},
+    }
+
+
+def test_equal_tasks_deal_out_the_same_examples(tmp_path: Path) -> None:
+    common = benchmark("common")
+    common.instructions(tmp_path)
+
+    def prompts(tasks: list[RawTask]) -> set[str]:
+        return {each[0]["content"] for task in tasks for each in task.conversations}
+
+    few, many = (common.equal_tasks(tmp_path, num_tasks=n, num_examples=20, max_bytes=300) for n in (2, 20))
+    assert (len(few), len(many)) == (2, 20) and prompts(few) == prompts(many)
+    with pytest.raises(ValueError, match="for 3 tasks"):
+        common.equal_tasks(tmp_path, num_tasks=3, num_examples=20, max_bytes=300)
+
+
+def test_startup_reports_what_the_run_wrote() -> None:
+    numbers = benchmark("startup").main(["--budget", "1280"])
+    for state in ("cold", "cached"):
+        assert numbers[state]["steps"] == 20 and numbers[state]["mixture_updates"] == 1
+        assert numbers[state]["padding"] == 0  # every toy example has the same length
+        assert 0 < numbers[state]["mixture_share"] < 1
