@@ -51,7 +51,7 @@ class ProbeConfig:
     examples: PositiveInt = 32
     """examples a task and update: the first of the validation split, for losses and v, and random training examples"""
     estimator: Literal["finite_difference", "backward"] = "finite_difference"
-    """of gradient dots: two forwards of all tasks together, or one backward a task (the reference; 4 times the cost)"""
+    """of gradient dots: two forwards of all tasks, or a backward a task (the reference: dearer, exact in any dtype)"""
     exact_lookahead: bool = False
     """measure the objective after the look-ahead step; false: before it (first order in its learning rate, cheaper)"""
     separate_batches: bool = True
