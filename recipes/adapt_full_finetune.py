@@ -293,7 +293,8 @@ class AdaptFullFinetune:
                 check_finite(self.model, self.probe_validation, direction, tasks=self.tasks, step=self.num_steps)
             if config.estimator == "finite_difference":  # (5): <v, g_i>
                 step = precision.finite_difference_step(self.config.dtype)
-                dots = probe.gradient_dots(self.model, self._read(train, passes=2), direction, num_tasks, **step)
+                train = self._read(self._read(train))  # to both sides of the weights
+                dots = probe.gradient_dots(self.model, train, direction, num_tasks, **step)
             else:
                 dots = probe.gradient_dots_by_backward(self.model, self._read(train), direction, num_tasks)
             check_dots(dots, train, task_names=self.task_names, step=self.num_steps)
@@ -401,10 +402,9 @@ class AdaptFullFinetune:
         batches = data.micro_batches(rows, tasks, max_tokens=self.config.micro_batch_tokens)
         return [batch.to(self.device) for batch in batches]
 
-    def _read(self, batches: list[data.MicroBatch], *, passes: int = 1) -> list[data.MicroBatch]:
-        """Books what a probe is about to read."""
-        for _ in range(passes):
-            self.ledger.probe(batches)
+    def _read(self, batches: list[data.MicroBatch]) -> list[data.MicroBatch]:
+        """Books what a probe is about to read once."""
+        self.ledger.probe(batches)
         return batches
 
     def _validation_losses(self, batches: list[data.MicroBatch]) -> Tensor:

@@ -329,10 +329,9 @@ class SFTFullFinetune:
         batches = data.micro_batches(rows, tasks, max_tokens=self.config.micro_batch_tokens)
         return [batch.to(self.device) for batch in batches]
 
-    def _read(self, batches: list[data.MicroBatch], *, passes: int = 1) -> list[data.MicroBatch]:
-        """Books what a probe is about to read."""
-        for _ in range(passes):
-            self.ledger.probe(batches)
+    def _read(self, batches: list[data.MicroBatch]) -> list[data.MicroBatch]:
+        """Books what a probe is about to read once."""
+        self.ledger.probe(batches)
         return batches
 
     def _validation_losses(self, batches: list[data.MicroBatch]) -> Tensor:
