@@ -1,16 +1,13 @@
-"""One contender of ``throughput.py``, in a process of its own: ``python contenders.py NAME SETTINGS.json``.
+"""One contender of ``throughput.py``, in a process of its own: ``python contenders.py NAME SETTINGS.json ANSWER.json``.
 
-It builds its training, says so in a line of JSON, then trains once over the examples for each line on its standard
-input and says what that took. Imports no more than its contender needs, for the Trainer may live in an environment
-without torchtune and without this project.
+It builds its training, trains over the examples twice, and writes what the second time took. Imports no more than its
+contender needs, for the Trainer may live in an environment without torchtune and without this project.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -64,7 +61,7 @@ def ours(settings: dict[str, Any]) -> Training:
 def torchtune(settings: dict[str, Any]) -> Training:
     """torchtune's own recipe, ``full_finetune_single_device``: the class that its wheel ships, and its ``train``.
 
-    The library's own: model set-up (bf16 weights), data loader and collate function (padded to the longest row), loss
+    The library's own: the model (bf16 weights), data loader and collate function (padded to the longest row), loss
     in chunks over all positions, accumulation, optimizer, clipping, logging. Ours: the model comes from the Hugging
     Face folder through this project's reader, the data set hands out the ready token ids, and nothing is saved at the
     end of a pass.
@@ -85,6 +82,7 @@ def torchtune(settings: dict[str, Any]) -> Training:
         def save_checkpoint(self, epoch: int) -> None:
             pass
 
+    sizes = json.loads((Path(settings["model"]) / "config.json").read_text())
     config = OmegaConf.create(
         {
             "device": "cpu",
@@ -101,9 +99,18 @@ def torchtune(settings: dict[str, Any]) -> Training:
             "compile": False,
             "shuffle": False,
             "model": {
-                "_component_": "adapt_recipes.models.llama_from_folder",
-                "path": settings["model"],
+                "_component_": "torchtune.models.llama3_2.llama3_2",
+                "vocab_size": sizes["vocab_size"],
+                "num_layers": sizes["num_hidden_layers"],
+                "num_heads": sizes["num_attention_heads"],
+                "num_kv_heads": sizes["num_key_value_heads"],
+                "embed_dim": sizes["hidden_size"],
                 "max_seq_len": settings["max_seq_len"],
+                "intermediate_dim": sizes["intermediate_size"],
+                "rope_base": int(sizes.get("rope_theta") or sizes["rope_parameters"]["rope_theta"]),
+                "norm_eps": sizes["rms_norm_eps"],
+                "scale_factor": 1,
+                "tie_word_embeddings": sizes["tie_word_embeddings"],
             },
             "tokenizer": {"_component_": "types.SimpleNamespace", "pad_id": 0},
             "dataset": {"_component_": "contenders.TokenIds", "path": settings["examples"]},
@@ -206,17 +213,11 @@ class Losses:
         self.losses.append(float(payload["loss"]))
 
 
-def main(name: str, settings_path: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print goes to the log
-
-    def answer(**values: Any) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
+def main(name: str, settings_path: str, answer_path: str) -> None:
     settings = json.loads(Path(settings_path).read_text())
     if missing := [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]:
-        answer(skipped=f"no {' and no '.join(missing)} in {sys.executable}")
+        reason = f"no {' and no '.join(missing)} in {sys.executable}"
+        Path(answer_path).write_text(json.dumps({"skipped": reason}))
         return
     from common import memory
 
@@ -234,17 +235,14 @@ def main(name: str, settings_path: str) -> None:
         nonlocal positions
         positions += arguments[0].numel()
 
+    train()
     embedding.register_forward_pre_hook(count)
-    answer(ready=True)
-    for _ in sys.stdin:
-        positions = 0
-        started = time.perf_counter()
-        train()
-        seconds = time.perf_counter() - started
-        peak = memory()[1]
-        answer(seconds=seconds, positions=positions, first_loss=losses[0], peak_mib=peak, growth_mib=peak - empty)
+    started = time.perf_counter()
+    train()
+    answer = {"seconds": time.perf_counter() - started, "positions": positions, "first_loss": losses[0]}
+    peak = memory()[1]
+    Path(answer_path).write_text(json.dumps({**answer, "peak_mib": peak, "growth_mib": peak - empty}))
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main(*sys.argv[1:])
+    main(*sys.argv[1:])

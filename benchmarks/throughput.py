@@ -11,12 +11,13 @@ order. All take an optimizer step (AdamW, fused, gradients clipped at 1) every `
 - Trainer: transformers' own: fp32 weights and bf16 autocast, 8 examples a forward. It is left out, with a line that
   says so, where ``--trainer-python`` has no transformers and accelerate.
 
-``contenders.py`` says of each what is the library's own. Each runs in a process of its own, one at a time, in turns:
-A B C A B C. Trust the ratios, which are of runs side by side; on a machine that does other work the times alone are not
-to be trusted. A real token is a position that is not padding, counted after the causal shift (an example's length less
-one), so that all have as many; padding is what else passes through the embedding, of all that does (the others' last
-token, which predicts nothing, is not padding). Memory is the peak of the process, and its growth since the libraries
-were imported.
+``contenders.py`` says of each what is the library's own. Each round gives each a new process, in turns: A B C A B C;
+there it trains over the examples twice, and the second time counts (the first warms kernels and memory up). Trust the
+ratios, which are of runs side by side; on a machine that does other work the times alone are not to be trusted.
+
+A real token is a position that is not padding, counted after the causal shift (an example's length less one), so that
+all have as many; padding is what else passes through the embedding, of all that does (the others' last token, which
+predicts nothing, is not padding). Memory is the peak of the process, and its growth since the libraries were imported.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int, default=16, help="examples an optimizer step, of all")
     parser.add_argument("--stock-batch-size", type=int, default=8, help="examples a forward of the other two")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--trainer-python", default=sys.executable, help="interpreter of the Trainer's environment")
     arguments = parser.parse_args(argv)
     if arguments.examples % arguments.batch_size or arguments.batch_size % arguments.stock_batch_size:
@@ -60,20 +62,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The counts of the examples, and what each contender answered in each round."""
     settings = draw(arguments, folder)
     (folder / "settings.json").write_text(json.dumps(settings))
-    contenders, skipped = {}, {}
-    try:
-        for name in CONTENDERS:
+    rounds: list[dict[str, dict[str, Any]]] = []
+    skipped: dict[str, str] = {}
+    for _ in range(arguments.rounds):
+        rounds.append({})
+        for name in [name for name in arguments.contenders if name not in skipped]:
             python = arguments.trainer_python if name == "Trainer" else sys.executable
-            contender = Contender(name, python=python, folder=folder, threads=arguments.threads)
-            if reason := contender.answer().get("skipped"):
-                skipped[name] = reason
-                contender.close()
+            answer = contend(name, python=python, folder=folder, threads=arguments.threads)
+            if "skipped" in answer:
+                skipped[name] = answer["skipped"]
             else:
-                contenders[name] = contender
-        rounds = [{name: contender.round() for name, contender in contenders.items()} for _ in range(arguments.rounds)]
-    finally:
-        for contender in contenders.values():
-            contender.close()
+                rounds[-1][name] = answer
+    contenders = [name for name in arguments.contenders if name not in skipped]
     counts = {key: settings[key] for key in ("num_examples", "num_tokens", "num_supervised_tokens")}
     shown: dict[str, Any] = {}
     for name in contenders:
@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ratios = {
         name: [turn[name]["seconds"] / turn["ours"]["seconds"] for turn in rounds]
         for name in contenders
-        if name != "ours"
+        if name != "ours" and "ours" in contenders
     }
     return {**counts, "contenders": shown, "ours_over": ratios, "skipped": skipped}
 
@@ -137,41 +137,20 @@ def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-class Contender:
-    """A process that runs ``contenders.py``, its output beside the settings in ``NAME.log``."""
-
-    def __init__(self, name: str, *, python: str, folder: Path, threads: int) -> None:
-        self._name = name
-        self._log = folder / f"{name}.log"
-        here = Path(__file__).resolve().parent
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(here), str(common.ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
-        with self._log.open("w") as log:
-            command = [python, str(here / "contenders.py"), name, str(folder / "settings.json")]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
-
-    def answer(self) -> dict[str, Any]:
-        """The next line it says."""
-        assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
-            return json.loads(line)
-        raise RuntimeError(f"{self._name} ended before its time:\n{self._log.read_text()[-2000:]}")
-
-    def round(self) -> dict[str, Any]:
-        """Train once over the examples."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        """End it: its standard input has no more lines."""
-        self._process.communicate()
+def contend(name: str, *, python: str, folder: Path, threads: int) -> dict[str, Any]:
+    """What ``contenders.py`` answers, in a process of its own; what that prints is in ``folder / NAME.log``."""
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(here), str(common.ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    answer, log = folder / f"{name}.json", folder / f"{name}.log"
+    command = [python, str(here / "contenders.py"), name, str(folder / "settings.json"), str(answer)]
+    with log.open("w") as output:
+        if subprocess.run(command, stdout=output, stderr=output, env=environment).returncode:
+            raise RuntimeError(f"{name} ended before its time:\n{log.read_text()[-2000:]}")
+    return json.loads(answer.read_text())
 
 
 def report(numbers: dict[str, Any]) -> None:

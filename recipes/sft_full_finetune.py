@@ -220,10 +220,11 @@ class SFTFullFinetune:
         for group, learning_rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = learning_rate * multiplier
         loss_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            losses = self.model(batch.tokens, batch.labels)
-            (losses.sum() / step_tokens).backward()
-            loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())
+        with self.model.autocast():  # around all forwards, so that the weights are cast once
+            for batch in batches:
+                losses = self.model(batch.tokens, batch.labels)
+                (losses.sum() / step_tokens).backward()
+                loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())
         max_norm = config.clip_grad_norm or float("inf")
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
         loss_sums = loss_sums.cpu()

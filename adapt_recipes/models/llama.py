@@ -22,6 +22,7 @@ from torchtune.modules import (
 )
 
 from adapt_recipes.errors import nearest
+from adapt_recipes.models.rotations import Rotations
 
 
 def llama_from_folder(path: str, max_seq_len: int) -> TransformerDecoder:
@@ -165,6 +166,7 @@ class LlamaArchitecture:
         """
         layer = decoder.layers[0]
         attention, mlp, rope = layer.attn, layer.mlp, layer.attn.pos_embeddings
+        rope = rope.rope if isinstance(rope, Rotations) else rope
         scaling = None
         if isinstance(rope, Llama3ScaledRoPE):
             if rope.scale_factor != 1:
@@ -213,7 +215,7 @@ class LlamaArchitecture:
     def build(self, max_seq_len: int) -> TransformerDecoder:
         """A decoder with random weights. Unlike torchtune's ``llama3_2`` it takes any ``head_dim`` and rope scaling."""
         dim, head_dim = self.hidden_size, self.head_dim
-        rope: nn.Module
+        rope: RotaryPositionalEmbeddings | Llama3ScaledRoPE
         if self.rope_scaling is None:
             rope = RotaryPositionalEmbeddings(head_dim, max_seq_len, self.rope_theta)
         else:
@@ -238,7 +240,7 @@ class LlamaArchitecture:
                     k_proj=nn.Linear(dim, self.num_key_value_heads * head_dim, bias=False),
                     v_proj=nn.Linear(dim, self.num_key_value_heads * head_dim, bias=False),
                     output_proj=nn.Linear(self.num_attention_heads * head_dim, dim, bias=False),
-                    pos_embeddings=rope,
+                    pos_embeddings=Rotations(rope),
                     max_seq_len=max_seq_len,
                     attn_dropout=self.attention_dropout,
                 ),

@@ -51,6 +51,15 @@ class TokenLosses(nn.Module):
         self.decoder = decoder
         self.compute_dtype = compute_dtype
 
+    def autocast(self) -> torch.autocast:
+        """Context in which products are computed in ``compute_dtype``. ``forward`` enters it by itself.
+
+        Around several forwards it keeps the weights' casts from the first to the last, so the weights must not change
+        in it. Backwards may run in it, each by the forward's own dtypes.
+        """
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype=self.compute_dtype, enabled=self.compute_dtype is not None)
+
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Loss of each supervised token.
 
@@ -67,7 +76,7 @@ class TokenLosses(nn.Module):
         decoder = self.decoder
         assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"
         supervised = labels != IGNORE_INDEX
-        with torch.autocast(tokens.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
+        with self.autocast():
             hidden = decoder.tok_embeddings(tokens)
             for layer in decoder.layers:
                 hidden = layer(hidden)

@@ -275,9 +275,7 @@ def test_a_model_from_scratch_is_saved_for_transformers(tmp_path: Path, tied: bo
     assert (model.config.bos_token_id, model.config.eos_token_id) == (None, 3)
     assert_same_logits(decoder, model)
     again, _ = load(tmp_path / "model")
-    assert (
-        torch.equal(again(tokens()), decoder(tokens())) or scale_factor == 1
-    )  # there the rotations differ by rounding
+    torch.testing.assert_close(again(tokens()), decoder(tokens()), rtol=0, atol=1e-5)  # rotations differ by rounding
     assert_same_logits(again, model)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
@@ -38,8 +41,8 @@ def tiny_decoder(*, tied: bool = True) -> TransformerDecoder:
     return decoder
 
 
-def batch(*, share_supervised: float = 0.3, rows: int = 3, length: int = 17) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+def batch(*, share_supervised: float = 0.3, rows: int = 3, length: int = 17, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCAB, (rows, length), generator=generator)
     labels = torch.randint(VOCAB, (rows, length), generator=generator)
     ignored = torch.rand(labels.shape, generator=generator) >= share_supervised
@@ -135,6 +138,29 @@ def test_bf16_compute_under_activation_checkpointing_repeats_the_same_forward() 
         gradients.append([parameter.grad for parameter in decoder.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None and recomputed is not None and torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("treatment", [lambda decoder: None, checkpointed])
+def test_casting_the_weights_once_for_several_forwards_changes_no_bit(treatment: Callable[..., None]) -> None:
+    def gradients(around: bool) -> tuple[list[Tensor], int]:
+        decoder, num_casts = tiny_decoder(), 0
+        treatment(decoder)
+        model = TokenLosses(decoder, compute_dtype=torch.bfloat16)
+
+        class CountCasts(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                nonlocal num_casts
+                num_casts += func is torch.ops.aten._to_copy.default and args[0] is decoder.layers[0].mlp.w1.weight
+                return func(*args, **(kwargs or {}))
+
+        with CountCasts(), model.autocast() if around else contextlib.nullcontext():
+            for seed in (0, 1):
+                model(*batch(seed=seed)).sum().backward()
+        return [parameter.grad for parameter in decoder.parameters() if parameter.grad is not None], num_casts
+
+    (once, one_cast), (each, casts) = gradients(True), gradients(False)
+    assert one_cast == 1 < casts
+    assert all(torch.equal(a, b) for a, b in zip(once, each, strict=True))
 
 
 def test_bf16_weights_give_fp32_losses() -> None:
