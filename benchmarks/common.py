@@ -66,7 +66,7 @@ def tiny_model(folder: Path, *, max_seq_len: int) -> Path:
     from torchtune.models.llama3_2 import llama3_2
 
     from adapt_recipes.data import ByteTokenizer
-    from adapt_recipes.models import HuggingFaceCheckpointer, llama_config
+    from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config
 
     torch.manual_seed(0)
     decoder = llama3_2(
@@ -80,7 +80,7 @@ def tiny_model(folder: Path, *, max_seq_len: int) -> Path:
         tie_word_embeddings=False,
     )
     tokenizer = ByteTokenizer()
-    config = llama_config(decoder, eos_token_id=list(tokenizer.eos_ids), pad_token_id=tokenizer.pad_id)
+    config = huggingface_config(decoder, eos_token_id=list(tokenizer.eos_ids), pad_token_id=tokenizer.pad_id)
     HuggingFaceCheckpointer(None).save(decoder.state_dict(), folder, config=config, tokenizer=tokenizer)
     return folder
 

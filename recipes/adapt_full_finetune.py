@@ -33,7 +33,7 @@ from adapt_recipes.budget import BudgetConfig, Ledger
 from adapt_recipes.config import STRICT, Component, Given, command_line, to_dict
 from adapt_recipes.display import Display
 from adapt_recipes.mixture.contract import check_mixture
-from adapt_recipes.models import TokenLosses, check_decoder, llama_config
+from adapt_recipes.models import TokenLosses, check_decoder, huggingface_config, train_adapters_alone
 from adapt_recipes.runlog import RunLog, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
 from adapt_recipes.training.device import get_device
@@ -157,11 +157,10 @@ class AdaptFullFinetune:
         with training.set_default_dtype(precision.weights_dtype(config.dtype)), self.device:
             decoder = config.model.build()
         check_decoder(decoder, max_seq_len=config.max_seq_len, max_token=data.max_token(self.tasks))
-        if self.checkpointer.config is not None:
-            self.checkpointer.check_architecture(decoder)
+        self.adapters = train_adapters_alone(decoder)
+        self.checkpointer.check(decoder)
         if saved is None and (weights := self.checkpointer.load()) is not None:
-            self.checkpointer.check(decoder.state_dict(), weights)
-            decoder.load_state_dict(weights)
+            decoder.load_state_dict(weights, strict=False)  # adapters are in no folder; check has looked at the rest
         if config.activation_checkpointing:
             training.set_activation_checkpointing(decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
         if config.compile:
@@ -363,11 +362,13 @@ class AdaptFullFinetune:
         ledger, losses, config = self.ledger, self.validation_losses, self.checkpointer.config
         self.log.write("end", reason="finished", step=self.num_steps, seconds=self._seconds())
         decoder, tokenizer = self.model.decoder, self.tokenizer
+        token_ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
         self.checkpointer.save(
             {name: weight.cpu() for name, weight in decoder.state_dict().items()},
             self.output_dir / "model",
-            config=config or llama_config(decoder, eos_token_id=list(tokenizer.eos_ids), pad_token_id=tokenizer.pad_id),
+            config=config or huggingface_config(decoder, **token_ids),
             tokenizer=tokenizer,
+            adapters=self.adapters,
         )
         summary = {
             "strategy": self.config.strategy,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from bisect import bisect_right
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ class ChatTokenizer:
     """The tokenizer and the chat template of any Hugging Face folder, without transformers.
 
     Gives the ids of transformers' ``apply_chat_template``, with a clock that stands still (see ``chat_template.py``).
+    As there, the name of a special token inside a message becomes that token.
     The folder holds ``tokenizer.json``, ``tokenizer_config.json`` and a template: ``chat_template.jinja``, or
     ``chat_template`` in the config; of several the one called ``default``.
+
+    Args:
+        path: the folder.
+        chat_template: a Jinja file with the template to take; None: the folder's own.
 
     Attributes:
         vocab_size: one more than the highest id. A model may have more rows than that; Gemma 3's text models have one
@@ -50,12 +56,23 @@ class ChatTokenizer:
         ValueError: a file that is missing or malformed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, chat_template: str | Path | None = None) -> None:
         self._path = Path(path).expanduser()
+        self._template_file = None if chat_template is None else Path(chat_template).expanduser()
         with located("tokenizer.path"):
-            self._setup()
+            config = self._read_tokenizer()
+        with located("tokenizer.path" if self._template_file is None else "tokenizer.chat_template"):
+            template = read_chat_template(self._path, config, self._template_file)
+            self._template = compile_chat_template(template)
+        parts = [
+            (self._path / "tokenizer.json").read_bytes(),
+            template.encode(),
+            json.dumps(self._variables, sort_keys=True).encode(),
+        ]
+        self.fingerprint = blake2b(b"".join(blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
 
-    def _setup(self) -> None:
+    def _read_tokenizer(self) -> dict[str, Any]:
+        """All but the template; returns ``tokenizer_config.json``."""
         if not self._path.is_dir():
             raise ValueError(f"no folder {self._path}")
         tokenizer_file = self._path / "tokenizer.json"
@@ -81,14 +98,10 @@ class ChatTokenizer:
         ends = _json_object(self._path / "generation_config.json", optional=True).get("eos_token_id")
         ends = [ids.get("eos_token"), *(ends if isinstance(ends, list) else [ends])]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
-
-        template = read_chat_template(self._path, config)
-        self._template = compile_chat_template(template)
-        parts = [tokenizer_file.read_bytes(), template.encode(), json.dumps(self._variables, sort_keys=True).encode()]
-        self.fingerprint = blake2b(b"".join(blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
+        return config
 
     def __reduce__(self) -> tuple[Any, ...]:  # a compiled template cannot be pickled
-        return type(self), (self._path,)
+        return partial(type(self), chat_template=self._template_file), (self._path,)
 
     def encode(self, messages: Conversation) -> tuple[list[int], list[bool]]:
         """Tokenises a conversation.
@@ -116,9 +129,6 @@ class ChatTokenizer:
             if message["role"] != "assistant":
                 continue
             start, end = self._answer_span(messages[: index + 1], text)
-            first = bisect_right(spans, start, key=lambda span: span[1])
-            if spans[first][0] < start and ids[first] in self._special_ids:
-                first += 1  # a special token of the header that swallows white space, the answer's own too
             last = bisect_right(spans, end, key=lambda span: span[1])
             while last < len(ids) and ids[last] not in self._special_ids:
                 last += 1
@@ -126,24 +136,33 @@ class ChatTokenizer:
                 raise ValueError(
                     "the chat template ends an answer with no special token: the model could not learn to stop"
                 )
+            first = bisect_right(spans, start, key=lambda span: span[1])
+            if spans[first][0] < start and ids[first] in self._special_ids:
+                first += 1  # a special token of the header that swallows white space, the answer's own too
             supervised[first : last + 1] = [True] * (last + 1 - first)
         return ids, supervised
 
     def _answer_span(self, messages: Conversation, text: str) -> tuple[int, int]:
         """Where in ``text`` the answer that is the last of ``messages`` starts and ends."""
         *before, answer = messages
-        turn = self._render(messages)
-        head, found, foot = self._render([*before, answer | {"content": _ANSWER}]).partition(_ANSWER)
-        start, end = len(head), len(turn) - len(foot)
-        same = turn[start:end].strip() == answer["content"].strip()  # templates may strip an answer, no more
-        if not (found and same and turn.startswith(head) and turn.endswith(foot)):
+        turn, prompt = self._render(messages), self._render(before, add_generation_prompt=True)
+        head, _, foot = self._render([*before, answer | {"content": _ANSWER}]).partition(_ANSWER)
+        end = len(turn) - len(foot)
+        # Templates may strip an answer, no more. One that brings its own thoughts starts where others have an empty
+        # block of them in their head: right behind the prompt.
+        starts = [
+            len(front)
+            for front in (head, prompt)
+            if turn.startswith(front) and turn[len(front) : end].strip() == answer["content"].strip()
+        ]
+        if not starts:
             raise ValueError("the chat template does not show an answer as it is written")
-        if not (text.startswith(turn) and turn.startswith(self._render(before, add_generation_prompt=True))):
+        if not (text.startswith(turn) and turn.startswith(prompt)):
             raise ValueError(
                 "the chat template is not prefix-stable: an answer stands behind another text in training than when "
                 "the model is asked for it (Qwen3's drops earlier thoughts); keep one answer a conversation"
             )
-        return start, end
+        return starts[0], end
 
     def _render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> str:
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
@@ -158,6 +177,8 @@ class ChatTokenizer:
         for name in _FILES:
             if (self._path / name).is_file():
                 shutil.copyfile(self._path / name, Path(folder) / name)
+        if self._template_file is not None:
+            shutil.copyfile(self._template_file, Path(folder) / "chat_template.jinja")
 
 
 def _json_object(file: Path, *, optional: bool = False) -> dict[str, Any]:

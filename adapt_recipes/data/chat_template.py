@@ -18,15 +18,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 TODAY = datetime(2024, 7, 26)
 
 
-def read_chat_template(folder: Path, config: dict[str, Any]) -> str:
-    """The source of the template in a tokenizer's folder; a file of its own goes before ``tokenizer_config.json``."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+def read_chat_template(folder: Path, config: dict[str, Any], file: Path | None) -> str:
+    """The source of the template: ``file``, else the tokenizer's own, where a file goes before the folder's config."""
+    if file is not None and not file.is_file():
+        raise ValueError(f"no file {file}")
+    file = file or folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {each.get("name"): each.get("template") for each in template}.get("default")
     if not isinstance(template, str):
-        raise ValueError(f"{folder} has no chat template (no default one): take an instruction-tuned model's tokenizer")
+        raise ValueError(
+            f"{folder} has no chat template (no default one): name a Jinja file with one in tokenizer.chat_template, "
+            "or take an instruction-tuned model's tokenizer"
+        )
     return template
 
 

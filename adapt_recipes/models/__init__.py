@@ -1,7 +1,31 @@
 """Models that torchtune lacks a builder for, their checkpoints, and the form in which recipes use a model."""
 
+from adapt_recipes.models.adapters import train_adapters_alone
+from adapt_recipes.models.architecture import huggingface_config
+from adapt_recipes.models.gemma3 import gemma3, gemma3_1b, lora_gemma3, lora_gemma3_1b
 from adapt_recipes.models.huggingface import HuggingFaceCheckpointer
-from adapt_recipes.models.llama import llama_config, llama_from_folder
+from adapt_recipes.models.llama import llama_from_folder
+from adapt_recipes.models.lora import add_lora
+from adapt_recipes.models.qwen1_5 import lora_qwen1_5_0_5b, qwen1_5_0_5b
+from adapt_recipes.models.qwen3 import lora_qwen3, lora_qwen3_0_6b, qwen3, qwen3_0_6b
 from adapt_recipes.models.token_losses import TokenLosses, check_decoder
 
-__all__ = ["HuggingFaceCheckpointer", "TokenLosses", "check_decoder", "llama_config", "llama_from_folder"]
+__all__ = [
+    "HuggingFaceCheckpointer",
+    "TokenLosses",
+    "add_lora",
+    "check_decoder",
+    "gemma3",
+    "gemma3_1b",
+    "huggingface_config",
+    "llama_from_folder",
+    "lora_gemma3",
+    "lora_gemma3_1b",
+    "lora_qwen1_5_0_5b",
+    "lora_qwen3",
+    "lora_qwen3_0_6b",
+    "qwen1_5_0_5b",
+    "qwen3",
+    "qwen3_0_6b",
+    "train_adapters_alone",
+]

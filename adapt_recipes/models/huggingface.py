@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchtune.models import convert_weights
 from torchtune.modules import TransformerDecoder
 
-from adapt_recipes.errors import nearest
-from adapt_recipes.models.llama import LlamaArchitecture, read_config
+from adapt_recipes.models.adapters import Adapters, merged
+from adapt_recipes.models.architecture import architecture_of_config, architecture_of_decoder, read_config
+from adapt_recipes.models.families import (
+    FAMILIES,
+    huggingface_name,
+    is_adapter,
+    peft_name,
+    to_huggingface,
+    to_torchtune,
+    torchtune_name,
+)
 from adapt_recipes.training.checkpoint import written_whole
 
 StateDict = dict[str, Tensor]
 
 _KEY = "checkpointer.checkpoint_dir"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
+_HEAD = "lm_head.weight"
+_COMPUTED = "rotary_emb.inv_freq"  # old folders hold it, and nobody reads it
 
 
 class SavesItself(Protocol):
@@ -34,28 +44,12 @@ class SavesItself(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one ``model_type`` of ``config.json`` is converted.
+class _Stored(NamedTuple):
+    """What a file's header says of a weight."""
 
-    Attributes:
-        names: Hugging Face's names of the weights -> torchtune's, ``{}`` for a layer's number; None: nothing to train.
-        architecture: reads what fixes the model's function off a config or a decoder.
-        to_torchtune, to_huggingface: convert a state dict. They need the sizes of the attention, because the two sides
-            pair the rows of query and key projections differently for the rotations.
-    """
-
-    names: Mapping[str, str | None]
-    architecture: type[LlamaArchitecture]
-    to_torchtune: Callable[..., StateDict]
-    to_huggingface: Callable[..., StateDict]
-
-
-FAMILIES = {
-    "llama": Family(
-        convert_weights._FROM_HF, LlamaArchitecture, convert_weights.hf_to_tune, convert_weights.tune_to_hf
-    ),
-}
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class HuggingFaceCheckpointer:
@@ -76,90 +70,94 @@ class HuggingFaceCheckpointer:
 
     def __init__(self, checkpoint_dir: str | None) -> None:
         self.config: dict[str, Any] | None = None
+        self._checkpoint_dir = checkpoint_dir
         self._generation_config: str | None = None
-        self._files: list[Path] = []
-        self._dtypes: dict[str, torch.dtype] = {}  # of the folder's weights, by Hugging Face's names
+        self._stored: dict[str, _Stored] = {}  # the folder's weights, by Hugging Face's names
         if checkpoint_dir is None:
             return
         folder = Path(checkpoint_dir)
         self.config = read_config(folder, key=_KEY)
-        _family(self.config, where=f"{_KEY}: {folder / 'config.json'}")
+        self._architecture = architecture_of_config(self.config, where=f"{_KEY}: {folder / 'config.json'}")
         if (generation_config := folder / "generation_config.json").exists():
             self._generation_config = generation_config.read_text(encoding="utf-8")
-        self._files = _weight_files(folder)
-        for file in self._files:
-            self._dtypes |= _read_dtypes(file)
+        family = FAMILIES[self._architecture.model_type]
+        for file in _weight_files(folder):
+            for name, stored in _read_header(file).items():
+                if torchtune_name(family, name) is not None:
+                    self._stored[name] = stored
+                elif not name.endswith(_COMPUTED):
+                    reason = f"{name} of shape {stored.shape} has no place in the model of its config.json"
+                    raise ValueError(f"{_KEY}: {file}: {reason}")
+
+    def check(self, decoder: TransformerDecoder) -> None:
+        """Refuses a decoder that the folder's weights do not fit, or in which they would make another function.
+
+        No weight is read. Without a folder there is nothing to refuse.
+
+        Args:
+            decoder: its adapters, which no folder has, are left out of account.
+
+        Raises:
+            ValueError: one line with the first weight of another shape, the first missing and the first surplus one,
+                under Hugging Face's names; or the first other difference, as ``config.json`` calls it.
+        """
+        if self.config is None:
+            return
+        ours, theirs = architecture_of_decoder(decoder), self._architecture
+        unfit = f"{_KEY}: {self._checkpoint_dir} does not fit the model"
+        if ours.model_type != theirs.model_type:
+            raise ValueError(f"{unfit}: it is of the kind '{theirs.model_type}', and the model is '{ours.model_type}'")
+        family = FAMILIES[ours.model_type]
+        shapes = {
+            str(huggingface_name(family, key)): tuple(weight.shape)
+            for key, weight in decoder.state_dict().items()
+            if not is_adapter(key)
+        }
+        stored = dict(self._stored)
+        if theirs.tie_word_embeddings:
+            stored.pop(_HEAD, None)  # ``load`` sees to that
+        problems = []
+        for name, shape in shapes.items():
+            if name in stored and stored[name].shape != shape:
+                problems.append(f"{name} is {stored[name].shape} in the folder and {shape} in the model")
+                break
+        for what, names in (
+            ("the folder lacks", [name for name in shapes if name not in stored]),
+            ("the model has no", [name for name in stored if name not in shapes]),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                problems.append(f"{what} {names[0]}{more}")
+        if not problems and (field := theirs.first_difference(ours)):
+            problems.append(
+                f"{field} is {getattr(theirs, field)} in its config.json and {getattr(ours, field)} in the model"
+            )
+        if problems:
+            raise ValueError(f"{unfit}: {'; '.join(problems)}")
 
     def load(self) -> StateDict | None:
         """The folder's weights under torchtune's names, dtypes as stored; None without a folder.
 
-        What is not permuted stays a memory map of the file, so that this costs little memory until it is read.
+        What keeps its rows' order stays a memory map of the file, so that this costs little memory until it is read.
 
         Raises:
-            ValueError: a weight that ``config.json`` has no place for.
+            ValueError: weights that contradict ``config.json``.
         """
         if self.config is None:
             return None
+        family, head_dim = FAMILIES[self._architecture.model_type], self._architecture.head_dim
         state_dict: StateDict = {}
-        for file in self._files:
-            weights = load_file(file)
-            for key, weight in weights.items():
-                try:
-                    state_dict |= _convert(self.config, to="torchtune", weights={key: weight})
-                except Exception as error:  # torchtune raises a bare one for an unknown name
-                    reason = f"{key} of shape {tuple(weight.shape)} has no place in the model of its config.json"
-                    raise ValueError(f"{_KEY}: {file}: {reason}") from error
+        for file in dict.fromkeys(stored.file for stored in self._stored.values()):
+            for name, weight in load_file(file).items():
+                if (key := torchtune_name(family, name)) is not None:
+                    state_dict[key] = to_torchtune(family, key, weight, head_dim=head_dim)
         # Some tied folders hold the head as well. It is left out where that loses nothing.
-        if self.config.get("tie_word_embeddings") and "output.weight" in state_dict:
+        if self._architecture.tie_word_embeddings and "output.weight" in state_dict:
             head = state_dict.pop("output.weight")
             if not torch.equal(head, state_dict["tok_embeddings.weight"]):
-                reason = "config.json says tie_word_embeddings, but lm_head.weight and model.embed_tokens.weight differ"
-                raise ValueError(f"{_KEY}: {self._files[0].parent}: {reason}")
+                reason = f"config.json says tie_word_embeddings, but {_HEAD} and model.embed_tokens.weight differ"
+                raise ValueError(f"{_KEY}: {self._checkpoint_dir}: {reason}")
         return state_dict
-
-    def check(self, model_state_dict: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-        """Refuses weights that do not fit the model.
-
-        Args:
-            model_state_dict: the decoder's; only names and shapes are looked at.
-            loaded: what ``load`` returned.
-
-        Raises:
-            ValueError: one line with the first weight of another shape, the first missing and the first surplus one,
-                under Hugging Face's names.
-        """
-        assert self.config is not None
-        config = self.config
-        problems = []
-        for key, weight in model_state_dict.items():
-            if key in loaded and loaded[key].shape != weight.shape:
-                shapes = f"is {tuple(loaded[key].shape)} in the folder and {tuple(weight.shape)} in the model"
-                problems.append(f"{_huggingface_name(config, key)} {shapes}")
-                break
-        for what, keys in (
-            ("the folder lacks", [key for key in model_state_dict if key not in loaded]),
-            ("the model has no", [key for key in loaded if key not in model_state_dict]),
-        ):
-            if keys:
-                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-                problems.append(f"{what} {_huggingface_name(config, keys[0])}{more}")
-        if problems:
-            raise ValueError(f"{_KEY}: {self._files[0].parent} does not fit the model: {'; '.join(problems)}")
-
-    def check_architecture(self, decoder: TransformerDecoder) -> None:
-        """Refuses a model that the weights fit and yet do not work in: with other rotations, heads or epsilon.
-
-        Raises:
-            ValueError: naming the first difference, as ``config.json`` calls it.
-        """
-        assert self.config is not None
-        folder = self._files[0].parent
-        family = _family(self.config, where=_KEY)
-        theirs = family.architecture.from_config(self.config, where=f"{_KEY}: {folder / 'config.json'}")
-        ours = family.architecture.from_decoder(decoder)
-        if name := theirs.first_difference(ours):
-            values = f"{name} is {getattr(theirs, name)} in its config.json and {getattr(ours, name)} in the model"
-            raise ValueError(f"{_KEY}: {folder} does not fit the model: {values}")
 
     def save(
         self,
@@ -168,6 +166,7 @@ class HuggingFaceCheckpointer:
         *,
         config: Mapping[str, Any],
         tokenizer: SavesItself,
+        adapters: Adapters | None = None,
         max_shard_size: int | str = "5GB",
     ) -> None:
         """Writes a Hugging Face folder, which is there whole or not at all.
@@ -175,65 +174,65 @@ class HuggingFaceCheckpointer:
         Each weight is stored in the dtype that it has in ``checkpoint_dir``, so that a bf16 model stays one whatever it
         was trained in, and in fp32 where there was no folder. A tied head is not stored.
 
+        Adapters are merged into the weights, and also written for PEFT, as they are, to the folder ``adapter`` beside
+        ``folder``. Not into it, for there transformers, where it finds PEFT, would add them to the weights once more.
+
         Args:
             state_dict: the decoder's, whole, on the CPU.
             folder: where; replaced if it exists.
-            config: this checkpointer's ``config``, or ``llama_config`` of a decoder that came from no folder.
+            config: this checkpointer's ``config``, or ``huggingface_config`` of a decoder that came from no folder.
             tokenizer: writes its own files into a folder.
+            adapters: what ``train_adapters_alone`` returned.
             max_shard_size: of one weights file, in bytes or as "5GB".
 
         Raises:
             NoSpaceLeft: the disk is full; nothing is left behind.
         """
+        architecture = architecture_of_config(config, where="config")
+        family, head_dim = FAMILIES[architecture.model_type], architecture.head_dim
         plan: StateDict = {}  # shapes and dtypes only: the weights themselves are converted one shard at a time
         sources: dict[str, str] = {}
         for key, weight in state_dict.items():
-            name = _huggingface_name(config, key)
-            plan[name] = torch.empty(weight.shape, dtype=self._dtypes.get(name, torch.float32), device="meta")
-            sources[name] = key
+            if not is_adapter(key):
+                name = huggingface_name(family, key)
+                assert name is not None, key
+                dtype = self._stored[name].dtype if name in self._stored else torch.float32
+                plan[name] = torch.empty(weight.shape, dtype=dtype, device="meta")
+                sources[name] = key
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
         with written_whole(folder) as partial:
             _write_json(partial / "config.json", config)
             for file, names in split.filename_to_tensors.items():
-                weights = {sources[name]: state_dict[sources[name]] for name in names}
-                shard = _convert(config, to="huggingface", weights=weights)
-                shard = {name: weight.to(plan[name].dtype).contiguous() for name, weight in shard.items()}
-                save_file(shard, partial / file, metadata={"format": "pt"})
-                shutil.copymode(partial / "config.json", partial / file)  # safetensors writes for the owner's eyes only
+                shard = {}
+                for name in names:
+                    weight = merged(sources[name], state_dict, adapters).to(plan[name].dtype)
+                    shard[name] = to_huggingface(family, sources[name], weight, head_dim=head_dim)
+                _write_weights(partial / file, shard, readable_as=partial / "config.json")
             if split.is_sharded:
                 _write_json(partial / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
             if self._generation_config is not None:
                 (partial / "generation_config.json").write_text(self._generation_config, encoding="utf-8")
             tokenizer.save(partial)
-
-
-def _family(config: Mapping[str, Any], *, where: str) -> Family:
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
-        raise ValueError(f"{where}: model_type '{model_type}' is not supported{nearest(model_type, FAMILIES)}")
-    return FAMILIES[model_type]
-
-
-def _convert(config: Mapping[str, Any], *, to: str, weights: Mapping[str, Tensor]) -> StateDict:
-    family = _family(config, where="config")
-    shape = family.architecture.from_config(config, where="config")
-    convert = family.to_torchtune if to == "torchtune" else family.to_huggingface
-    return convert(
-        weights,
-        num_heads=shape.num_attention_heads,
-        num_kv_heads=shape.num_key_value_heads,
-        dim=shape.hidden_size,
-        head_dim=shape.head_dim,
-    )
-
-
-def _huggingface_name(config: Mapping[str, Any], key: str) -> str:
-    """Hugging Face's name of a weight; torchtune's where it has none."""
-    names = {ours: theirs for theirs, ours in _family(config, where="config").names.items()}
-    try:
-        return convert_weights.get_mapped_key(key, names)
-    except Exception:  # torchtune raises nothing more particular
-        return key
+        if adapters is not None:
+            with written_whole(folder.with_name("adapter")) as partial:
+                weights = {
+                    peft_name(family, key): to_huggingface(family, key, weight, head_dim=head_dim)
+                    for key, weight in state_dict.items()
+                    if is_adapter(key)
+                }
+                adapter_config = {
+                    "peft_type": "LORA",
+                    "task_type": "CAUSAL_LM",
+                    "base_model_name_or_path": self._checkpoint_dir,
+                    "target_modules": sorted({name.split(".lora_")[0].split(".")[-1] for name in weights}),
+                    "r": adapters.rank,
+                    "lora_alpha": adapters.alpha,
+                    "lora_dropout": adapters.dropout,
+                    "bias": "none",
+                    "inference_mode": True,
+                }
+                _write_json(partial / _ADAPTER_CONFIG, adapter_config)
+                _write_weights(partial / _ADAPTER, weights, readable_as=partial / _ADAPTER_CONFIG)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -258,19 +257,25 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_dtypes(file: Path) -> dict[str, torch.dtype]:
-    """The dtype of every weight in a file, from its header."""
+def _read_header(file: Path) -> dict[str, _Stored]:
+    """Every weight in a file, by name."""
     try:
         with safe_open(file, framework="pt") as weights:
-            spelled = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (not a dict)
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (not a dict)
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{_KEY}: {file} cannot be read as safetensors: {error}") from None
-    for key, dtype in spelled.items():
+    for name, (dtype, _) in found.items():
         if dtype not in _DTYPES:
             raise ValueError(
-                f"{_KEY}: {file}: {key} is stored as {dtype}, which cannot be trained; allowed: {', '.join(_DTYPES)}"
+                f"{_KEY}: {file}: {name} is stored as {dtype}, which cannot be trained; allowed: {', '.join(_DTYPES)}"
             )
-    return {key: _DTYPES[dtype] for key, dtype in spelled.items()}
+    return {name: _Stored(file, _DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
+
+
+def _write_weights(file: Path, weights: Mapping[str, Tensor], *, readable_as: Path) -> None:
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, file, metadata={"format": "pt"})
+    shutil.copymode(readable_as, file)  # safetensors writes for the owner's eyes only
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

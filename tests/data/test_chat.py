@@ -2,20 +2,26 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unicodedata import normalize
+from unittest import mock
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adapt_recipes.data import ByteTokenizer, ChatTokenizer
 from adapt_recipes.data.chat_template import TODAY
 
+# Qwen 1.5's own.
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
-You are helpful<|im_end|>
+You are a helpful assistant<|im_end|>
 ' }}{% endif %}{{'<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>' + '
 '}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
@@ -26,7 +32,7 @@ LLAMA3 = """{{- bos_token }}
 {%- endif %}
 {{- "<|start_header_id|>system<|end_header_id|>\n\nToday Date: " + date_string + "<|eot_id|>" }}
 {%- for message in messages %}
-    {%- if message.role == 'assistant' %}
+    {% if message.role == 'assistant' %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
         {%- generation %}{{- message['content'] | trim + '<|eot_id|>' }}{%- endgeneration %}
     {%- else %}
@@ -42,16 +48,37 @@ INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | tojson }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# As Qwen3's: the last answer gets an empty block of thoughts, earlier ones lose it.
+# As Gemma 3's: the system message is the start of the first user's.
+GEMMA = """{{ bos_token }}
+{%- set before = '' %}
+{%- if messages[0].role == 'system' %}
+    {%- set before = messages[0].content + '\n\n' %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}
+    {{- (before if loop.first else '') + message.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}"""
+# As Qwen 3's: the last answer has a block of thoughts, an empty one unless it brings its own; earlier ones have none.
 THINKING = """{%- for message in messages %}
     {%- if message.role == 'assistant' and loop.last %}
-        {{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + message.content.lstrip('\n') + '<|im_end|>\n' }}
+        {%- set parts = message.content.split('</think>') %}
+        {%- set thoughts = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}
+        {{- '<|im_start|>assistant\n<think>\n' + thoughts + '\n</think>\n\n' + parts[-1].lstrip('\n') }}
+        {{- '<|im_end|>\n' }}
     {%- else %}
         {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if enable_thinking is false else '') }}
+{%- endif %}"""
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
+SPECIAL += ["<start_of_turn>", "<end_of_turn>", "<unk>"]
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEXTS = [
     "the cat sat on the mat.\n\nthe dog\n",
     "<think>\n\n</think>\n\n",
@@ -74,17 +101,39 @@ CONVERSATIONS = [
 ]
 
 
-def make_folder(folder: Path, template: str | None, **config: Any) -> Path:
-    """A small byte-level BPE tokenizer as transformers saves one, trained on a few words."""
+def make_folder(folder: Path, template: str | None, kind: str = "gpt2", **config: Any) -> Path:
+    """A small BPE tokenizer as transformers saves one, trained on a few words.
+
+    The kinds split text into words as their models do. They differ in what moves offsets: "gpt2" and "llama" trim white
+    space from them, "qwen" composes characters (NFC), "gemma" writes a space as another character and what it does not
+    know as bytes. "gemma" also puts its bos before any text.
+    """
     tokenizer = Tokenizer(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as Llama 3's: spaces fall out of the offsets
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=kind != "qwen")
+    if kind == "qwen":
+        tokenizer.normalizer = normalizers.NFC()
+    if kind in ("llama", "qwen"):
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    if kind == "gemma":
+        alphabet = []
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5)])
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
+    if kind == "gemma":
+        trained = json.loads(tokenizer.to_str())["model"]
+        vocab = trained["vocab"] | {f"<0x{byte:02X}>": len(trained["vocab"]) + byte for byte in range(256)}
+        merges = [tuple(merge) for merge in trained["merges"]]
+        tokenizer.model = models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     tokenizer.enable_truncation(5)  # some hub folders carry one; transformers resets it
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|im_end|>"} | config
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
@@ -97,40 +146,93 @@ def supervised_text(tokenizer: Any, ids: list[int], supervised: list[bool]) -> s
     return tokenizer.decode([token for token, counts in zip(ids, supervised, strict=True) if counts])
 
 
-@pytest.fixture
-def fixed_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    class FixedDay(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
-            return TODAY
-
-    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", FixedDay)
+class FixedDay(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return TODAY
 
 
-@pytest.mark.parametrize(
-    ("template", "end", "strips"),
-    [(CHATML, "<|im_end|>", False), (LLAMA3, "<|eot_id|>", True), (INST, "</s>", False)],
-    ids=["chatml", "llama3", "inst"],
-)
+class Pair(NamedTuple):
+    """A tokenizer as this project and as transformers load it.
+
+    Attributes:
+        end: ends an answer.
+        shown: what the template makes of an answer.
+    """
+
+    ours: ChatTokenizer
+    theirs: Any
+    end: str
+    shown: Callable[[str], str] = str
+
+    def reference(self, conversation: list[dict[str, str]], **options: Any) -> list[int]:
+        with mock.patch.object(transformers.utils.chat_template_utils, "datetime", FixedDay):
+            return self.theirs.apply_chat_template(conversation, return_dict=False, enable_thinking=False, **options)
+
+    def text(self, ids: list[int]) -> str:
+        return normalize("NFC", self.theirs.decode(ids, clean_up_tokenization_spaces=False))
+
+    def check(self, conversation: list[dict[str, str]]) -> None:
+        """The ids are transformers'; supervised are the answers and their ends, behind what a model is asked with."""
+        ids, supervised = self.ours.encode(conversation)
+        assert ids == self.reference(conversation)
+        last = 0
+        for index, message in enumerate(conversation):
+            if message["role"] != "assistant":
+                continue
+            first = supervised.index(True, last)
+            last = [*supervised, False].index(False, first)
+            text, expected = self.text(ids[first:last]), normalize("NFC", self.shown(message["content"]) + self.end)
+            assert text.endswith(expected)
+            # More than that only where the header's last white space is in one token with the answer's first letters.
+            if more := text.removesuffix(expected):
+                assert not more.strip() and len(self.text(ids[first : first + 1])) > len(more)
+            prompt = self.reference(conversation[:index], add_generation_prompt=True)
+            asked = self.text(prompt)
+            # The template may write white space before an answer which is not in the prompt.
+            assert (self.text(ids[:first]) + more).removeprefix(asked).strip() == ""
+            if self.text(ids[:first]) == asked:
+                assert ids[:first] == prompt
+        assert not any(supervised[last:])
+
+
+PAIRS: dict[str, tuple[str, str, str, Callable[[str], str]]] = {
+    "chatml": ("gpt2", CHATML, "<|im_end|>", str),
+    "qwen1_5": ("qwen", CHATML, "<|im_end|>", str),
+    "llama3": ("llama", LLAMA3, "<|eot_id|>", str.strip),
+    "gemma3": ("gemma", GEMMA, "<end_of_turn>", str.strip),
+    "inst": ("gpt2", INST, "</s>", str),
+}
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    kind, template, end, shown = PAIRS[request.param]
+    folder = make_folder(tmp_path_factory.mktemp(request.param), template, kind)
+    return Pair(ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder), end, shown)
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_ids_are_transformers_and_only_answers_count(
-    tmp_path: Path, fixed_day: None, template: str, end: str, strips: bool, conversation: list[dict[str, str]]
-) -> None:
-    if template is INST:
-        conversation = [message for message in conversation if message["role"] != "system"]
-    folder = make_folder(tmp_path, template)
-    reference = AutoTokenizer.from_pretrained(folder)
-    ids, supervised = ChatTokenizer(folder).encode(conversation)
-    assert ids == reference.apply_chat_template(conversation, tokenize=True, return_dict=False)
-    answers = [message["content"] for message in conversation if message["role"] == "assistant"]
-    text = supervised_text(reference, ids, supervised)
-    if template is CHATML and conversation is CONVERSATIONS[1]:
-        # The header's "\n" is in one token with the answer's first.
-        text = text.replace("\n\n\nthe", "\n\nthe")
-    if template is INST:
-        text = text.replace(f"{end} ", end).removeprefix(" ")  # " the" is one token, and the template wrote its space
-        answers = [answer.removeprefix(" ") for answer in answers]
-    assert text == "".join((answer.strip() if strips else answer) + end for answer in answers)
+def test_ids_are_transformers_and_only_answers_count(pair: Pair, conversation: list[dict[str, str]]) -> None:
+    pair.check(conversation)
+
+
+# White space of all sorts, characters of two code points, of several bytes, that join others, names of special tokens.
+PIECES = list(" \n\t\r\xa0\u2028\ufeff\u200d\u0301\0é한𐍈😀")
+PIECES += ["  ", "\n\n", "the", " cat", "a\u0301", "1", "2.", "👨\u200d👩"]
+PIECES += ["<|im_end|>", "<|im_start|>", "<end_of_turn>", "<|eot_id|>", "<s>", "</s>", "<bos>"]
+CONTENTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
+TURNS = st.lists(st.tuples(CONTENTS, CONTENTS.filter(str.strip)), min_size=1, max_size=3)
+ANY_CONVERSATION = st.builds(
+    lambda turns, system: messages(*(content for turn in turns for content in turn), system=system),
+    TURNS,
+    st.none() | CONTENTS,
+)
+
+
+@given(conversation=ANY_CONVERSATION)
+def test_any_text(pair: Pair, conversation: list[dict[str, str]]) -> None:
+    pair.check(conversation)
 
 
 def test_a_token_merged_across_the_start_counts_and_the_new_line_after_the_end_does_not(tmp_path: Path) -> None:
@@ -158,17 +260,73 @@ def test_a_header_that_swallows_white_space_does_not_count(tmp_path: Path) -> No
     assert supervised_text(reference, ids, supervised) == "the<|im_end|>cat<|im_end|>"
 
 
-def test_an_empty_block_of_thoughts_does_not_count(tmp_path: Path) -> None:
-    tokenizer = ChatTokenizer(make_folder(tmp_path, THINKING))
-    reference = AutoTokenizer.from_pretrained(tmp_path)
-    for answer in ("the cat", "think", "\n"):
-        ids, supervised = tokenizer.encode(messages("a", answer + "."))
-        assert ids == reference.apply_chat_template(messages("a", answer + "."), tokenize=True, return_dict=False)
-        assert supervised_text(reference, ids, supervised).lstrip("\n") == f"{answer}.<|im_end|>".lstrip("\n")
+@pytest.fixture
+def thinking(tmp_path: Path) -> Pair:
+    folder = make_folder(tmp_path, THINKING, "qwen")
+    return Pair(ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder), "<|im_end|>", lambda a: a.lstrip("\n"))
+
+
+@pytest.mark.parametrize("answer", ["the cat.", "think.", "\n.", " 😀"])
+def test_an_empty_block_of_thoughts_does_not_count(thinking: Pair, answer: str) -> None:
+    thinking.check(messages("a", answer))
     with pytest.raises(
         ValueError, match="^the chat template is not prefix-stable: .*; keep one answer a conversation$"
     ):
-        tokenizer.encode(messages("a", "b", "c", "d"))
+        thinking.ours.encode(messages("a", "b", "c", answer))
+
+
+def test_an_answers_own_thoughts_count(thinking: Pair) -> None:
+    for answer in ("<think>\nthe cat\n</think>\n\nsat.", "<think>\n\n</think>\n\nsat."):
+        conversation = messages("a", answer, system="the")
+        ids, supervised = thinking.ours.encode(conversation)
+        assert ids == thinking.reference(conversation)
+        assert supervised_text(thinking.theirs, ids, supervised) == answer + "<|im_end|>"
+    with pytest.raises(ValueError, match="^the chat template does not show an answer as it is written$"):
+        thinking.ours.encode(messages("a", "the cat</think>sat."))
+
+
+def test_a_system_message_is_merged_or_refused_as_the_template_says(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(make_folder(tmp_path / "a", GEMMA, "gemma"))
+    merged = messages("be brief\n\nthe cat?", "the dog.")
+    assert tokenizer.encode(messages("the cat?", "the dog.", system="be brief")) == tokenizer.encode(merged)
+    refusing = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}" + GEMMA
+    tokenizer = ChatTokenizer(make_folder(tmp_path / "b", refusing, "gemma"))
+    bos = AutoTokenizer.from_pretrained(tmp_path / "b").bos_token_id
+    assert tokenizer.encode(merged)[0].count(bos) == 1
+    with pytest.raises(ValueError, match="^the chat template refuses the conversation: System role not supported$"):
+        tokenizer.encode(messages("the cat?", "the dog.", system="be brief"))
+
+
+def test_a_template_from_a_file(tmp_path: Path) -> None:
+    make_folder(tmp_path / "base", None)
+    with pytest.raises(
+        ValueError, match="has no chat template .*: name a Jinja file with one in tokenizer.chat_template"
+    ):
+        ChatTokenizer(tmp_path / "base")
+    file = tmp_path / "chatml.jinja"
+    file.write_text(CHATML)
+    expected = ChatTokenizer(make_folder(tmp_path / "own", CHATML))
+    for folder in (tmp_path / "base", make_folder(tmp_path / "other", LLAMA3)):
+        tokenizer = ChatTokenizer(folder, chat_template=file)
+        assert tokenizer.fingerprint == pickle.loads(pickle.dumps(tokenizer)).fingerprint == expected.fingerprint
+        tokenizer.save(tmp_path / "saved" / folder.name)
+        saved = AutoTokenizer.from_pretrained(tmp_path / "saved" / folder.name)
+        assert saved.chat_template == CHATML
+        Pair(tokenizer, saved, "<|im_end|>").check(CONVERSATIONS[1])
+    with pytest.raises(ValueError, match="^tokenizer.chat_template: no file .*nowhere.jinja$"):
+        ChatTokenizer(tmp_path / "own", chat_template=tmp_path / "nowhere.jinja")
+    file.write_text("{% for %}")
+    with pytest.raises(ValueError, match="^tokenizer.chat_template: the chat template is malformed: "):
+        ChatTokenizer(tmp_path / "own", chat_template=file)
+
+
+def test_an_answer_of_which_the_tokenizer_leaves_nothing(tmp_path: Path) -> None:
+    make_folder(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="ends an answer with no special token"):
+        ChatTokenizer(tmp_path).encode(messages("the", "\u200b"))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +334,7 @@ def test_an_empty_block_of_thoughts_does_not_count(tmp_path: Path) -> None:
     [
         ("{{ raise_exception('no roles here') }}", "^the chat template refuses the conversation: no roles here$"),
         ("{{ messages[0].content + 1 }}", "^the chat template refuses the conversation: "),
-        ("{{ messages[1].content | upper }}</s>", "^the chat template does not show an answer as it is written$"),
+        ("{{ messages[-1].content | upper }}</s>", "^the chat template does not show an answer as it is written$"),
         ("{{ messages[0].content }}</s>", "^the chat template does not show an answer as it is written$"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an answer with no special token"),
         (
@@ -208,13 +366,12 @@ def test_attributes_fingerprint_and_pickle(tmp_path: Path) -> None:
     assert len({tokenizer.fingerprint, *(ChatTokenizer(other).fingerprint for other in others)}) == 3
 
 
-def test_a_saved_folder_is_the_same_tokenizer(tmp_path: Path, fixed_day: None) -> None:
-    tokenizer = ChatTokenizer(make_folder(tmp_path / "a", LLAMA3))
-    tokenizer.save(tmp_path / "b" / "model")
-    assert ChatTokenizer(tmp_path / "b" / "model").fingerprint == tokenizer.fingerprint
-    reference = AutoTokenizer.from_pretrained(tmp_path / "b" / "model")
-    ids = reference.apply_chat_template(CONVERSATIONS[1], tokenize=True, return_dict=False)
-    assert ids == tokenizer.encode(CONVERSATIONS[1])[0]
+def test_a_saved_folder_is_the_same_tokenizer(pair: Pair, tmp_path: Path) -> None:
+    pair.ours.save(tmp_path / "model")
+    assert ChatTokenizer(tmp_path / "model").fingerprint == pair.ours.fingerprint
+    again = pair._replace(theirs=AutoTokenizer.from_pretrained(tmp_path / "model"))
+    assert again.theirs.chat_template == pair.theirs.chat_template
+    again.check(CONVERSATIONS[1])
 
 
 def test_templates_inside_the_config_and_special_tokens_as_objects(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torchtune.models.llama3_2 import llama3_2
 
 from adapt_recipes.config import command_line
 from adapt_recipes.data import ByteTokenizer
-from adapt_recipes.models import HuggingFaceCheckpointer, llama_config
+from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config
 
 ROOT = Path(__file__).parents[2]
 ADAPT, PLANNED, UNIFORM = (str(ROOT / "yaml" / f"tiny_{name}.yaml") for name in ("adapt", "adapt_planned", "uniform"))
@@ -385,7 +385,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_dim=32, tie_word_embeddings=False,
     )  # fmt: skip
     HuggingFaceCheckpointer(None).save(
-        decoder.state_dict(), folder, config=llama_config(decoder), tokenizer=ByteTokenizer()
+        decoder.state_dict(), folder, config=huggingface_config(decoder), tokenizer=ByteTokenizer()
     )
     return folder
 

@@ -1,52 +1,59 @@
-"""Every shipped config that names a real model and real data runs to its end on a tiny model and a few examples."""
+"""Every shipped config is what its name says; those of SmolLM2 run on a tiny model and a few examples.
+
+The configs of the grid run in ``test_grid.py``, the tiny ones in ``test_run_directory.py``.
+"""
 
 from __future__ import annotations
 
 import json
-import random
+import re
+import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from conftest import ROOT, Runner
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from standins import write_natural_instructions, write_tokenizer
+from torchtune._cli.tune import TuneCLIParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapt_recipes.config import load, to_dict
 from adapt_recipes.data import IGNORE_INDEX, ChatTokenizer
+from adapt_recipes.mixture.contract import check_mixture
 
-REAL = sorted(path.stem for path in (ROOT / "yaml").glob("*.yaml") if not path.stem.startswith("tiny_"))
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CONFIGS = sorted((ROOT / "yaml").glob("*.yaml"))
+PARAMETERS = {  # by the name of the model in the name of the config
+    "tiny": 89_424,
+    "smollm2_135m": 134_515_008,
+    "gemma3_1b": 999_885_952,
+    "llama3_2_1b": 1_235_814_400,
+    "qwen3_0_6b": 596_049_920,
+}
+COMPONENTS = {"adapt": "Adapt", "adapt_planned": "AdaptPlanned", "fixed": "fixed_weights"}  # others are called the same
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture
 def model_and_data(tmp_path: Path) -> Path:
-    """What the configs expect in the current folder: a model of 0.03M parameters, and a few examples of each type."""
+    """What the configs of SmolLM2 expect in the current folder: a model of 0.03M parameters, and a few examples."""
     folder = tmp_path / "models" / "SmolLM2-135M-Instruct"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["the answer is yes or no", "user assistant question answer"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = CHATML
-    fast.save_pretrained(folder)
+    vocab_size = write_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     config.num_key_value_heads, config.tie_word_embeddings, config.max_position_embeddings = 2, True, 1024
     LlamaForCausalLM(config).save_pretrained(folder)
-
-    tasks = tmp_path / "data" / "natural-instructions" / "tasks"
-    tasks.mkdir(parents=True)
-    rng = random.Random(0)
     types = (
         "Question Answering",
         "Sentiment Analysis",
@@ -54,23 +61,11 @@ def model_and_data(tmp_path: Path) -> Path:
         "Summarization",
         "Dialogue Generation",
     )
-    for number, category in enumerate(types):
-        instances = [
-            {
-                "id": str(i),
-                "input": f"{category} {i} " + "x" * rng.randint(0, 40),
-                "output": [rng.choice(["yes", "no"])],
-            }
-            for i in range(160)
-        ]
-        worked = [{"input": "is it?", "output": "yes", "explanation": "it is"}]
-        content = {"Definition": ["Answer."], "Categories": [category], "Positive Examples": worked}
-        content["Instances"] = instances
-        (tasks / f"task{number}.json").write_text(json.dumps(content))
+    write_natural_instructions(tmp_path / "data" / "natural-instructions", types, num_examples=160)
     return folder
 
 
-@pytest.mark.parametrize("config", REAL)
+@pytest.mark.parametrize("config", [path.stem for path in CONFIGS if path.stem.startswith("smollm2_")])
 def test_runs(run: Runner, model_and_data: Path, config: str) -> None:
     cadence = ["mixture_update_every=2"] if "adapt" in config else []
     done = run(config, "budget.tokens=200", "device=cpu", *cadence, "max_seq_len=256")
@@ -93,21 +88,55 @@ def test_runs(run: Runner, model_and_data: Path, config: str) -> None:
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "yaml").glob("*.yaml")), ids=lambda path: path.stem)
-def test_its_name_tells_the_truth(path: Path, adapt_full_finetune, sft_full_finetune) -> None:
-    recipe = path.read_text().split()[3]
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_its_name_tells_the_truth(
+    path: Path, tmp_path: Path, adapt_full_finetune: ModuleType, sft_full_finetune: ModuleType
+) -> None:
+    """All of it is built, the model without memory for its weights, on a few examples of each task."""
+    model, strategy, percent = re.fullmatch(rf"({'|'.join(PARAMETERS)})_(.+?)(?:_(\d+)pct)?", path.stem).groups()
+    recipe = "adapt_full_finetune" if strategy.startswith("adapt") else "sft_full_finetune"
     module = {"adapt_full_finetune": adapt_full_finetune, "sft_full_finetune": sft_full_finetune}[recipe]
+    assert path.read_text().splitlines()[0] == f"# tune run {recipe} --config yaml/{path.name}"
     config = load(module.Config, path)
-    component = {"adapt": "Adapt", "adapt_planned": "AdaptPlanned", "fixed": "fixed_weights"}
-    assert config.mixture.component.split(".")[-1] == component.get(config.strategy, config.strategy)
+    assert config.strategy == strategy
     assert config.output_dir == f"runs/{path.stem}"
-    model, _, rest = path.stem.partition("_") if path.stem.startswith("tiny") else ("smollm2", "", path.stem[13:])
-    strategy, _, budget = rest.rpartition("_") if rest.endswith("pct") else (rest, "", "")
-    assert strategy == config.strategy
-    if budget:
-        assert config.budget.fraction == int(budget.removesuffix("pct")) / 100
-    assert load(module.Config, path, [f"{key}={value}" for key, value in (("seed", 1),)]).seed == 1
+    assert config.mixture.component == f"adapt_recipes.mixture.{COMPONENTS.get(strategy, strategy)}"
+    assert config.budget.fraction == (int(percent) / 100 if percent else None)
+    assert load(module.Config, path, ["seed=1"]).seed == 1
     assert to_dict(config)["mixture"]["_component_"] == config.mixture.component
+
+    if model == "smollm2_135m":
+        Path(config.model.arguments["path"]).mkdir(parents=True)
+        Path(config.model.arguments["path"], "config.json").write_text(json.dumps({"model_type": "llama"} | SMOLLM2))
+    with torch.device("meta"):
+        decoder = config.model.build()
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == PARAMETERS[model]
+    assert decoder.max_seq_len >= config.max_seq_len
+    optimizer = config.optimizer.build(params=decoder.parameters())
+    assert optimizer.param_groups[0]["lr"] == config.optimizer.arguments["lr"]
+    assert 0 < config.lr_schedule.build()(0.5) <= 1
+
+    if types := config.tasks.arguments.get("types"):
+        write_natural_instructions(tmp_path / "data" / "natural-instructions", [*types, "Another"], num_examples=3)
+    names = [task.name for task in config.tasks.build()]
+    assert names == (types or names)
+    sizes = torch.arange(1, len(names) + 1)
+    mixture = config.mixture.build(task_names=names, num_supervised_tokens=sizes, budget_tokens=1000)
+    check_mixture(mixture, getattr(module, "SIGNALS", ()), num_tasks=len(names), recipe=recipe)
+    assert bool(mixture.observes) == strategy.startswith("adapt")
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if not path.stem.startswith("tiny_")], ids=lambda p: p.stem)
+def test_its_header_says_how_to_run_it(path: Path) -> None:
+    header, _, content = path.read_text().partition("\n\n")
+    said = dict(re.findall(r"^# (\w+): +(.*)$", header, re.MULTILINE))
+    download = TuneCLIParser()._parser.parse_args(shlex.split(said["Model"])[1:])
+    folders = re.findall(r"(?:path|checkpoint_dir): (models/\S+)", content)
+    assert len(folders) >= 2 and set(folders) == {str(download.output_dir)}
+    assert download.output_dir.name == download.repo_id.split("/")[1]
+    assert not any(pattern.endswith("safetensors") for pattern in download.ignore_patterns or ())
+    assert f"path: {said['Data'].split()[-1]}\n" in content
+    assert re.match(r"[\d.]+ GB ", said["Memory"])
 
 
 def test_natural_instructions_by_file_with_examples(run: Runner, model_and_data: Path) -> None:

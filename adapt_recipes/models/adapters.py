@@ -1,0 +1,61 @@
+"""Training adapters alone (LoRA, https://arxiv.org/abs/2106.09685), and adding them to the weights in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What is the same of all adapters in a decoder: an adapter's output counts ``alpha / rank``."""
+
+    rank: int
+    alpha: float
+    dropout: float
+
+
+def train_adapters_alone(decoder: nn.Module) -> Adapters | None:
+    """Freezes all other weights of a decoder that has adapters. One without stays as it is, to be trained whole.
+
+    Returns:
+        What the adapters are; None: there are none.
+
+    Raises:
+        ValueError: adapters that cannot be saved for PEFT.
+    """
+    parameters = get_adapter_params(decoder)
+    if not parameters:
+        return None
+    found = set()
+    for module in decoder.modules():
+        if hasattr(module, "adapter_params"):
+            if not isinstance(module, LoRALinear):
+                kind = type(module).__name__
+                raise ValueError(f"model: its adapters are {kind}, which is not supported; allowed: LoRALinear")
+            if module._quantize_base:
+                raise ValueError("model.quantize_base: true is not supported; allowed: false")
+            found.add(Adapters(module.rank, module.alpha, getattr(module.dropout, "p", 0.0)))
+    if len(found) > 1:
+        raise ValueError(f"model: its adapters are not all alike: {', '.join(sorted(map(str, found)))}")
+    set_trainable_params(decoder, parameters)
+    return found.pop()
+
+
+def merged(key: str, state_dict: Mapping[str, Tensor], adapters: Adapters | None) -> Tensor:
+    """A decoder's weight with what its adapter adds to it, in fp32; one that has no adapter as it is.
+
+    Args:
+        key: of the weight.
+        state_dict: the decoder's.
+        adapters: the decoder's.
+    """
+    weight, projection = state_dict[key], key.removesuffix(".weight")
+    if (a := state_dict.get(f"{projection}.lora_a.weight")) is None:
+        return weight
+    assert adapters is not None
+    b = state_dict[f"{projection}.lora_b.weight"]
+    return weight.float() + adapters.alpha / adapters.rank * (b.float() @ a.float())

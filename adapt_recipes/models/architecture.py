@@ -1,0 +1,312 @@
+"""What has to agree, beside names and shapes, for weights to make the same function in a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
+
+from adapt_recipes.errors import nearest
+from adapt_recipes.models.families import DEFAULTS, FAMILIES, Family, is_adapter, of_any_layer
+from adapt_recipes.models.gemma3 import SlidingWindowAttention
+from adapt_recipes.models.rotations import Rotations
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of slow rotations, named as in ``config.json``."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What fixes the function that a decoder computes, its weights aside; named as in ``config.json``.
+
+    Attributes:
+        full_attention_layers: numbers of the layers whose tokens see all tokens before them; those of the others see
+            ``sliding_window`` tokens, themselves among them. (In ``config.json``: ``layer_types``.)
+        rope_theta: base of the rotations in those layers; None: there is none.
+        rope_local_base_freq: base of the rotations in the others; None, as ``sliding_window``: there is none.
+        rope_scaling: None: plain rotations.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    full_attention_layers: tuple[int, ...]
+    sliding_window: int | None
+    rope_theta: float | None
+    rope_local_base_freq: float | None
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    attention_dropout: float
+
+    def first_difference(self, other: Architecture) -> str | None:
+        """The first field in which the two compute differently, rounding and dropout aside; None: they agree."""
+        for name in (field.name for field in fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            rounded = isinstance(mine, float) and theirs is not None and math.isclose(mine, theirs, rel_tol=1e-6)
+            if mine != theirs and not rounded and name != "attention_dropout":  # a choice of the training
+                return name
+        return None
+
+
+# ---- from and to config.json
+
+
+def read_config(folder: str | Path, *, key: str) -> dict[str, Any]:
+    """A Hugging Face folder's ``config.json``; ``key`` is what names the folder in the user's config.
+
+    Raises:
+        ValueError: no folder, no file in it, or no JSON object in the file.
+    """
+    file = Path(folder) / "config.json"
+    if not file.parent.is_dir():
+        raise ValueError(f"{key}: there is no folder {file.parent}; `tune download` makes one of a model's name")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{key}: there is no {file}; is this a Hugging Face folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: {file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{key}: {file} must hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architecture:
+    """Reads both layouts: ``rope_theta`` and ``rope_scaling`` (transformers 4), or ``rope_parameters`` (5).
+
+    Args:
+        config: a folder's ``config.json``.
+        where: what an error begins with.
+
+    Raises:
+        ValueError: an unknown kind of model, a setting that no decoder here can compute, or a bad or missing number.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type == "gemma3":
+        hint = "with the image encoder is not supported; Gemma 3 1B has none and is 'gemma3_text'"
+        raise ValueError(f"{where}: model_type 'gemma3' {hint}")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{where}: model_type '{model_type}' is not supported{nearest(model_type, FAMILIES)}")
+    family = FAMILIES[model_type]
+    settings = {**DEFAULTS, **family.silent, **config}
+    known = _flat({key: value for key, value in settings.items() if value is not None}, where=where)
+
+    def number(key: str, kind: type[int] | type[float] = float) -> Any:
+        if (value := known.get(key)) is None:
+            raise ValueError(f"{where} has no '{key}'")
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+            raise ValueError(f"{where}: {key} = {value!r} has to be a {'whole ' * (kind is int)}number above 0")
+        return value
+
+    def allow(key: str, *allowed: Any) -> None:
+        if (value := known.get(key, allowed[0])) not in allowed:
+            choice = " or ".join(map(repr, allowed))
+            raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {choice}")
+
+    num_layers, heads = number("num_hidden_layers", int), number("num_attention_heads", int)
+    known = {"num_key_value_heads": heads, "head_dim": number("hidden_size", int) // heads, **known}
+    if "sliding_window_pattern" in known:
+        number("sliding_window_pattern", int)
+    full_layers = _full_attention_layers(known, num_layers, where=where)
+    windowed = len(full_layers) < num_layers
+    if not windowed:
+        known["use_sliding_window"] = False  # whatever it says
+    for key, values in family.settings.items():
+        allow(key, *values)
+    allow("rope_type", "default", *(("llama3",) if Llama3ScaledRoPE in family.rotations else ()))
+    allow("rope_parameters.sliding_attention.rope_type", "default")
+    allow("partial_rotary_factor", 1.0)
+    allow("tie_word_embeddings", False, True)
+    if "query_pre_attn_scalar" in family.silent:  # torchtune's attention divides by the root of head_dim
+        allow("query_pre_attn_scalar", known["head_dim"])
+    scaling = None
+    if known["rope_type"] == "llama3":
+        scaling = RopeScaling(**{field.name: number(field.name) for field in fields(RopeScaling)})
+    return Architecture(
+        model_type=model_type,
+        vocab_size=number("vocab_size", int),
+        hidden_size=number("hidden_size", int),
+        intermediate_size=number("intermediate_size", int),
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", int),
+        head_dim=number("head_dim", int),
+        rms_norm_eps=number("rms_norm_eps"),
+        full_attention_layers=full_layers,
+        sliding_window=number("sliding_window", int) if windowed else None,
+        rope_theta=number("rope_theta") if full_layers else None,
+        rope_local_base_freq=number("rope_local_base_freq") if windowed else None,
+        rope_scaling=scaling if scaling is not None and scaling.factor != 1 else None,
+        tie_word_embeddings=known.get("tie_word_embeddings", False),
+        attention_dropout=known.get("attention_dropout", 0.0),
+    )
+
+
+def _flat(known: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """With the rotations' settings beside all others, as the older layout has them, wherever they stood."""
+
+    def mapping(within: Mapping[str, Any], key: str) -> dict[str, Any]:
+        value = within.get(key)
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{where}: {key} = {value!r} has to be a JSON object")
+        return {name: setting for name, setting in (value or {}).items() if setting is not None}
+
+    parameters = mapping(known, "rope_parameters")  # of all layers alike, or of each kind of layer
+    local = mapping(parameters, "sliding_attention")
+    rope = (mapping(parameters, "full_attention") | mapping(known, "rope_scaling")) or parameters
+    return {
+        "original_max_position_embeddings": known.get("max_position_embeddings"),
+        **known,
+        **rope,
+        "rope_type": rope.get("rope_type", rope.get("type", "default")),
+        "rope_local_base_freq": local.get("rope_theta", known.get("rope_local_base_freq")),
+        "rope_parameters.sliding_attention.rope_type": local.get("rope_type", "default"),
+    }
+
+
+def _full_attention_layers(known: Mapping[str, Any], num_layers: int, *, where: str) -> tuple[int, ...]:
+    kinds = ("full_attention", "sliding_attention")
+    if (types := known.get("layer_types")) is not None:
+        if not isinstance(types, list) or len(types) != num_layers or any(kind not in kinds for kind in types):
+            allowed = " or ".join(map(repr, kinds))
+            raise ValueError(f"{where}: layer_types has to name {allowed} for each of the {num_layers} layers")
+        return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    if pattern := known.get("sliding_window_pattern"):
+        return tuple(range(pattern - 1, num_layers, pattern))
+    first_windowed = known.get("max_window_layers", num_layers) if known.get("use_sliding_window") else num_layers
+    return tuple(range(min(first_windowed, num_layers)))
+
+
+def huggingface_config(
+    decoder: TransformerDecoder,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """The ``config.json`` with which transformers computes what ``decoder`` does, for one that came from no folder.
+
+    In the older layout, which transformers 4 and 5 both read.
+
+    Args:
+        decoder: of a builder of one of the ``FAMILIES``, with adapters or without.
+        bos_token_id, eos_token_id, pad_token_id: the tokenizer's; None: it has none.
+
+    Raises:
+        ValueError: a decoder of another kind.
+    """
+    architecture = architecture_of_decoder(decoder)
+    family = FAMILIES[architecture.model_type]
+    config = {key: value for key, value in vars(architecture).items() if value is not None}
+    full_layers = config.pop("full_attention_layers")
+    if "sliding_window_pattern" in family.silent:
+        kinds = ["full_attention" if i in full_layers else "sliding_attention" for i in range(len(decoder.layers))]
+        config |= {"layer_types": kinds, "query_pre_attn_scalar": architecture.head_dim}
+    if architecture.rope_scaling is not None:
+        config["rope_scaling"] = {"rope_type": "llama3", **vars(architecture.rope_scaling)}
+    return config | {
+        **{key: values[0] for key, values in family.settings.items()},
+        "architectures": [family.transformers_class],
+        "max_position_embeddings": decoder.max_seq_len,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "torch_dtype": "float32",
+    }
+
+
+# ---- from a decoder
+
+
+def architecture_of_decoder(decoder: TransformerDecoder) -> Architecture:
+    """Reads it off the modules.
+
+    Raises:
+        ValueError: a decoder of another kind than the ``FAMILIES``, naming what the one most like it has instead.
+    """
+    keys = {of_any_layer(key) for key in decoder.state_dict() if not is_adapter(key)}
+    misfits = {model_type: _misfits(decoder, keys, family) for model_type, family in FAMILIES.items()}
+    model_type = min(misfits, key=lambda model_type: len(misfits[model_type]))
+    if misfits[model_type]:
+        reason = f"most like '{model_type}', but {misfits[model_type][0]}"
+        raise ValueError(f"model: it is of none of the kinds {', '.join(FAMILIES)}: {reason}")
+    attentions = [layer.attn for layer in decoder.layers]
+    local = [attention for attention in attentions if isinstance(attention, SlidingWindowAttention)]
+    others = [attention for attention in attentions if not isinstance(attention, SlidingWindowAttention)]
+    rope = _rotations(attentions[0])
+    scaling = None
+    if isinstance(rope, Llama3ScaledRoPE) and rope.scale_factor != 1:
+        scaling = RopeScaling(rope.scale_factor, rope.low_freq_factor, rope.high_freq_factor, rope.old_context_len)
+    norms = [module for module in decoder.modules() if isinstance(module, FAMILIES[model_type].norm)]
+    return Architecture(
+        model_type=model_type,
+        vocab_size=decoder.tok_embeddings.num_embeddings,
+        hidden_size=decoder.tok_embeddings.embedding_dim,
+        intermediate_size=decoder.layers[0].mlp.w1.weight.shape[0],
+        num_hidden_layers=len(decoder.layers),
+        num_attention_heads=attentions[0].num_heads,
+        num_key_value_heads=attentions[0].num_kv_heads,
+        head_dim=attentions[0].head_dim,
+        rms_norm_eps=_one("rms_norm_eps", [norm.eps for norm in norms]),
+        full_attention_layers=tuple(i for i, attention in enumerate(attentions) if attention in others),
+        sliding_window=_one("sliding_window", [attention.sliding_window for attention in local]),
+        rope_theta=_one("rope_theta", [_rotations(attention).base for attention in others]),
+        rope_local_base_freq=_one("rope_local_base_freq", [_rotations(attention).base for attention in local]),
+        rope_scaling=scaling,
+        tie_word_embeddings=isinstance(decoder.output, TiedLinear),
+        attention_dropout=attentions[0].attn_dropout,
+    )
+
+
+def _misfits(decoder: TransformerDecoder, keys: set[str], family: Family) -> list[str]:
+    """What of a decoder, whose weights have these names in any layer, is not of the family."""
+    layer = decoder.layers[0]
+    parts = {
+        "attention": (layer.attn, MultiHeadAttention),
+        "rotation": (_rotations(layer.attn), family.rotations),
+        "norm": (decoder.norm, family.norm),
+    }
+    wrong = [
+        f"its {what} is a {type(part).__name__}" for what, (part, kind) in parts.items() if not isinstance(part, kind)
+    ]
+    if repr(layer.mlp.activation) != family.activation:
+        wrong.append(f"its activation is {layer.mlp.activation}")
+    if isinstance(decoder.tok_embeddings, GemmaNormEmbeddings) != family.scaled_embeddings:
+        wrong.append(f"its embedding is a {type(decoder.tok_embeddings).__name__}")
+    names = set(family.names.values()) - ({"output.weight"} if isinstance(decoder.output, TiedLinear) else set())
+    wrong += [f"it has no {name}" for name in sorted(names - keys)]
+    wrong += [f"it has {key}" for key in sorted(keys - names)]
+    return wrong
+
+
+def _rotations(attention: MultiHeadAttention) -> nn.Module:
+    rotations = attention.pos_embeddings
+    return rotations.rope if isinstance(rotations, Rotations) else rotations
+
+
+def _one(what: str, values: Sequence[Any]) -> Any:
+    """The value that is the same in all layers; None: there are none."""
+    if len(set(values)) > 1:
+        raise ValueError(f"model: {what} is not the same in all layers: {', '.join(map(str, sorted(set(values))))}")
+    return values[0] if values else None

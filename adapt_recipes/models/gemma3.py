@@ -1,0 +1,227 @@
+"""Gemma 3: torchtune's Gemma with heads normalised, norms on both sides of each block, and mostly local attention."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune.models.gemma._component_builders import gemma_mlp
+from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.peft import LORA_ATTN_MODULES
+
+from adapt_recipes.models.head_norm import NormedHeads
+from adapt_recipes.models.lora import add_lora
+
+_1B: dict[str, Any] = {
+    "vocab_size": 262_144,
+    "num_layers": 26,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 256,
+    "embed_dim": 1152,
+    "intermediate_dim": 6912,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+}
+
+
+def gemma3_1b(*, max_seq_len: int) -> TransformerDecoder:
+    """Gemma 3 1B, the text model.
+
+    Args:
+        max_seq_len: the longest input, in tokens. The rotary caches are this long, so pass the training length.
+    """
+    return gemma3(**_1B, max_seq_len=max_seq_len)
+
+
+def lora_gemma3_1b(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool = False,
+    *,
+    max_seq_len: int,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+) -> TransformerDecoder:
+    """Gemma 3 1B with adapters; the arguments are those of ``gemma3_1b`` and ``add_lora``."""
+    return lora_gemma3(
+        lora_attn_modules,
+        apply_lora_to_mlp,
+        **_1B,
+        max_seq_len=max_seq_len,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+    )
+
+
+def gemma3(
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    sliding_window: int,
+    sliding_window_pattern: int,
+    attn_dropout: float = 0.0,
+    norm_eps: float = 1e-6,
+    rope_base: float = 1_000_000.0,
+    local_rope_base: float = 10_000.0,
+) -> TransformerDecoder:
+    """A decoder of the Gemma 3 kind, its head tied to the embeddings (https://arxiv.org/abs/2503.19786).
+
+    Rows of weights lie as in transformers: a rotation pairs the first half of a head with the second. Sizes from 4B on
+    also stretch the global rotations and 27B scales its scores otherwise, which this decoder does not.
+
+    Args:
+        vocab_size, num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim: sizes.
+        head_dim: of a head; attention scores are divided by its root.
+        max_seq_len: the longest input, in tokens; length of the rotary caches.
+        sliding_window: a token of a local layer sees this many tokens, itself the last of them.
+        sliding_window_pattern: every layer whose number, from 1, is a multiple of this is global.
+        attn_dropout: of attention weights, in training.
+        norm_eps: of all norms.
+        rope_base: of the rotations in global layers.
+        local_rope_base: of those in local ones.
+
+    Raises:
+        ValueError: a window or a pattern below 1, or sizes that do not go together.
+    """
+    for key, value in {"sliding_window": sliding_window, "sliding_window_pattern": sliding_window_pattern}.items():
+        if value < 1:
+            raise ValueError(f"model.{key}: {value} is not allowed; at least 1")
+    rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
+    local_rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, local_rope_base)
+    layers = []
+    for number in range(1, num_layers + 1):
+        is_global = number % sliding_window_pattern == 0
+        kind = MultiHeadAttention if is_global else partial(SlidingWindowAttention, sliding_window=sliding_window)
+        attention = kind(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            q_proj=_normed_heads(embed_dim, num_heads, head_dim, norm_eps),
+            k_proj=_normed_heads(embed_dim, num_kv_heads, head_dim, norm_eps),
+            v_proj=nn.Linear(embed_dim, num_kv_heads * head_dim, bias=False),
+            output_proj=nn.Linear(num_heads * head_dim, embed_dim, bias=False),
+            pos_embeddings=rope if is_global else local_rope,
+            max_seq_len=max_seq_len,
+            attn_dropout=attn_dropout,
+        )
+        layers.append(
+            TransformerSelfAttentionLayer(
+                attn=attention,
+                mlp=gemma_mlp(embed_dim, intermediate_dim),
+                sa_norm=GemmaRMSNorm(embed_dim, eps=norm_eps),
+                mlp_norm=GemmaRMSNorm(embed_dim, eps=norm_eps),
+                sa_scale=GemmaRMSNorm(embed_dim, eps=norm_eps),
+                mlp_scale=GemmaRMSNorm(embed_dim, eps=norm_eps),
+            )
+        )
+    embeddings = GemmaNormEmbeddings(vocab_size, embed_dim)
+    return TransformerDecoder(
+        tok_embeddings=embeddings,
+        layers=layers,
+        max_seq_len=max_seq_len,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        norm=GemmaRMSNorm(embed_dim, eps=norm_eps),
+        output=TiedLinear(embeddings),
+    )
+
+
+def lora_gemma3(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool = False,
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    sliding_window: int,
+    sliding_window_pattern: int,
+    attn_dropout: float = 0.0,
+    norm_eps: float = 1e-6,
+    rope_base: float = 1_000_000.0,
+    local_rope_base: float = 10_000.0,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+) -> TransformerDecoder:
+    """``gemma3`` with adapters; the arguments are its own and those of ``add_lora``. A tied head takes none."""
+    decoder = gemma3(
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        embed_dim=embed_dim,
+        intermediate_dim=intermediate_dim,
+        max_seq_len=max_seq_len,
+        sliding_window=sliding_window,
+        sliding_window_pattern=sliding_window_pattern,
+        attn_dropout=attn_dropout,
+        norm_eps=norm_eps,
+        rope_base=rope_base,
+        local_rope_base=local_rope_base,
+    )
+    return add_lora(
+        decoder,
+        lora_attn_modules=lora_attn_modules,
+        apply_lora_to_mlp=apply_lora_to_mlp,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+    )
+
+
+class SlidingWindowAttention(MultiHeadAttention):
+    """torchtune's attention, of which a token sees only the last ``sliding_window`` tokens, itself among them.
+
+    Rows no longer than the window need no mask and take the fast causal path.
+    """
+
+    def __init__(self, *, sliding_window: int, **attention: Any) -> None:
+        super().__init__(**attention)
+        self.sliding_window = sliding_window
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """As in torchtune; a given ``mask`` (packed rows, key-value cache) is narrowed to the window.
+
+        The window is one of places in the row. Within a document of a packed row that is one of ``input_pos`` as well.
+
+        Raises:
+            ValueError: a mask that is not a boolean tensor, such as flex attention's.
+        """
+        length, window = x.shape[1], self.sliding_window
+        if mask is None and length > window:
+            mask = torch.ones(1, length, length, dtype=torch.bool, device=x.device).tril()
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"a sliding window needs a boolean mask tensor, not {getattr(mask, 'dtype', type(mask).__name__)}"
+                )
+            cached = self.kv_cache.size if self.kv_cache is not None and self.cache_enabled else 0
+            mask = mask.triu(cached + 1 - window)
+        return super().forward(x, y, mask=mask, input_pos=input_pos)
+
+
+def _normed_heads(embed_dim: int, num_heads: int, head_dim: int, norm_eps: float) -> NormedHeads:
+    projection = nn.Linear(embed_dim, num_heads * head_dim, bias=False)
+    return NormedHeads(projection, GemmaRMSNorm(head_dim, eps=norm_eps), head_dim=head_dim)

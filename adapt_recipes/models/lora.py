@@ -1,0 +1,64 @@
+"""LoRA for any decoder made of torchtune's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LORA_ATTN_MODULES, LoRALinear
+
+from adapt_recipes.models.head_norm import NormedHeads
+
+
+def add_lora(
+    decoder: TransformerDecoder,
+    *,
+    lora_attn_modules: Sequence[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
+) -> TransformerDecoder:
+    """Puts adapters beside a decoder's linear layers, in every layer alike. The weights that are there stay.
+
+    Args:
+        decoder: changed in place.
+        lora_attn_modules: which projections of the attention.
+        apply_lora_to_mlp: the three of the MLP as well.
+        lora_rank: of the adapters.
+        lora_alpha: an adapter's output counts ``lora_alpha / lora_rank``.
+        lora_dropout: of what an adapter reads.
+
+    Returns:
+        The same decoder.
+
+    Raises:
+        ValueError: an unknown projection, none at all, or a rank below 1.
+    """
+    for name in lora_attn_modules:
+        if name not in (allowed := get_args(LORA_ATTN_MODULES)):
+            raise ValueError(f"model.lora_attn_modules: there is no '{name}'; allowed: {', '.join(allowed)}")
+    if not lora_attn_modules and not apply_lora_to_mlp:
+        raise ValueError("model.lora_attn_modules: is empty, and apply_lora_to_mlp is false: nothing would be trained")
+    if lora_rank < 1:
+        raise ValueError(f"model.lora_rank: {lora_rank} is not allowed; at least 1")
+    for layer in decoder.layers:
+        places = [(layer.attn, name) for name in lora_attn_modules]
+        if apply_lora_to_mlp:
+            places += [(layer.mlp, name) for name in ("w1", "w2", "w3")]
+        for parent, name in places:
+            if isinstance(getattr(parent, name), NormedHeads):
+                parent, name = getattr(parent, name), "projection"
+            linear = getattr(parent, name)
+            adapted = LoRALinear(
+                linear.in_features,
+                linear.out_features,
+                rank=lora_rank,
+                alpha=lora_alpha,
+                dropout=lora_dropout,
+                use_bias=linear.bias is not None,
+            ).to(linear.weight)  # its dtype and device
+            adapted.weight, adapted.bias = linear.weight, linear.bias
+            setattr(parent, name, adapted)
+    return decoder
