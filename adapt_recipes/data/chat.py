@@ -74,7 +74,7 @@ class ChatTokenizer:
     def _read_tokenizer(self) -> dict[str, Any]:
         """All but the template; returns ``tokenizer_config.json``."""
         if not self._path.is_dir():
-            raise ValueError(f"no folder {self._path}")
+            raise ValueError(f"no folder {self._path}; `tune download` makes one of a model's name")
         tokenizer_file = self._path / "tokenizer.json"
         if not tokenizer_file.is_file():
             raise ValueError(f"no file {tokenizer_file}")

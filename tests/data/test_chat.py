@@ -415,7 +415,7 @@ def test_missing_and_malformed_files(tmp_path: Path, name: str, content: str | N
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^tokenizer.path: no folder .*nowhere$"):
+    with pytest.raises(ValueError, match="^tokenizer.path: no folder .*nowhere; `tune download` makes one"):
         ChatTokenizer(tmp_path / "nowhere")
 
 
