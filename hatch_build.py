@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -13,5 +14,7 @@ class CustomBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         build_data["force_include_editable"]["tune_cli_ext.pth"] = "tune_cli_ext.pth"
         build_data["force_include"]["tune_cli_ext.pth"] = "tune_cli_ext.pth"
-        for folder in ("recipes", "yaml"):
-            build_data["force_include"][folder] = f"adapt_recipes/_bundled/{folder}"
+        for files in ("recipes/*.py", "yaml/*.yaml"):  # not the script that writes configs
+            for file in sorted(Path(self.root).glob(files)):
+                name = file.relative_to(self.root).as_posix()
+                build_data["force_include"][name] = f"adapt_recipes/_bundled/{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ def natural_instructions(
 
     The user's message is the definition, an empty line and the input; with positive examples it takes the form that the
     collection's own models were trained on (Tk-Instruct). The assistant's message is the output. All texts lose the
-    white space around them, and of several definitions the first is taken.
+    white space around them, and of several definitions the first is taken. Empty outputs, which the collection allows,
+    are left out, and a warning counts the instances that have no other.
 
     Args:
         path: the folder that holds ``tasks/``.
@@ -50,6 +52,7 @@ def natural_instructions(
 
     by_type: dict[str, list[Path]] = {}
     conversations: dict[Path, list[Conversation]] = {}
+    num_empty: dict[Path, int] = {}
     for file in files:
         with located(str(file)):
             content = _read(file)
@@ -57,7 +60,11 @@ def natural_instructions(
             for category in categories:
                 by_type.setdefault(category, []).append(file)
             if types is None or set(categories) & set(types):
-                conversations[file] = _conversations(content, num_positive_examples, all_outputs)
+                conversations[file], num_empty[file] = _conversations(content, num_positive_examples, all_outputs)
+
+    if of_files := [f"{file.name}: {number}" for file, number in num_empty.items() if number]:
+        reason = "instances whose outputs are all empty are left out"
+        print(f"warning: tasks.path: {sum(num_empty.values())} {reason} ({', '.join(of_files)})", file=sys.stderr)
 
     types = sorted(by_type) if types is None else types
     for name in types:
@@ -101,8 +108,10 @@ def _texts(content: Any, key: str) -> list[str]:
     return list(dict.fromkeys(text_of(value, repr(key)).strip() for value in _list(content, key)))
 
 
-def _conversations(content: dict[str, Any], num_positive_examples: int, all_outputs: bool) -> list[Conversation]:
-    """One conversation an instance, or one an output."""
+def _conversations(
+    content: dict[str, Any], num_positive_examples: int, all_outputs: bool
+) -> tuple[list[Conversation], int]:
+    """One conversation an instance, or one an output; and how many instances have nothing but empty outputs."""
     opening, closing = _texts(content, "Definition")[0] + "\n\n", ""
     if num_positive_examples:
         examples = _list(content, "Positive Examples", or_empty=True)[:num_positive_examples]
@@ -111,12 +120,12 @@ def _conversations(content: dict[str, Any], num_positive_examples: int, all_outp
                 shown, output = _texts(example, "input")[0], _texts(example, "output")[0]
             opening += f"Positive Example {index + 1} -\nInput: {shown}\nOutput: {output}\n\n"
         opening, closing = f"{opening}Now complete the following example -\nInput: ", "\nOutput:"
-    conversations = []
+    conversations, num_empty = [], 0
     for index, instance in enumerate(_list(content, "Instances")):
         with located(f"instance {index}"):
             prompt = (opening + _texts(instance, "input")[0] + closing).strip()
-            for output in _texts(instance, "output")[: None if all_outputs else 1]:
-                if not output:
-                    raise ValueError("'output' is an empty answer")
+            outputs = [output for output in _texts(instance, "output") if output]
+            num_empty += not outputs
+            for output in outputs[: None if all_outputs else 1]:
                 conversations.append([{"role": "user", "content": prompt}, {"role": "assistant", "content": output}])
-    return conversations
+    return conversations, num_empty

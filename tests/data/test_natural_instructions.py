@@ -54,6 +54,19 @@ def test_all_outputs_gives_one_example_a_different_output(tmp_path: Path) -> Non
     assert [messages[-1]["content"] for messages in task.conversations] == ["4", "four", "5"]
 
 
+@pytest.mark.parametrize(("all_outputs", "answers"), [(False, ["4", "6"]), (True, ["4", "6", "six"])])
+def test_empty_outputs_are_left_out_and_counted(
+    tmp_path: Path, all_outputs: bool, answers: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = [["", "4"], [" "], ["6", "six", ""], [""]]
+    instances = [{"input": f"question {i}", "output": output} for i, output in enumerate(outputs)]
+    path = folder_with(tmp_path, task1=content(Instances=instances), task2=content())
+    (task,) = natural_instructions(path, all_outputs=all_outputs)
+    assert [messages[-1]["content"] for messages in task.conversations][: len(answers)] == answers
+    warning = "warning: tasks.path: 2 instances whose outputs are all empty are left out (task1.json: 2)\n"
+    assert capsys.readouterr().err == warning
+
+
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_positive_examples(tmp_path: Path, number: int) -> None:
     (task,) = natural_instructions(folder_with(tmp_path, task1=content()), num_positive_examples=number)
@@ -93,7 +106,6 @@ def test_types_select_and_order_and_gather_files(tmp_path: Path) -> None:
         (content(Definition=None), r"task1.json: 'Definition' must be a string, not NoneType$"),
         (content(Instances=[]), r"task1.json: 'Instances' is an empty list$"),
         (content(Instances=[{"input": "a", "output": []}]), r"task1.json: instance 0: 'output' is an empty list$"),
-        (content(Instances=[{"input": "a", "output": [" "]}]), r"task1.json: instance 0: 'output' is an empty answer$"),
         (content(Instances=[{"id": "x", "input": "a"}]), r"task1.json: instance 0: no key 'output'"),
         (content(Instances=[{"input": 1, "output": "a"}]), r"instance 0: 'input' must be a string, not int$"),
         (content(Instances=["a"]), r"instance 0: must be an object with the key 'input', not str$"),

@@ -256,7 +256,7 @@ def test_the_literal_command(hub: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     model = AutoModelForCausalLM.from_pretrained(f"runs/{config}/model")
