@@ -146,6 +146,7 @@ def pair(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[T
     randomise(model)
     decoder = build(name, dtype)
     decoder.load_state_dict(translated(model, folder))
+    HuggingFaceCheckpointer(str(folder)).check(decoder)
     return decoder, model
 
 
