@@ -23,8 +23,12 @@ from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -101,6 +105,33 @@ KINDS = {
         Qwen3ForCausalLM,
         Qwen3Config,
         {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+}
+OTHERS = {  # models that no config names yet
+    "qwen1_5_0_5b": Kind(
+        "torchtune.models.qwen2.qwen2",
+        {"max_seq_len": 256, "norm_eps": 1e-6, "rope_base": 1_000_000, "tie_word_embeddings": "true"},
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "gemma_2b": Kind(
+        "torchtune.models.gemma.gemma",
+        {"max_seq_len": 256, "head_dim": 16},
+        GemmaForCausalLM,
+        GemmaConfig,
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "llama3_8b": Kind(
+        "torchtune.models.llama3.llama3",
+        {"max_seq_len": 256, "rope_base": 500_000},
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
     ),
 }
 
@@ -183,23 +214,34 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """models/ and data/ as the headers' commands make them, tiny. Weights are large, so that a wrong one shows."""
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    for name, kind in KINDS.items():
-        path = folder / CONFIGS[f"{name}_uniform_1pct"]["checkpointer"]["checkpoint_dir"]
+    for name, kind in (KINDS | OTHERS).items():
+        path = folder / downloaded(name)
         write_tokenizer(path)
         model = kind.model_class(kind.config_class(**CONFIG | kind.config))
         for parameter in model.parameters():
-            parameter.data.normal_(0.0, 0.4).add_(1.0 if parameter.ndim == 1 and name != "gemma3_1b" else 0.0)
+            parameter.data.normal_(0.0, 0.4).add_(1.0 if parameter.ndim == 1 and "gemma" not in name else 0.0)
         model.save_pretrained(path)
     write_natural_instructions(folder / "data" / "natural-instructions", [*TYPES, "Another"], num_examples=34)
     return folder
 
 
-def tiny(config: str, hub: Path) -> list[str]:
-    """Overrides that put in the tiny model, and make some five steps of the shipped share of the tiny data."""
+def downloaded(model: str) -> str:
+    """Where a config looks for its model."""
+    return CONFIGS[f"{model}_uniform_1pct"]["checkpointer"]["checkpoint_dir"] if model in KINDS else f"models/{model}"
+
+
+def tiny(config: str, hub: Path, *, model: str | None = None) -> list[str]:
+    """Overrides that put in the tiny model, and make some five steps of the shipped share of the tiny data.
+
+    ``model``: None for the config's own.
+    """
     for name in ("models", "data"):
         Path(name).symlink_to(hub / name)
-    kind, batch_size = KINDS[model_of(config)], round(200 * CONFIGS[config]["budget"]["fraction"])
+    model, batch_size = model or model_of(config), round(200 * CONFIGS[config]["budget"]["fraction"])
+    kind = (KINDS | OTHERS)[model]
+    folder = downloaded(model)
     overrides = [f"model={kind.builder}", *(f"model.{key}={value}" for key, value in (SIZES | kind.sizes).items())]
+    overrides += [f"tokenizer.path={folder}", f"checkpointer.checkpoint_dir={folder}"] if model in OTHERS else []
     overrides += ["device=cpu", "max_seq_len=256", "tasks.validation_examples=2", f"batch_size={batch_size}"]
     return overrides + (["mixture_update_every=2", "probe.examples=2"] if "adapt" in config else [])
 
@@ -233,18 +275,17 @@ def test_runs(run: Runner, recipes: dict[str, ModuleType], hub: Path, config: st
     assert losses_in_transformers(done.folder / "model", tasks) == pytest.approx(summary["validation_losses"], rel=0.05)
 
 
-@pytest.mark.parametrize("model", KINDS)
+@pytest.mark.parametrize("model", [*KINDS, *OTHERS])
 def test_the_model_folder_computes_what_was_trained(
     run: Runner, recipes: dict[str, ModuleType], hub: Path, model: str
 ) -> None:
-    config = f"{model}_adapt_1pct"
-    done = run(config, *tiny(config, hub), "budget.tokens=20", "dtype=fp32", "optimizer.lr=1e-2")
+    config = f"{model}_adapt_1pct" if model in KINDS else "gemma3_1b_adapt_1pct"
+    done = run(config, *tiny(config, hub, model=model), "budget.tokens=20", "dtype=fp32", "optimizer.lr=1e-2")
     losses, initial = done.summary["validation_losses"], done.summary["initial_validation_losses"]
     assert all(abs(losses[name] - initial[name]) > 0.01 for name in TYPES)
     tasks = tasks_of(done, recipes["adapt_full_finetune"])
     assert losses_in_transformers(done.folder / "model", tasks) == pytest.approx(losses, rel=1e-4)
-    downloaded = hub / CONFIGS[config]["checkpointer"]["checkpoint_dir"]
-    assert losses_in_transformers(downloaded, tasks) == pytest.approx(initial, rel=1e-4)
+    assert losses_in_transformers(hub / downloaded(model), tasks) == pytest.approx(initial, rel=1e-4)
 
 
 def test_the_literal_command(hub: Path) -> None:
