@@ -1,7 +1,20 @@
 """Mixtures: how the budget is shared between tasks. Pure maths on small tensors; no model, no data."""
 
 from adapt_recipes.mixture.adapt import Adapt
+from adapt_recipes.mixture.bandit import Exp3
+from adapt_recipes.mixture.dro import GroupDRO
 from adapt_recipes.mixture.planned import AdaptPlanned
+from adapt_recipes.mixture.scorer import Scorer
 from adapt_recipes.mixture.static import fixed_weights, proportional, temperature, uniform
 
-__all__ = ["Adapt", "AdaptPlanned", "fixed_weights", "proportional", "temperature", "uniform"]
+__all__ = [
+    "Adapt",
+    "AdaptPlanned",
+    "Exp3",
+    "GroupDRO",
+    "Scorer",
+    "fixed_weights",
+    "proportional",
+    "temperature",
+    "uniform",
+]
