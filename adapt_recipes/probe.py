@@ -1,8 +1,10 @@
-"""Passes over the model that measure tasks: validation losses, an aggregated gradient, and dot products with it.
+"""Passes over the model that measure tasks: losses, gradients and dot products of them, embeddings, uncertainties.
 
 ``model`` is any module whose ``forward(tokens, labels)`` returns the cross-entropies of the supervised positions, in
-row-major order; ``batches`` is a sequence of objects with ``tokens`` (b, s), ``labels`` (b, s) and ``tasks`` (b,), on
-any device. A task's loss is the mean over all its supervised tokens in all batches of all processes.
+row-major order, and with a third argument what ``adapt_recipes.models.TokenLosses`` does; ``batches`` is a sequence of
+objects with ``tokens`` (b, s), ``labels`` (b, s) and ``tasks`` (b,), on any device, and where single examples matter
+``rows`` (b,), each row's place in the list of all, and ``lengths`` (b,), its tokens. A task's loss is the mean over
+all its supervised tokens in all batches of all processes.
 
 Every function runs in eval mode and leaves the weights, their ``.grad``, the training mode of every module and torch's
 generators as it found them, also when a forward raises. Every process must bring the same number of batches; one that
@@ -12,7 +14,7 @@ has no more brings batches without a supervised label. FSDP2's sharded parameter
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -35,6 +37,15 @@ class Batch(Protocol):
     def tasks(self) -> Tensor: ...
 
 
+class ExampleBatch(Batch, Protocol):
+    """The same, where single examples matter."""
+
+    @property
+    def rows(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+
+
 def task_losses(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
     """The mean loss of each task.
 
@@ -47,7 +58,7 @@ def task_losses(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> T
         (num_tasks,) float64 on the CPU, nats a supervised token; NaN for a task without a supervised token.
     """
     with _measuring(model):
-        return _loss_sums(model, batches, num_tasks) / _num_supervised(model, batches, num_tasks)
+        return _loss_sums(model, batches, num_tasks) / num_supervised(model, batches, num_tasks)
 
 
 def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -> list[Tensor]:
@@ -65,7 +76,7 @@ def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -
     parameters = _trainable(model)
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
     # Gradients are averaged over processes, and the means here are over all of them.
-    token_weights = num_processes * weights / _num_supervised(model, batches, len(weights))
+    token_weights = num_processes * weights / num_supervised(model, batches, len(weights))
     chosen = [(weights != 0)[batch.tasks.cpu()] for batch in batches]
     # A forward of one process is a forward of all of them, or FSDP2 waits for ever.
     num_wanting = _over_processes(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64), model)
@@ -79,7 +90,7 @@ def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -
                     continue
                 if not rows.any():
                     rows[0] = True  # its weight is 0
-                losses, tasks = _token_losses(model, batch, rows)
+                losses, tasks = _token_losses(model, batch, of=batch.tasks, rows=rows)
                 (losses * token_weights[tasks].to(losses)).sum().backward()
                 _reshard(model)
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -137,19 +148,19 @@ def gradient_dots(
                 f"dtype: finite differences need fp32 weights, and these are {parameter.dtype}; "
                 "use `bf16` (fp32 weights, bf16 compute) or `fp32`"
             )
-    num_supervised = _num_supervised(model, batches, num_tasks)
-    size = _norm(direction, model)
+    counts = num_supervised(model, batches, num_tasks)
+    size = norm(direction, model)
     assert math.isfinite(size), f"the direction's norm is {size}: the model has diverged"
     if size == 0:
-        return torch.zeros(num_tasks, dtype=torch.float64) / num_supervised
+        return torch.zeros(num_tasks, dtype=torch.float64) / counts
     # Weights that are all 0 (LoRA's B alone, at the start) have no scale of their own.
-    eps = min(relative_step * (_norm(parameters, model) or 1.0) / size, loss_step / size / size)
+    eps = min(relative_step * (norm(parameters, model) or 1.0) / size, loss_step / size / size)
     with _measuring(model), _restored(model) as originals:
         _move(parameters, originals, direction, eps)
         above = _loss_sums(model, batches, num_tasks)
         _move(parameters, originals, direction, -eps)
         below = _loss_sums(model, batches, num_tasks)
-    return (above - below) / (2 * eps) / num_supervised
+    return (above - below) / (2 * eps) / counts
 
 
 def gradient_dots_by_backward(
@@ -166,13 +177,147 @@ def gradient_dots_by_backward(
     Returns:
         (num_tasks,) float64 on the CPU; NaN for a task without a supervised token.
     """
-    num_supervised = _num_supervised(model, batches, num_tasks)
+    counts = num_supervised(model, batches, num_tasks)
     dots = torch.full((num_tasks,), math.nan, dtype=torch.float64)
-    for task in torch.nonzero(num_supervised).flatten().tolist():
+    for task in torch.nonzero(counts).flatten().tolist():
         weights = torch.zeros(num_tasks, dtype=torch.float64)
         weights[task] = 1
-        dots[task] = _inner(loss_gradient(model, batches, weights), direction, model)
+        dots[task] = inner(loss_gradient(model, batches, weights), direction, model)
     return dots
+
+
+@torch.no_grad()
+def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:
+    """Where a task lies: the mean over its examples of the mean over all their tokens of the top hidden states.
+
+    Args:
+        model: see the module's docstring.
+        batches: what to read.
+        num_tasks: tasks in the run.
+
+    Returns:
+        (num_tasks, dim) float64 on the CPU; NaN for a task without an example.
+    """
+    sums: Tensor | None = None
+    counts = torch.zeros(num_tasks, dtype=torch.float64)
+    with _measuring(model):
+        for batch in batches:
+            device = _device(model)
+            hidden = model(batch.tokens.to(device), batch.labels.to(device), "hidden_states").float()
+            _reshard(model)
+            real = torch.arange(hidden.shape[1], device=device) < batch.lengths.to(device)[:, None]
+            means = (hidden * real[:, :, None]).sum(1).to("cpu", torch.float64) / batch.lengths.cpu()[:, None]
+            sums = torch.zeros(num_tasks, means.shape[1], dtype=torch.float64) if sums is None else sums
+            sums.index_add_(0, batch.tasks.cpu(), means)
+            counts.index_add_(0, batch.tasks.cpu(), torch.ones(len(means), dtype=torch.float64))
+    assert sums is not None, "nothing to read"
+    return _over_processes(sums, model) / _over_processes(counts, model)[:, None]
+
+
+@torch.no_grad()
+def example_losses(model: nn.Module, batches: Sequence[ExampleBatch]) -> Tensor:
+    """The mean loss of each example, in nats a supervised token: the logarithm of its perplexity.
+
+    Args:
+        model: see the module's docstring.
+        batches: what to read; their ``rows`` number all examples of all processes from 0.
+
+    Returns:
+        (num_examples,) float64 on the CPU, in the order of ``rows``.
+    """
+    num_examples = int(_over_processes(torch.tensor(float(sum(len(batch.rows) for batch in batches))), model))
+    sums, counts = torch.zeros(2, num_examples, dtype=torch.float64)
+    with _measuring(model):
+        for batch in batches:
+            losses, rows = _token_losses(model, batch, of=batch.rows)
+            _reshard(model)
+            sums.index_add_(0, rows, losses.to("cpu", torch.float64))
+            counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
+    return _over_processes(sums, model) / _over_processes(counts, model)
+
+
+@torch.no_grad()
+def example_uncertainties(
+    model: nn.Module,
+    batches: Sequence[ExampleBatch],
+    measure: Callable[[Tensor, Tensor], Tensor],
+    *,
+    dropout: bool = False,
+) -> Tensor:
+    """How unsure the model is of each example's answer, given the tokens before it.
+
+    Args:
+        model: see the module's docstring.
+        batches: as for ``example_losses``.
+        measure: of an example's ``p`` (num_supervised,), the probability of the likeliest token at each position, and
+            ``entropy`` (num_supervised,), in nats, a scalar; both float64.
+        dropout: compute as in training, with the masks that the generators give next.
+
+    Returns:
+        (num_examples,) float64 on the CPU, in the order of ``rows``.
+    """
+    num_examples = int(_over_processes(torch.tensor(float(sum(len(batch.rows) for batch in batches))), model))
+    values = torch.zeros(num_examples, dtype=torch.float64)
+    with _measuring(model, dropout=dropout):
+        for batch in batches:
+            device = _device(model)
+            logits = model(batch.tokens.to(device), batch.labels.to(device), "logits")
+            _reshard(model)
+            log_p = torch.log_softmax(logits, dim=-1)
+            p = log_p.max(-1).values.exp().to("cpu", torch.float64)
+            entropy = -(log_p.exp() * log_p).sum(-1).to("cpu", torch.float64)
+            rows = _of_supervised(batch.labels, batch.rows)
+            for row in rows.unique().tolist():
+                values[row] = measure(p[rows == row], entropy[rows == row])
+    return _over_processes(values, model)
+
+
+def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int, model: nn.Module) -> Tensor:
+    """The mean over each task's examples of one value an example.
+
+    Args:
+        values: (num_examples,) float64.
+        batches: which examples there are, and of which task.
+        num_tasks: tasks in the run.
+        model: says where processes meet.
+
+    Returns:
+        (num_tasks,) float64 on the CPU; NaN for a task without an example.
+    """
+    sums, counts = torch.zeros(2, num_tasks, dtype=torch.float64)
+    for batch in batches:
+        tasks = batch.tasks.cpu()
+        sums.index_add_(0, tasks, values[batch.rows.cpu()])
+        counts.index_add_(0, tasks, torch.ones(len(tasks), dtype=torch.float64))
+    return _over_processes(sums, model) / _over_processes(counts, model)
+
+
+def num_supervised(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
+    """How much a task's loss is a mean of.
+
+    Returns:
+        (num_tasks,) float64 on the CPU: supervised tokens over batches and processes.
+    """
+    counts = torch.zeros(num_tasks, dtype=torch.int64)
+    for batch in batches:
+        counts += torch.bincount(_of_supervised(batch.labels, batch.tasks), minlength=num_tasks)
+    return _over_processes(counts.to(torch.float64), model)
+
+
+def inner(left: Sequence[Tensor], right: Sequence[Tensor], model: nn.Module) -> float:
+    """The inner product of two gradients of ``model``, summed in float64, over all shards."""
+    sharded, whole = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in zip(left, right, strict=True):
+            wide = torch.promote_types(a.dtype, torch.float32)  # a product of bf16 would be rounded to bf16
+            product = (_local(a).to(wide) * _local(b)).sum(dtype=torch.float64).cpu()
+            (sharded if isinstance(a, DTensor) else whole).add_(product)
+    return float(_over_processes(sharded, model) + whole)
+
+
+def norm(tensors: Sequence[Tensor], model: nn.Module) -> float:
+    """The length of a gradient of ``model``."""
+    return math.sqrt(inner(tensors, tensors, model))
 
 
 @contextmanager
@@ -223,13 +368,13 @@ def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module's mode and the generators are as they were."""
+def _measuring(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+    """Eval mode, or with ``dropout`` training mode; afterwards modes and generators are as they were."""
     modes = [(module, module.training) for module in model.modules()]
     device = _device(model)
     accelerators = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
     try:
-        model.eval()
+        model.train(dropout)
         with torch.random.fork_rng(**accelerators):
             yield
     finally:
@@ -237,20 +382,20 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _token_losses(model: nn.Module, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(losses on the model's device, their tasks on the CPU) of the supervised positions of some rows."""
-    tokens, labels, tasks = batch.tokens, batch.labels, batch.tasks.cpu()
+def _token_losses(model: nn.Module, batch: Batch, *, of: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(losses on the model's device, on the CPU whose they are by ``of`` (b,)) of the supervised positions of rows."""
+    tokens, labels, of = batch.tokens, batch.labels, of.cpu()
     if rows is not None and not rows.all():
         kept = rows.nonzero().flatten()
-        tokens, labels, tasks = tokens[kept.to(tokens.device)], labels[kept.to(labels.device)], tasks[kept]
+        tokens, labels, of = tokens[kept.to(tokens.device)], labels[kept.to(labels.device)], of[kept]
     device = _device(model)
-    return model(tokens.to(device), labels.to(device)), _supervised_tasks(labels, tasks)
+    return model(tokens.to(device), labels.to(device)), _of_supervised(labels, of)
 
 
-def _supervised_tasks(labels: Tensor, tasks: Tensor) -> Tensor:
-    """(num_supervised,): the task of every supervised position, in row-major order, on the CPU."""
+def _of_supervised(labels: Tensor, of: Tensor) -> Tensor:
+    """(num_supervised,): what ``of`` (b,) says of the row of every supervised position, in their order, on the CPU."""
     supervised = labels.cpu() != IGNORE_INDEX
-    return tasks.cpu()[:, None].expand_as(supervised)[supervised]
+    return of.cpu()[:, None].expand_as(supervised)[supervised]
 
 
 @torch.no_grad()
@@ -258,33 +403,10 @@ def _loss_sums(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Te
     """(num_tasks,): the sum of each task's losses over batches and processes."""
     sums = torch.zeros(num_tasks, dtype=torch.float64)
     for batch in batches:
-        losses, tasks = _token_losses(model, batch)
+        losses, tasks = _token_losses(model, batch, of=batch.tasks)
         _reshard(model)
         sums.index_add_(0, tasks, losses.to("cpu", torch.float64))  # on the CPU the order of addition is fixed
     return _over_processes(sums, model)
-
-
-def _num_supervised(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
-    """(num_tasks,) float64: supervised tokens over batches and processes."""
-    counts = torch.zeros(num_tasks, dtype=torch.int64)
-    for batch in batches:
-        counts += torch.bincount(_supervised_tasks(batch.labels, batch.tasks), minlength=num_tasks)
-    return _over_processes(counts.to(torch.float64), model)
-
-
-def _inner(left: Sequence[Tensor], right: Sequence[Tensor], model: nn.Module) -> float:
-    """The inner product of two lists of tensors, in float64, over all shards."""
-    sharded, whole = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    with torch.no_grad():
-        for a, b in zip(left, right, strict=True):
-            wide = torch.promote_types(a.dtype, torch.float32)  # a product of bf16 would be rounded to bf16
-            product = (_local(a).to(wide) * _local(b)).sum(dtype=torch.float64).cpu()
-            (sharded if isinstance(a, DTensor) else whole).add_(product)
-    return float(_over_processes(sharded, model) + whole)
-
-
-def _norm(tensors: Sequence[Tensor], model: nn.Module) -> float:
-    return math.sqrt(_inner(tensors, tensors, model))
 
 
 def _over_processes(values: Tensor, model: nn.Module) -> Tensor:

@@ -9,7 +9,7 @@ from adapt_recipes.data.jsonl import jsonl_tasks
 from adapt_recipes.data.load import TasksConfig, fingerprint, load_tasks, max_token
 from adapt_recipes.data.natural_instructions import natural_instructions
 from adapt_recipes.data.prepare import prepare_tasks
-from adapt_recipes.data.sampler import TokenSampler, random_examples, validation_examples
+from adapt_recipes.data.sampler import TokenSampler, one_task, random_examples, validation_examples
 from adapt_recipes.data.toy import toy_tasks
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "max_token",
     "micro_batches",
     "natural_instructions",
+    "one_task",
     "prepare_tasks",
     "random_examples",
     "toy_tasks",

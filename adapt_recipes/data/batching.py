@@ -27,6 +27,7 @@ class MicroBatch(NamedTuple):
         labels: (batch, length) int64, padded with ``IGNORE_INDEX``.
         tasks: (batch,) int64, each row's task.
         rows: (batch,) int64, where each row stood in the list that was batched.
+        lengths: (batch,) int64, each row's positions that are not padding.
         num_tokens: positions that are not padding.
         num_supervised_tokens: labels that count.
     """
@@ -35,6 +36,7 @@ class MicroBatch(NamedTuple):
     labels: Tensor
     tasks: Tensor
     rows: Tensor
+    lengths: Tensor
     num_tokens: int
     num_supervised_tokens: int
 
@@ -92,6 +94,7 @@ def _collate(examples: Sequence[Example], tasks: Sequence[int], rows: list[int])
         labels=labels,
         tasks=torch.tensor([tasks[i] for i in rows]),
         rows=torch.tensor(rows),
+        lengths=torch.tensor([len(examples[i].tokens) for i in rows]),
         num_tokens=sum(len(examples[i].tokens) for i in rows),
         num_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
     )

@@ -27,6 +27,12 @@ class TasksConfig(Component):
     cache_dir: str | None = None
     """where tokenised tasks are kept; default: $XDG_CACHE_HOME/adapt_recipes, or ~/.cache/adapt_recipes"""
 
+    @property
+    def cache_folder(self) -> Path:
+        """``cache_dir`` or its default, whether it exists or not."""
+        default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "adapt_recipes")
+        return Path(self.cache_dir or default).expanduser()
+
 
 def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list[Task]:
     """Read, tokenise (or read from the cache) and split the tasks of a config.
@@ -39,7 +45,6 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
     Raises:
         ValueError: the file and line, or the task, and what is wrong with it.
     """
-    cache = config.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "adapt_recipes")
     tasks = prepare_tasks(
         config.build(),
         tokenizer,
@@ -47,7 +52,7 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         validation_examples=config.validation_examples,
         max_examples_per_task=config.max_examples_per_task,
         no_validation=config.no_validation,
-        cache_dir=Path(cache).expanduser(),
+        cache_dir=config.cache_folder,
     )
     if all(task.validation is None for task in tasks):
         raise ValueError("tasks.no_validation: it names every task; leave one at least to validate on")

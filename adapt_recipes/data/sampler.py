@@ -104,6 +104,21 @@ class TokenSampler:
         self._num_drawn[:] = state["num_drawn"].numpy()
 
 
+def one_task(probabilities: Tensor, *, seed: int, step: int) -> Tensor:
+    """A mixture of one task alone, drawn from a mixture: MoS (arXiv 2406.08811) takes each batch from one dataset.
+
+    Args:
+        probabilities: (num_tasks,) float64: the chance of each task to be drawn.
+        seed: of the run.
+        step: that the batch is for; a seed and a step give the same task every time.
+
+    Returns:
+        (num_tasks,) float64, 1 for the task that was drawn.
+    """
+    task = torch.multinomial(probabilities, 1, generator=_generator("task", seed, step))
+    return torch.zeros_like(probabilities).scatter(0, task, 1.0)
+
+
 def validation_examples(tasks: Sequence[Task], count: int | None = None) -> list[tuple[int, Example]]:
     """The validation split, each example with the index of its task.
 
@@ -115,14 +130,14 @@ def validation_examples(tasks: Sequence[Task], count: int | None = None) -> list
     return [(i, split.example(k)) for i, split in splits for k in range(len(split))[:count]]
 
 
-def random_examples(tasks: Sequence[Task], count: int, *, seed: int, update: int) -> list[tuple[int, Example]]:
+def random_examples(tasks: Sequence[Task], count: int, *, seed: int, update: int | None) -> list[tuple[int, Example]]:
     """Training examples for a probe, each with the index of its task: fresh at each update, apart from the sampler's.
 
     Args:
         tasks: in the order of the mixture.
         count: how many of each task; all of them where there are fewer.
         seed: of the run.
-        update: number of the mixture update.
+        update: number of the mixture update; None: the pool, which is the same at all of them.
     """
     examples = []
     for i, task in enumerate(tasks):

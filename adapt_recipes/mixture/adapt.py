@@ -7,13 +7,15 @@ reading* of it, and every default below is *ours*. With one logit a_i a task:
     (1)  s = softmax(a),   p = (1 - floor) s + floor / N                               the mixture
     (2)  theta'(p) = theta - eta * sum_i p_i g_i,   g_i = grad L_train_i(theta)        one look-ahead step
     (3)  F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p)                     smooth worst case, entropy
-         l_j = L_val_j(theta') / c_j
+         l_j = (L_val_j(theta') - r_j) / c_j
     (4)  v = sum_j w_j / c_j * grad L_val_j(theta'),   w = softmax(beta l)             one aggregated gradient
     (5)  dF/dp_i = -u_i + lambda (log p_i + 1),   u_i = eta <v, g_i>                   u_i: what a unit of p_i is worth
     (6)  a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)                      gradient descent on F through (1)
 
-(2) is linear in p, so (5) is exact and needs first derivatives only. The model is the recipe's business: it measures
-validation losses and dot products <v, g_i> (``adapt_recipes.probe``), v at theta' or, to first order in eta, at theta.
+r_j, what losses are counted from, is 0, or a reference (``adapt_recipes.mixture.reference``) that keeps a task which
+cannot be learned from being the worst case. (2) is linear in p, so (5) is exact and needs first derivatives only. The
+model is the recipe's business: it measures validation losses and dot products <v, g_i> (``adapt_recipes.probe``), v at
+theta' or, to first order in eta, at theta.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.reference import Reference
 
 # Ours. The smallest divisor c_j, in nats a token: dividing by next to nothing would make a task that the base model
 # already masters the worst case of (3).
@@ -40,13 +43,15 @@ class Adapt:
     Args:
         task_names: the tasks, in order.
         num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
-        budget_tokens: supervised tokens to spend; not used.
+        budget_tokens: supervised tokens to spend; only ``reference: asymptote`` uses it.
         meta_lr: rho of (6), >= 0 (ours); 0 keeps the mixture uniform to the last bit.
         entropy_weight: lambda of (3), >= 0 (ours).
         sharpness: beta of (3), > 0 (ours): near 0 the mean of the losses, large their maximum.
         floor: the part of the mixture spread evenly, 0 <= floor < 1 (ours).
         normalize: ``initial``: c_j is the first validation loss measured, at least ``SMALLEST_NORMALISER``;
             ``none``: c_j = 1 (ours).
+        reference: r_j of (3) (ours): null: 0; a mapping of each task's name to a loss, or the path of a JSON file with
+            one; ``initial`` or ``asymptote``.
         center_and_scale: replace u by z = (u - mean u) / rms(u - mean u) and rho by rho * N in (5) and (6) (ours): the
             part common to all u_i can be many times their differences, and their size depends on model and data. All
             u_i equal (to 1e-9 of their size): no move at all. False: the exact gradient step.
@@ -70,6 +75,7 @@ class Adapt:
         sharpness: float = 1.0,
         floor: float = 0.05,
         normalize: str = "initial",
+        reference: str | Mapping[str, float] | None = None,
         center_and_scale: bool = True,
         averaging: float = 0.7,
         lookahead_lr: float = 0.1,
@@ -86,6 +92,7 @@ class Adapt:
         self.lookahead_lr = number("lookahead_lr", lookahead_lr, above=0)
         self.normalize = normalize
         self.center_and_scale = center_and_scale
+        self.reference = Reference(reference, task_names=task_names, budget_tokens=budget_tokens)
         self.logits = torch.zeros(len(task_names), dtype=torch.float64)  # a
         self.values = torch.full_like(self.logits, math.nan)  # the running mean of u; NaN: never measured
         self.first_losses = torch.full_like(self.logits, math.nan)  # NaN: never measured
@@ -113,18 +120,20 @@ class Adapt:
         """One step (6) on the logits.
 
         Args:
-            task_tokens: (num_tasks,) supervised tokens each task has had; not used.
+            task_tokens: (num_tasks,) supervised tokens each task has had; for ``reference: asymptote``.
             validation_losses: (num_tasks,) float64, those that ``objective_weights`` was given.
             gradient_dots: (num_tasks,) float64, <v, g_i>. NaN where the probe held no token of a task: no evidence.
                 Its running mean stays as it is; before any evidence it counts as the mean of the others under s, which
                 makes its share of (6), apart from the entropy's, exactly 0.
 
         Returns:
-            To log: ``objective``, F at the mixture in use, a scalar; ``weights``, w; ``values``, the running mean of u.
+            To log: ``objective``, F at the mixture in use, a scalar; ``weights``, w; ``values``, the running mean of u;
+            ``reference_losses``, the r_j of the next update.
         """
         assert not gradient_dots.isinf().any(), "an infinite gradient: the model has diverged"
         losses, weights = self._worst_case(validation_losses)
         self.first_losses = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
+        self.reference.observe(validation_losses, task_tokens)  # not before: w is to be that of objective_weights
         shares, p = torch.softmax(self.logits, dim=0), self.probabilities()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # p_i log p_i -> 0 as p_i -> 0
         beta, measured = self.sharpness, losses[~losses.isnan()]
@@ -148,15 +157,18 @@ class Adapt:
             rate = self.meta_lr * len(u) if differ else 0.0
         gradient = -u + self.entropy_weight * (log_p + 1)
         self.logits = self.logits - rate * (1 - self.floor) * shares * (gradient - (shares * gradient).sum())
-        return {"objective": objective, "weights": weights, "values": torch.nan_to_num(self.values)}
+        logged = {"objective": objective, "weights": weights, "values": torch.nan_to_num(self.values)}
+        return {**logged, "reference_losses": self.reference.losses.clone()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that ``load_state_dict`` needs to continue as if never stopped."""
-        return copied_state(self, _STATE)
+        return {**copied_state(self, _STATE), **self.reference.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
-        load_state(self, _STATE, state)
+        own = {name: value for name, value in state.items() if not name.startswith("reference_")}
+        load_state(self, _STATE, own)
+        self.reference.load_state_dict({name: value for name, value in state.items() if name not in own})
 
     def _normalisers(self, validation_losses: Tensor) -> Tensor:
         if self.normalize == "none":
@@ -167,7 +179,7 @@ class Adapt:
     def _worst_case(self, validation_losses: Tensor) -> tuple[Tensor, Tensor]:
         """(l, w) of (3) and (4): l is NaN and w is 0 for tasks that are not in the objective."""
         assert not validation_losses.isinf().any(), "an infinite validation loss: the model has diverged"
-        losses = validation_losses / self._normalisers(validation_losses)
+        losses = self.reference.excess(validation_losses) / self._normalisers(validation_losses)
         weights, measured = torch.zeros_like(losses), ~losses.isnan()
         weights[measured] = torch.softmax(self.sharpness * losses[measured], dim=0)
         return losses, weights

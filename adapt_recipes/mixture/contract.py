@@ -1,4 +1,4 @@
-"""What a recipe relies on in a mixture component, checked before a run starts."""
+"""What a recipe relies on in a mixture and in a reward component, checked before a run starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from adapt_recipes.errors import nearest
+
 METHODS = ("probabilities", "update", "state_dict", "load_state_dict")
+READS = ("train", "validation", "pool")
 
 
 def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str) -> None:
@@ -43,3 +46,31 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
         raise ValueError(
             f"{name}.probabilities() has to be ({num_tasks},) float64 on the CPU, sum to 1 and hold none below 0"
         )
+
+
+def check_reward(reward: Any, mixture: Any) -> None:
+    """Refuse a reward that the mixture does not go with or that breaks the contract of ``adapt_recipes.rewards``.
+
+    Args:
+        reward: the built component; None: the config names none.
+        mixture: the built component.
+
+    Raises:
+        ValueError: it names what is missing.
+    """
+    learns_from_it = "rewards" in mixture.observes
+    if reward is None:
+        if learns_from_it:
+            raise ValueError(f"missing key 'reward': mixture: {type(mixture).__name__} observes rewards")
+        return
+    name = f"reward: {type(reward).__name__}"
+    if not learns_from_it:
+        raise ValueError(
+            f"{name} is for nothing: mixture: {type(mixture).__name__} does not observe rewards; take it out"
+        )
+    reads = getattr(reward, "reads", None)
+    if not callable(reward) or not isinstance(reads, tuple) or not reads:
+        raise ValueError(f"{name} has to be callable, with `reads`, a tuple out of {', '.join(READS)}")
+    for read in reads:
+        if read not in READS:
+            raise ValueError(f"{name} reads {read!r}{nearest(str(read), READS)}")

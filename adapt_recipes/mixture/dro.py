@@ -93,7 +93,8 @@ class GroupDRO:
         """
         losses = signals[self.observes[0]]
         assert not losses.isinf().any(), "an infinite loss: the model has diverged"
-        excess = self.reference.excess(losses, task_tokens)
+        self.reference.observe(losses, task_tokens)
+        excess = self.reference.excess(losses)
         measured = ~excess.isnan()
         before = self.log_shares[measured]
         scores = self.sharpness * excess[measured]

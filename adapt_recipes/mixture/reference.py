@@ -75,15 +75,24 @@ class Reference:
         elif reference is not None:
             self.losses = torch.tensor(_given(reference, task_names), dtype=torch.float64)
 
-    def excess(self, losses: Tensor, task_tokens: Tensor) -> Tensor:
-        """The losses less the reference, which these losses may change first.
+    def excess(self, losses: Tensor) -> Tensor:
+        """The losses less the reference.
 
         Args:
             losses: (num_tasks,) float64, nats a supervised token; NaN for a task that was not measured.
-            task_tokens: (num_tasks,) supervised tokens each task has had.
 
         Returns:
-            (num_tasks,) float64; NaN where ``losses`` is; below 0 where a loss is below its reference.
+            (num_tasks,) float64; NaN where ``losses`` is; below 0 where a loss is below its reference; 0 where the
+            reference is to be these very losses.
+        """
+        return losses - torch.where(self.losses.isnan(), losses, self.losses)
+
+    def observe(self, losses: Tensor, task_tokens: Tensor) -> None:
+        """Lets the run's own losses change the reference, where it is made of them.
+
+        Args:
+            losses: as for ``excess``.
+            task_tokens: (num_tasks,) supervised tokens each task has had.
         """
         if self.word == "initial":
             self.losses = torch.where(self.losses.isnan(), losses, self.losses)
@@ -94,7 +103,6 @@ class Reference:
                 known = ~self.curve_losses[:, task].isnan()
                 tokens, curve_losses = self.curve_tokens[known, task], self.curve_losses[known, task]
                 self.losses[task] = lowest_asymptote(tokens, curve_losses, self.speeds)
-        return losses - self.losses
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that ``load_state_dict`` needs to continue as if never stopped."""

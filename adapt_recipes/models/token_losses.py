@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,18 +62,22 @@ class TokenLosses(nn.Module):
         device = next(self.parameters()).device.type
         return torch.autocast(device, dtype=self.compute_dtype, enabled=self.compute_dtype is not None)
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each supervised token.
+    def forward(
+        self, tokens: Tensor, labels: Tensor, output: Literal["losses", "logits", "hidden_states"] = "losses"
+    ) -> Tensor:
+        """Loss of each supervised token, or what it is made of.
 
         Args:
             tokens: (batch, length) int64, padded on the right with any token.
             labels: (batch, length) int64, ``labels[:, t]`` is what follows ``tokens[:, t]``; ``IGNORE_INDEX`` where the
                 position is not supervised.
+            output: what to return.
 
         Returns:
-            (num_supervised,) fp32 cross-entropies in nats, rows one after the other. Where nothing is supervised it is
-            empty and still part of the graph: the backward of its sum gives zero gradients, so that each of several
-            processes can run it.
+            ``losses``: (num_supervised,) fp32 cross-entropies in nats, rows one after the other. Where nothing is
+            supervised it is empty and still part of the graph: the backward of its sum gives zero gradients, so that
+            each of several processes can run it. ``logits``: (num_supervised, vocab_size) fp32. ``hidden_states``:
+            (batch, length, dim), those of the top layer behind the final norm, as transformers calls them.
         """
         decoder = self.decoder
         assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"
@@ -80,5 +86,7 @@ class TokenLosses(nn.Module):
             hidden = decoder.tok_embeddings(tokens)
             for layer in decoder.layers:
                 hidden = layer(hidden)
-            logits = decoder.output(decoder.norm(hidden[supervised]))
-        return F.cross_entropy(logits.float(), labels[supervised], reduction="none")
+            if output == "hidden_states":
+                return decoder.norm(hidden)
+            logits = decoder.output(decoder.norm(hidden[supervised])).float()
+        return logits if output == "logits" else F.cross_entropy(logits, labels[supervised], reduction="none")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from adapt_recipes.data import Task
@@ -70,3 +71,29 @@ def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str
         if not dots[task].isfinite():
             name = task_names[task]
             raise ValueError(f"step {step}: the gradient of training examples of task '{name}' is not finite; {ADVICE}")
+
+
+def check_rewards(
+    rewards: Tensor, batches: Iterable[Sequence[Any]], *, task_names: Sequence[str], step: int, reward: str
+) -> None:
+    """Refuse what is no reward a task, or one that is not finite, of the tasks that could be measured.
+
+    Args:
+        rewards: what the component gave.
+        batches: each list of batches that it was given; a task without an example in one of them may have NaN.
+        task_names: in the order of the mixture.
+        step: of the run.
+        reward: the component's name.
+
+    Raises:
+        ValueError: it names the component, or the step and the task.
+    """
+    N = len(task_names)
+    if rewards.shape != (N,) or rewards.dtype != torch.float64 or rewards.device.type != "cpu":
+        raise ValueError(f"reward: {reward} has to give ({N},) float64 on the CPU, not {tuple(rewards.shape)}")
+    measured = [{task for batch in each for task in batch.tasks.tolist()} for each in batches]
+    for task in range(N):
+        if not rewards[task].isfinite() and all(task in tasks for tasks in measured):
+            raise ValueError(
+                f"step {step}: the reward of task '{task_names[task]}' is {float(rewards[task])}; {ADVICE}"
+            )
