@@ -1,13 +1,18 @@
 """What one mixture update costs, in training steps on the same tokens, for few tasks and for many.
 
-    python benchmarks/update_cost.py [--model FOLDER] [--data FOLDER] [--tasks 2,5,20,50,200]
+    python benchmarks/update_cost.py [--model FOLDER] [--data FOLDER] [--tasks 2,5,20,50,200] [--strategies ...]
 
 The same examples are dealt out to 2, 5, ... tasks, so that an update reads the same tokens whatever their number: each
-time ``--examples`` of validation and, for gradient dots, as many of training. For each number of tasks the shipped
-recipe is set up, and its own ``step`` and ``update_mixture`` are timed one after the other, all in turns:
+time ``--examples`` of validation, of training, or of both. For each number of tasks and each strategy the shipped
+recipe is set up with the shipped config, and its own ``step`` and ``update_mixture`` are timed, all in turns. Passes
+over the examples, a backward counted as two and a step as three:
 
-- adapt: the one-step form: validation losses, the gradient of the objective, dot products with it by finite difference;
-- adapt_planned: validation losses alone.
+- adapt: 6: validation losses, their gradient, and dot products with it by finite differences;
+- adapt_planned, dro: 1: validation losses; mos_cossim, mos_diff, multiuat: 1, whatever they look at;
+- hbo: 3: a gradient a task; multidds: 6: a gradient a task of validation and of training.
+
+What needs forwards alone is to cost at most 1.3 times a third of a step. ``share`` is the part of the time that updates
+take where each reads 5 tasks' batches of the size of a step's, every 100 steps: the setting of MoS (arXiv 2406.08811).
 
 A cost is the shortest time of an update over that of a training step (forward, backward, clipping, AdamW; one for all
 numbers of tasks), per token: nothing but other work on the machine makes one round longer than another. Flatness is the
@@ -29,10 +34,9 @@ from typing import Any
 import common
 import torch
 
-from adapt_recipes import mixture
 from adapt_recipes.config import load
 
-MIXTURES = {"adapt": mixture.Adapt, "adapt_planned": mixture.AdaptPlanned}
+STRATEGIES = "adapt,adapt_planned,dro,mos_cossim,mos_diff,multiuat,hbo,multidds"
 CHAT_TEMPLATE_TOKENS = 128  # a token is at least a byte; this much is left for what the template adds
 
 
@@ -41,57 +45,65 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.parser(__doc__, max_seq_len=256)
     parser.add_argument("--tasks", default="2,5,20,50,200", help="numbers of tasks, which divide the examples")
     parser.add_argument("--examples", type=int, default=200, help="of all tasks together, that an update measures on")
+    parser.add_argument("--strategies", default=STRATEGIES, help="of the configs smollm2_135m_*_10pct")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         numbers = measure(arguments, Path(folder))
-    rows = [(count, *of.values()) for count, of in numbers["cost_in_steps"].items()]
+    costs, of = numbers["cost_in_steps"], ("flatness", "share")
+    rows: list[tuple[Any, ...]] = [(count, *costs[count].values()) for count in costs]
+    rows += [(name, *numbers[key].values()) for name, key in zip(("max / min", "share, %"), of, strict=True)]
     title = "one update in steps on {tokens} tokens ({examples} examples)".format(**numbers)
-    common.show(title, ("tasks", *MIXTURES), [*rows, ("max / min", *map(float, numbers["flatness"].values()))])
+    common.show(title, ("tasks", *numbers["share"]), rows)
     return common.write(arguments.json, numbers)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The cost for each number of tasks and each mixture."""
+    """The cost for each number of tasks and each strategy."""
     torch.set_num_threads(arguments.threads)
     counts = [int(count) for count in arguments.tasks.split(",")]
+    strategies = arguments.strategies.split(",")
     sources = common.sources(arguments, folder)
-    recipes = {count: set_up(arguments, sources, count) for count in counts}
-    first = recipes[counts[0]]
+    recipes = {
+        (count, strategy): set_up(arguments, sources, count, strategy) for count in counts for strategy in strategies
+    }
+    first = recipes[counts[0], strategies[0]]
     for recipe in recipes.values():  # one model and one optimizer for all
         recipe.model, recipe.optimizer = first.model, first.optimizer
-    mixtures = {count: {name: build(kind, recipes[count]) for name, kind in MIXTURES.items()} for count in counts}
+        if getattr(recipe, "reward", None) is not None:
+            recipe.reward.model = first.model
     first.step()  # AdamW makes its state
 
     tokens = sum(batch.num_tokens for batch in first.probe_validation)
-    seconds: dict[int, dict[str, list[float]]] = {count: {name: [] for name in MIXTURES} for count in counts}
+    seconds: dict[tuple[int, str], list[float]] = {which: [] for which in recipes}
     step_seconds = []  # on as many tokens as an update reads
     for _ in range(arguments.rounds):
-        for count, recipe in recipes.items():
+        for which, recipe in recipes.items():
             assert sum(batch.num_tokens for batch in recipe.probe_validation) == tokens
             before = recipe.ledger.tokens
             step_seconds.append(timed(recipe.step) / (recipe.ledger.tokens - before) * tokens)
-            for name, learned in mixtures[count].items():
-                recipe.mixture = learned
-                seconds[count][name].append(timed(recipe.update_mixture))
+            seconds[which].append(timed(recipe.update_mixture))
     for recipe in recipes.values():
         recipe.cleanup()
-    costs = {count: {name: min(of[name]) / min(step_seconds) for name in MIXTURES} for count, of in seconds.items()}
-    by_mixture = {name: [of[name] for of in costs.values()] for name in MIXTURES}
-    flatness = {name: max(values) / min(values) for name, values in by_mixture.items()}
+    step = min(step_seconds)
+    costs = {count: {name: min(seconds[count, name]) / step for name in strategies} for count in counts}
+    by_strategy = {name: [costs[count][name] for count in counts] for name in strategies}
     return {
         "examples": arguments.examples,
         "tokens": tokens,
         "cost_in_steps": costs,
-        "flatness": flatness,
-        "seconds": seconds,
+        "flatness": {name: max(values) / min(values) for name, values in by_strategy.items()},
+        "share": {name: 100 * 5 * max(values) / (100 + 5 * max(values)) for name, values in by_strategy.items()},
+        "seconds": {f"{name}, {count} tasks": taken for (count, name), taken in seconds.items()},
         "step_seconds": step_seconds,
     }
 
 
-def set_up(arguments: argparse.Namespace, sources: Sequence[str], num_tasks: int) -> Any:
-    """The shipped recipe with its shipped settings, on the examples dealt out to ``num_tasks`` tasks."""
-    module = common.load_module("adapt_full_finetune", common.ROOT / "recipes" / "adapt_full_finetune.py")
+def set_up(arguments: argparse.Namespace, sources: Sequence[str], num_tasks: int, strategy: str) -> Any:
+    """The shipped recipe with a shipped config, on the examples dealt out to ``num_tasks`` tasks."""
+    path = common.CONFIGS / f"smollm2_135m_{strategy}_10pct.yaml"
+    name = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
+    module = common.load_module(name, common.ROOT / "recipes" / f"{name}.py")
     overrides = [
         *sources,
         "tasks=common.equal_tasks",
@@ -105,21 +117,17 @@ def set_up(arguments: argparse.Namespace, sources: Sequence[str], num_tasks: int
         "budget.allow_repeats=true",
         "log_every=0",
     ]
-    overrides = [f"{o}_{num_tasks}" if o.startswith("output_dir=") else o for o in overrides]
-    recipe = module.AdaptFullFinetune(load(module.Config, common.CONFIGS / "smollm2_135m_adapt_10pct.yaml", overrides))
+    overrides = [f"{o}_{num_tasks}_{strategy}" if o.startswith("output_dir=") else o for o in overrides]
+    recipe_class = getattr(module, "".join(part.capitalize() for part in name.split("_")))
+    recipe = recipe_class(load(module.Config, path, overrides))
     with contextlib.redirect_stdout(io.StringIO()):
         recipe.setup()
+        if hasattr(recipe, "measure_base_model"):
+            recipe.measure_base_model()
     recipe.display.close()
     recipe.display.mixture = recipe.display.step = lambda *_, **__: None
     recipe.clock = time.perf_counter()
     return recipe
-
-
-def build(kind: Callable[..., Any], recipe: Any) -> Any:
-    """A mixture of the recipe's tasks, with its default settings."""
-    available = torch.stack([task.train.num_supervised.sum() for task in recipe.tasks])
-    budget = recipe.ledger.budget_tokens
-    return kind(task_names=recipe.task_names, num_supervised_tokens=available, budget_tokens=budget)
 
 
 def timed(run: Callable[[], object]) -> float:
