@@ -134,7 +134,8 @@ class Uncertainty:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.probe``.
         measure: one of ``MEASURES``: 1 minus the product or the mean of the p, their variance alone or over their mean,
-            the mean entropy, or that of the last token. PreTP is ours as a default, the paper compares all.
+            the mean entropy, or that of the last token. The default is ours; the paper compares all. PreTP is near 1
+            for any long answer.
         passes: with other dropout masks; null: the paper's 30 where the model has dropout, else one without.
 
     Raises:
@@ -142,7 +143,7 @@ class Uncertainty:
     """
 
     def __init__(
-        self, *, task_names: Sequence[str], model: nn.Module, measure: str = "PreTP", passes: int | None = None
+        self, *, task_names: Sequence[str], model: nn.Module, measure: str = "EntSent", passes: int | None = None
     ) -> None:
         if measure not in MEASURES:
             raise ValueError(f"reward.measure: {measure!r}{nearest(str(measure), MEASURES)}")
