@@ -8,7 +8,8 @@ all its supervised tokens in all batches of all processes.
 
 Every function runs in eval mode and leaves the weights, their ``.grad``, the training mode of every module and torch's
 generators as it found them, also when a forward raises. Every process must bring the same number of batches; one that
-has no more brings batches without a supervised label. FSDP2's sharded parameters are perturbed shard by shard.
+has no more brings batches without a supervised label, whose rows are no examples. FSDP2's sharded parameters are
+perturbed shard by shard.
 """
 
 from __future__ import annotations
@@ -208,8 +209,9 @@ def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks
             real = torch.arange(hidden.shape[1], device=device) < batch.lengths.to(device)[:, None]
             means = (hidden * real[:, :, None]).sum(1).to("cpu", torch.float64) / batch.lengths.cpu()[:, None]
             sums = torch.zeros(num_tasks, means.shape[1], dtype=torch.float64) if sums is None else sums
-            sums.index_add_(0, batch.tasks.cpu(), means)
-            counts.index_add_(0, batch.tasks.cpu(), torch.ones(len(means), dtype=torch.float64))
+            kept = _examples(batch)
+            sums.index_add_(0, batch.tasks.cpu()[kept], means[kept])
+            counts += torch.bincount(batch.tasks.cpu()[kept], minlength=num_tasks)
     assert sums is not None, "nothing to read"
     return _over_processes(sums, model) / _over_processes(counts, model)[:, None]
 
@@ -225,8 +227,7 @@ def example_losses(model: nn.Module, batches: Sequence[ExampleBatch]) -> Tensor:
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
-    num_examples = int(_over_processes(torch.tensor(float(sum(len(batch.rows) for batch in batches))), model))
-    sums, counts = torch.zeros(2, num_examples, dtype=torch.float64)
+    sums, counts = torch.zeros(2, _num_examples(model, batches), dtype=torch.float64)
     with _measuring(model):
         for batch in batches:
             losses, rows = _token_losses(model, batch, of=batch.rows)
@@ -242,24 +243,25 @@ def example_uncertainties(
     batches: Sequence[ExampleBatch],
     measure: Callable[[Tensor, Tensor], Tensor],
     *,
+    passes: int = 1,
     dropout: bool = False,
 ) -> Tensor:
-    """How unsure the model is of each example's answer, given the tokens before it.
+    """How unsure the model is of each example's answer, given the tokens before it: the mean over passes.
 
     Args:
         model: see the module's docstring.
         batches: as for ``example_losses``.
         measure: of an example's ``p`` (num_supervised,), the probability of the likeliest token at each position, and
             ``entropy`` (num_supervised,), in nats, a scalar; both float64.
-        dropout: compute as in training, with the masks that the generators give next.
+        passes: how often to read all batches.
+        dropout: compute as in training, with the masks that the generators give next, others in each pass.
 
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
-    num_examples = int(_over_processes(torch.tensor(float(sum(len(batch.rows) for batch in batches))), model))
-    values = torch.zeros(num_examples, dtype=torch.float64)
+    values = torch.zeros(_num_examples(model, batches), dtype=torch.float64)
     with _measuring(model, dropout=dropout):
-        for batch in batches:
+        for batch in [*batches] * passes:
             device = _device(model)
             logits = model(batch.tokens.to(device), batch.labels.to(device), "logits")
             _reshard(model)
@@ -268,8 +270,8 @@ def example_uncertainties(
             entropy = -(log_p.exp() * log_p).sum(-1).to("cpu", torch.float64)
             rows = _of_supervised(batch.labels, batch.rows)
             for row in rows.unique().tolist():
-                values[row] = measure(p[rows == row], entropy[rows == row])
-    return _over_processes(values, model)
+                values[row] += measure(p[rows == row], entropy[rows == row])
+    return _over_processes(values, model) / passes
 
 
 def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int, model: nn.Module) -> Tensor:
@@ -286,9 +288,10 @@ def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int, 
     """
     sums, counts = torch.zeros(2, num_tasks, dtype=torch.float64)
     for batch in batches:
-        tasks = batch.tasks.cpu()
-        sums.index_add_(0, tasks, values[batch.rows.cpu()])
-        counts.index_add_(0, tasks, torch.ones(len(tasks), dtype=torch.float64))
+        kept = _examples(batch)
+        tasks = batch.tasks.cpu()[kept]
+        sums.index_add_(0, tasks, values[batch.rows.cpu()[kept]])
+        counts += torch.bincount(tasks, minlength=num_tasks)
     return _over_processes(sums, model) / _over_processes(counts, model)
 
 
@@ -390,6 +393,17 @@ def _token_losses(model: nn.Module, batch: Batch, *, of: Tensor, rows: Tensor | 
         tokens, labels, of = tokens[kept.to(tokens.device)], labels[kept.to(labels.device)], of[kept]
     device = _device(model)
     return model(tokens.to(device), labels.to(device)), _of_supervised(labels, of)
+
+
+def _examples(batch: Batch) -> Tensor:
+    """(b,) bool on the CPU: which rows are examples, and not there for the number of batches alone."""
+    return (batch.labels.cpu() != IGNORE_INDEX).any(1)
+
+
+def _num_examples(model: nn.Module, batches: Sequence[Batch]) -> int:
+    """Over all processes."""
+    here = sum(int(_examples(batch).sum()) for batch in batches)
+    return int(_over_processes(torch.tensor(float(here), dtype=torch.float64), model))
 
 
 def _of_supervised(labels: Tensor, of: Tensor) -> Tensor:

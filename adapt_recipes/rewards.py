@@ -18,6 +18,7 @@ often as it is read: ``train`` (training examples, others at every update), ``va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,7 +51,7 @@ class CosineSimilarity:
         """(num_tasks,), at most 1. A negative mean is given as 0 (ours), for (6) of the scorer needs rewards >= 0."""
         z = F.normalize(probe.task_embeddings(self.model, train, self.num_tasks), dim=1)  # (7)
         others = z if self.specialist is None else z[self.specialist : self.specialist + 1]
-        return (z @ others.T).mean(1).clamp_min(0)  # (8)
+        return (z @ others.T).nanmean(1).clamp(0, 1)  # (8)
 
 
 class PerplexityRatio:
@@ -100,19 +101,19 @@ class GradientAlignment:
     def __call__(self, *, validation: Sequence[probe.ExampleBatch], train: Sequence[probe.ExampleBatch]) -> Tensor:
         """(num_tasks,), at most 1; N counts the tasks with a validation split. Negative: 0, as in CosineSimilarity."""
         mean: list[Tensor] = []  # of grad L_dev_j / || grad L_dev_j ||, which makes (a) one product a task
-        tasks = probe.num_supervised(self.model, validation, self.num_tasks).nonzero().flatten().tolist()
+        tasks = _tasks_of(validation, self.num_tasks, self.model)
         for task in tasks:
             gradient = _task_gradient(self.model, validation, task, self.num_tasks)
             scale = 1 / (probe.norm(gradient, self.model) or 1.0) / len(tasks)
             mean = mean or [torch.zeros_like(part) for part in gradient]
             for total, part in zip(mean, gradient, strict=True):
                 total.add_(part, alpha=scale)
-        rewards = torch.zeros(self.num_tasks, dtype=torch.float64)
-        for task in range(self.num_tasks):
+        rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
+        for task in _tasks_of(train, self.num_tasks, self.model):
             gradient = _task_gradient(self.model, train, task, self.num_tasks)
             size = probe.norm(gradient, self.model)
             rewards[task] = probe.inner(gradient, mean, self.model) / size if size else 0.0
-        return rewards.clamp_min(0)
+        return rewards.clamp(0, 1)
 
 
 # MultiUAT's measures of how unsure a model is of an answer. p: the probability of the likeliest token at each of the
@@ -163,11 +164,10 @@ class Uncertainty:
 
     def __call__(self, *, validation: Sequence[probe.ExampleBatch]) -> Tensor:
         """(num_tasks,), at least 0 (PreTP and ExpTP at most 1); NaN for a task without a validation split."""
-        passes = [
-            probe.example_uncertainties(self.model, validation, self.measure, dropout=self.has_dropout)
-            for _ in range(self.passes)
-        ]
-        return probe.task_means(torch.stack(passes).mean(0), validation, self.num_tasks, self.model)
+        values = probe.example_uncertainties(
+            self.model, validation, self.measure, passes=self.passes, dropout=self.has_dropout
+        )
+        return probe.task_means(values, validation, self.num_tasks, self.model)
 
 
 class GradientNorm:
@@ -185,11 +185,10 @@ class GradientNorm:
 
     def __call__(self, *, train: Sequence[probe.ExampleBatch]) -> Tensor:
         """(num_tasks,), at least 0."""
-        norms = [
-            probe.norm(_task_gradient(self.model, train, task, self.num_tasks), self.model)
-            for task in range(self.num_tasks)
-        ]
-        return torch.tensor(norms, dtype=torch.float64)
+        rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
+        for task in _tasks_of(train, self.num_tasks, self.model):
+            rewards[task] = probe.norm(_task_gradient(self.model, train, task, self.num_tasks), self.model)
+        return rewards
 
 
 def _task(name: str | None, task_names: Sequence[str]) -> int | None:
@@ -197,6 +196,11 @@ def _task(name: str | None, task_names: Sequence[str]) -> int | None:
     if name is not None and name not in task_names:
         raise ValueError(f"reward.specialist: {name!r} is no task of this run{nearest(str(name), task_names)}")
     return None if name is None else list(task_names).index(name)
+
+
+def _tasks_of(batches: Sequence[probe.Batch], num_tasks: int, model: nn.Module) -> list[int]:
+    """The tasks that there are examples of."""
+    return probe.num_supervised(model, batches, num_tasks).nonzero().flatten().tolist()
 
 
 def _task_gradient(model: nn.Module, batches: Sequence[probe.Batch], task: int, num_tasks: int) -> list[Tensor]:

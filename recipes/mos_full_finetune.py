@@ -307,8 +307,10 @@ class MosFullFinetune:
         if self.reward is not None and "pool" in self.reward.reads:
             started, folder = time.perf_counter(), self.config.tasks.cache_folder
             self.base_losses = base_losses(self.model, self._read(self.pool), cache_dir=folder)
-            names = [f"example {i} of the pool" for i in range(len(self.base_losses))]
             if not self.base_losses.isfinite().all():
+                tasks = torch.cat([batch.tasks.cpu() for batch in self.pool])
+                rows = torch.cat([batch.rows for batch in self.pool])
+                names = [f"an example of task '{self.task_names[task]}' in the pool" for task in tasks[rows.argsort()]]
                 raise_nonfinite(self.model, self.pool, names=names, step=0)
             self.mixture_seconds += time.perf_counter() - started
 

@@ -31,6 +31,7 @@ class Model:
         parameters: weights, a tied head counted once.
         vocab_size: logits of a token.
         activation_bytes: kept of a token for the backward pass, computing in bf16; counted in one layer, times layers.
+        remedy: for the header, in lines: what to do where it is too large.
     """
 
     title: str
@@ -41,20 +42,25 @@ class Model:
     parameters: int
     vocab_size: int
     activation_bytes: int
+    remedy: str = ""
 
     @property
     def folder(self) -> str:
         return f"models/{self.repository.split('/')[1]}"
 
-    def gigabytes(self, *, activation_checkpointing: bool = False) -> int:
+    def gigabytes(self, *, activation_checkpointing: bool = False, gradients: int = 0) -> int:
         """What training takes on one device: reckoned, no run was measured.
 
         A weight takes 4 bytes, its gradient 4, AdamW 8 and its copy in bf16 2. An update of ADAPT has v in the place of
         the gradient and, once that is computed, a copy of the weights in fp32: more only where activations are not
         kept. One token in eight is taken to be supervised, with 16 bytes a logit: in bf16 and fp32, the gradients of
-        both and the softmax. 5 % are for the rest.
+        both and the softmax. 5 % are for the rest. Other strategies than ADAPT's need less with checkpointing.
+
+        Args:
+            activation_checkpointing: whether activations are computed again instead of kept.
+            gradients: of the weights, in fp32, that an update keeps besides the one that it computes.
         """
-        weights = self.parameters * (20 if activation_checkpointing else 18)
+        weights = self.parameters * ((20 if activation_checkpointing else 18) + 4 * gradients)
         activations = 0 if activation_checkpointing else MICRO_BATCH_TOKENS * self.activation_bytes
         logits = MICRO_BATCH_TOKENS / 8 * self.vocab_size * 16
         return math.ceil(1.05 * (weights + activations + logits) / 1e9)
@@ -68,15 +74,38 @@ class Strategy:
         recipe: the file in ``recipes/``.
         title: for the header.
         mixture: lines under ``mixture``.
+        reward: lines under ``reward``, for a mixture that learns from rewards.
         passes: what an update costs for each example that it measures on, in forward passes; a backward pass is two.
-        updates: for each budget in %, steps from one update to the next, and the examples a task that it measures on.
+        gradients: of the weights, that an update keeps besides the one that it computes.
+        updates: for each budget, steps from one update to the next, and the examples a task that it measures on.
+        shares: for the header, in lines: what is shared, where that may be mistaken; ``{name}`` is the config's.
     """
 
     recipe: str
     title: str
     mixture: str
+    reward: str = ""
     passes: int = 0
-    updates: Mapping[int, tuple[int, int]] | None = None
+    gradients: int = 0
+    updates: Mapping[str, tuple[int, int]] | None = None
+    shares: str = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend.
+
+    Attributes:
+        setting: line under ``budget``.
+        title: for the header.
+        passes: over all the data.
+        every: steps between validations and checkpoints.
+    """
+
+    setting: str
+    title: str
+    passes: float
+    every: int
 
 
 @dataclass(frozen=True)
@@ -84,9 +113,8 @@ class Grid:
     """What one study compares: each model with each strategy and each budget.
 
     Attributes:
-        models, strategies: by what configs call them.
-        budgets: in % of the supervised tokens there are; for each, the steps between validations and checkpoints.
-        data: for the header: what the tasks are, how to get them, and what reading them takes.
+        models, strategies, budgets: by what configs call them.
+        data: for the header: what the tasks are, how to get them in one line or more, and what reading them takes.
         settings: for the header: which settings are the study's, and which ours.
         tasks: lines under ``tasks``.
         num_tasks: how many these are.
@@ -95,7 +123,7 @@ class Grid:
 
     models: Mapping[str, Model]
     strategies: Mapping[str, Strategy]
-    budgets: Mapping[int, int]
+    budgets: Mapping[str, Budget]
     data: tuple[str, str, str]
     settings: str
     tasks: str
@@ -175,7 +203,7 @@ ADAPT = Grid(
   meta_lr: 0.1
   entropy_weight: 0.5""",
             passes=6,  # validation losses, their gradient (3), and training losses on both sides of the weights (2)
-            updates={1: (40, 3), 5: (100, 8), 10: (200, 16)},
+            updates={"1pct": (40, 3), "5pct": (100, 8), "10pct": (200, 16)},
         ),
         "adapt_planned": Strategy(
             recipe="adapt_full_finetune",
@@ -183,7 +211,7 @@ ADAPT = Grid(
             mixture="""\
   _component_: adapt_recipes.mixture.AdaptPlanned""",
             passes=1,  # validation losses
-            updates={1: (35, 16), 5: (70, 32), 10: (140, 64)},
+            updates={"1pct": (35, 16), "5pct": (70, 32), "10pct": (140, 64)},
         ),
         "uniform": Strategy(
             recipe="sft_full_finetune",
@@ -198,7 +226,11 @@ ADAPT = Grid(
   _component_: adapt_recipes.mixture.proportional""",
         ),
     },
-    budgets={1: 200, 5: 500, 10: 1000},
+    budgets={
+        "1pct": Budget("fraction: 0.01", "1 % of their supervised tokens", passes=0.01, every=200),
+        "5pct": Budget("fraction: 0.05", "5 % of their supervised tokens", passes=0.05, every=500),
+        "10pct": Budget("fraction: 0.1", "10 % of their supervised tokens", passes=0.1, every=1000),
+    },
     data=(
         "20 task types of Super-NaturalInstructions v2",
         "git clone https://github.com/allenai/natural-instructions data/natural-instructions",
@@ -216,54 +248,220 @@ ADAPT = Grid(
     num_examples=2_500_000,
 )
 
-GRIDS = (ADAPT,)
+SCORER = """\
+  _component_: adapt_recipes.mixture.Scorer
+  prior: uniform
+  learning_rate: 1.0e-4  # the paper's; a whole run moves shares by hundredths, or with optimizer: adam by more
+  ema: 0.9"""
+SCORER_UPDATES = {"3ep": (100, 64)}
+SHARES = """\
+of supervised tokens. Of batches, as in the paper and where a reward is learned from, with this command:
+tune run mos_full_finetune --config yaml/{name}.yaml sampling=dataset"""
+
+MOS = Grid(
+    models={
+        "qwen1_5_0_5b": Model(
+            title="Qwen1.5 0.5B",
+            repository="Qwen/Qwen1.5-0.5B-Chat",
+            options="",
+            notes="Its chat template puts a system message of its own in front where there is none.",
+            builder="""\
+  _component_: adapt_recipes.models.qwen1_5_0_5b
+  max_seq_len: ${max_seq_len}""",
+            parameters=463_987_712,
+            vocab_size=151_936,
+            activation_bytes=24 * 57_416,
+        ),
+        "gemma_2b": Model(
+            title="Gemma 2B",
+            repository="google/gemma-2b-it",
+            options=' --hf-token TOKEN --ignore-patterns "*.gguf"',
+            notes=f"{GATED}\nIts template takes no system message.",
+            builder="""\
+  _component_: torchtune.models.gemma.gemma_2b""",
+            parameters=2_506_172_416,
+            vocab_size=256_000,
+            activation_bytes=18 * 193_576,
+        ),
+        "llama3_8b": Model(
+            title="Llama 3 8B",
+            repository="meta-llama/Meta-Llama-3-8B-Instruct",
+            options=' --hf-token TOKEN --ignore-patterns "original/*"',
+            notes=GATED,
+            builder="""\
+  _component_: torchtune.models.llama3.llama3_8b""",
+            parameters=8_030_261_248,
+            vocab_size=128_256,
+            activation_bytes=32 * 254_088,
+            remedy="""\
+No GPU of 80 GB holds that, and several processes are not supported yet. It does hold LoRA, which takes some
+40 GB (reckoned; the settings are ours), with activation_checkpointing=true and
+model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_proj]' optimizer.lr=1e-4""",
+        ),
+    },
+    strategies={
+        "mos_cossim": Strategy(
+            recipe="mos_full_finetune",
+            title="MoS with transferability as its reward (CosSim: what a dataset has in common with all of them)",
+            mixture=SCORER,
+            reward="""\
+  _component_: adapt_recipes.rewards.CosineSimilarity""",
+            passes=1,  # hidden states
+            updates=SCORER_UPDATES,
+        ),
+        "mos_diff": Strategy(
+            recipe="mos_full_finetune",
+            title="MoS with difficulty as its reward (Diff: how little of a dataset has been learned)",
+            mixture=SCORER,
+            reward="""\
+  _component_: adapt_recipes.rewards.PerplexityRatio""",
+            passes=1,  # losses; those of the model at the start are taken once
+            updates=SCORER_UPDATES,
+        ),
+        "mospec_cossim": Strategy(
+            recipe="mos_full_finetune",
+            title="MoSpec, MoS for the sake of one dataset, with transferability as its reward (CosSim: what a dataset "
+            "has in common with that one)",
+            mixture=SCORER,
+            reward="""\
+  _component_: adapt_recipes.rewards.CosineSimilarity
+  specialist: math  # ours: the dataset that counts""",
+            passes=1,
+            updates=SCORER_UPDATES,
+        ),
+        "mospec_diff": Strategy(
+            recipe="mos_full_finetune",
+            title="MoSpec, MoS for the sake of one dataset, with difficulty as its reward (Diff: how little of a "
+            "dataset has been learned, and twice that for this one)",
+            mixture=SCORER,
+            reward="""\
+  _component_: adapt_recipes.rewards.PerplexityRatio
+  specialist: math  # ours: the dataset that counts""",
+            passes=1,
+            updates=SCORER_UPDATES,
+        ),
+        "multidds": Strategy(
+            recipe="mos_full_finetune",
+            title="MultiDDS-S, a baseline of the paper's (what a step on a dataset does for all of them)",
+            mixture=SCORER,
+            reward="""\
+  _component_: adapt_recipes.rewards.GradientAlignment""",
+            passes=6,  # gradients of validation losses (3) and of training losses (3)
+            gradients=1,  # the mean of those of the validation losses
+            updates=SCORER_UPDATES,
+        ),
+        "multiuat": Strategy(
+            recipe="mos_full_finetune",
+            title="MultiUAT, a baseline of the paper's (how unsure the model is of a dataset's answers)",
+            mixture=SCORER,
+            reward="""\
+  _component_: adapt_recipes.rewards.Uncertainty
+  measure: EntSent  # ours; PreTP is near 1 for any long answer""",
+            passes=1,  # the models have no dropout: one pass without it in the place of 30
+            updates=SCORER_UPDATES,
+        ),
+        "temperature": Strategy(
+            recipe="sft_full_finetune",
+            title="Shares by the 10th root of the dataset's size (the paper's temperature baseline)",
+            mixture="""\
+  _component_: adapt_recipes.mixture.temperature
+  temperature: 10""",
+            shares=SHARES,
+        ),
+        "proportional": Strategy(
+            recipe="sft_full_finetune",
+            title="Shares by the size of the dataset (the paper's proportional baseline)",
+            mixture="""\
+  _component_: adapt_recipes.mixture.proportional""",
+            shares=SHARES,
+        ),
+        "uniform": Strategy(
+            recipe="sft_full_finetune",
+            title="The same share for every dataset (the paper's uniform baseline)",
+            mixture="""\
+  _component_: adapt_recipes.mixture.uniform""",
+            shares=SHARES,
+        ),
+    },
+    budgets={"3ep": Budget("passes: 3", "three times their supervised tokens", passes=3, every=1000)},
+    data=(
+        "four datasets",
+        """\
+write math.jsonl, medical.jsonl, dialogue.jsonl and nlp.jsonl into data/mos/
+A line is {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...}.
+The paper's are, in this order, MathInstruct (TIGER-Lab/MathInstruct on the hub), MedInstruct (its 52k, in
+XZhang97666/AlpaCare on GitHub), ShareGPT (several copies on the hub) and P3 (bigscience/P3 on the hub).
+Converting them is yours, and so is which copy and how much of P3: what the paper took is not known here.
+Examples of more tokens than max_seq_len are left out, and ShareGPT has many: split those, or raise it.""",
+        "Reading all of it takes some 6 GB of main memory: reckoned too.",
+    ),
+    settings="Model, datasets, passes, learning rate, schedule, batch size and the scorer's settings are those of MoS "
+    "(arXiv 2406.08811), as are 100 steps between its updates and 64 examples of each dataset for one. All else is "
+    "ours, max_seq_len and the model's chat variant too.",
+    tasks="""\
+  _component_: adapt_recipes.data.jsonl_tasks
+  path: data/mos/
+  validation_examples: 64""",
+    num_tasks=4,
+    num_examples=500_000,
+)
+
+GRIDS = (ADAPT, MOS)
 
 
 def configs() -> dict[str, str]:
     """{file name: content} of the whole grid."""
     return {
-        f"{model}_{strategy}_{percent}pct.yaml": config(grid, model, strategy, percent)
+        f"{model}_{strategy}_{budget}.yaml": config(grid, model, strategy, budget)
         for grid in GRIDS
         for model in grid.models
         for strategy in grid.strategies
-        for percent in grid.budgets
+        for budget in grid.budgets
     }
 
 
-def config(grid: Grid, model_name: str, strategy_name: str, percent: int) -> str:
+def config(grid: Grid, model_name: str, strategy_name: str, budget_name: str) -> str:
     """The content of one config."""
-    model, strategy, every = grid.models[model_name], grid.strategies[strategy_name], grid.budgets[percent]
-    name = f"{model_name}_{strategy_name}_{percent}pct"
-    memory, least_memory = model.gigabytes(), model.gigabytes(activation_checkpointing=True)
+    model, strategy, budget = grid.models[model_name], grid.strategies[strategy_name], grid.budgets[budget_name]
+    name = f"{model_name}_{strategy_name}_{budget_name}"
+    memory = model.gigabytes(gradients=strategy.gradients)
+    least_memory = model.gigabytes(gradients=strategy.gradients, activation_checkpointing=True)
     millions = grid.num_examples / 1e6
-    steps = percent / 100 * grid.num_examples / BATCH_SIZE
-    length, updates = f"some {round(steps, -1):,.0f} steps", ""
+    steps = budget.passes * grid.num_examples / BATCH_SIZE
+    length, learning = f"some {round(steps, -1):,.0f} steps", ""
+    if strategy.reward:
+        learning = f"""\
+reward:
+{strategy.reward}
+sampling: dataset  # each batch is of one dataset, as in the paper; tokens: shares are of supervised tokens
+"""
     if strategy.updates:
-        update_every, examples = strategy.updates[percent]
+        update_every, examples = strategy.updates[budget_name]
         cost = strategy.passes * grid.num_tasks * examples / (3 * BATCH_SIZE)  # in steps, whose passes are 3 an example
         length += f" and {steps // update_every:.0f} mixture updates"
         share = cost / (update_every + cost)
-        updates = f"""\
+        learning += f"""\
 # Counting passes over examples, an update costs {cost:.1f} steps: {100 * share:.1f} % of the time.
 mixture_update_every: {update_every}
 probe:
   examples: {examples}
 """
+    shares = f"# Shares: {lines(strategy.shares.format(name=name))}\n" if strategy.shares else ""
     tasks, data, reading = grid.data
     return f"""\
 # tune run {strategy.recipe} --config yaml/{name}.yaml
 #
-{comment(f"{strategy.title}, on {model.title} and {tasks}, with {percent} % of their supervised tokens.")}
+{comment(f"{strategy.title}, on {model.title} and {tasks}, with {budget.title}.")}
 {comment(grid.settings)}
 # Written by yaml/write_grid.py: change the table in there, or a copy of this file.
 #
 # Model:  tune download {model.repository} --output-dir {model.folder}{model.options}
-#         {model.notes}
-# Data:   {data}
+#         {lines(model.notes)}
+# Data:   {lines(data)}
 # Memory: {memory} GB on one GPU, {least_memory} GB with activation_checkpointing=true: reckoned, not measured.
-#         {reading}
+#         {lines(model.remedy, reading)}
 # Length: {length}, more where short answers are drawn; {millions} million examples assumed.
-
+{shares}
 strategy: {strategy_name}
 output_dir: runs/{name}
 resume: true
@@ -284,11 +482,11 @@ tasks:
 {grid.tasks}
 max_seq_len: 1024
 budget:
-  fraction: {percent / 100}
+  {budget.setting}
 
 mixture:
 {strategy.mixture}
-{updates}
+{learning}
 optimizer:
   _component_: torch.optim.AdamW
   lr: 1.0e-5
@@ -301,11 +499,16 @@ batch_size: {BATCH_SIZE}
 micro_batch_tokens: {MICRO_BATCH_TOKENS}
 clip_grad_norm: 1.0
 
-checkpoint_every: {every}
+checkpoint_every: {budget.every}
 keep_checkpoints: 1
-validate_every: {every}
+validate_every: {budget.every}
 log_every: 10
 """
+
+
+def lines(*texts: str) -> str:
+    """A part of the header, what follows its first line under the first."""
+    return "\n#         ".join(line for text in texts for line in text.splitlines())
 
 
 def comment(text: str) -> str:

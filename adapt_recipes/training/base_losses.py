@@ -23,8 +23,9 @@ def base_losses(model: TokenLosses, pool: Sequence[MicroBatch], *, cache_dir: Pa
     Args:
         model: before the first step.
         pool: micro-batches of all examples.
-        cache_dir: folder of the cache. An entry's name is a hash of all that the losses depend on: weights, examples,
-            precision, device, number of threads and torch's version. It is written beside and renamed.
+        cache_dir: folder of the cache. An entry's name is a hash of all that the losses depend on: weights, settings of
+            the modules, examples, precision, device, number of threads and torch's version. It is written beside and
+            renamed.
 
     Returns:
         (num_examples,) float64, nats a supervised token, in the order in which the examples were batched.
@@ -47,9 +48,13 @@ def base_losses(model: TokenLosses, pool: Sequence[MicroBatch], *, cache_dir: Pa
 def _key(model: TokenLosses, pool: Sequence[MicroBatch]) -> str:
     weights = model.state_dict()
     device = next(iter(weights.values())).device.type
-    how = (model.compute_dtype, device, torch.get_num_threads(), torch.__version__, *weights)
+    settings = [  # the number of heads and the base of the rotations show in no weight
+        (name, type(module).__qualname__, [pair for pair in vars(module).items() if isinstance(pair[1], int | float)])
+        for name, module in model.named_modules()
+    ]
+    how = (model.compute_dtype, device, torch.get_num_threads(), torch.__version__, settings, *weights)
     digest = blake2b(" ".join(map(str, how)).encode(), digest_size=16)
     for tensor in (*weights.values(), *(part for batch in pool for part in (batch.tokens, batch.labels, batch.rows))):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -74,7 +74,7 @@ def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str
 
 
 def check_rewards(
-    rewards: Tensor, batches: Iterable[Sequence[Any]], *, task_names: Sequence[str], step: int, reward: str
+    rewards: Any, batches: Iterable[Sequence[Any]], *, task_names: Sequence[str], step: int, reward: str
 ) -> None:
     """Refuse what is no reward a task, or one that is not finite, of the tasks that could be measured.
 
@@ -89,11 +89,14 @@ def check_rewards(
         ValueError: it names the component, or the step and the task.
     """
     N = len(task_names)
-    if rewards.shape != (N,) or rewards.dtype != torch.float64 or rewards.device.type != "cpu":
-        raise ValueError(f"reward: {reward} has to give ({N},) float64 on the CPU, not {tuple(rewards.shape)}")
+    is_tensor = isinstance(rewards, Tensor)
+    if not is_tensor or rewards.shape != (N,) or rewards.dtype != torch.float64 or rewards.device.type != "cpu":
+        given = f"{tuple(rewards.shape)} {rewards.dtype} on {rewards.device}" if is_tensor else type(rewards).__name__
+        raise ValueError(f"reward: {reward} has to give ({N},) float64 on the CPU, not {given}")
     measured = [{task for batch in each for task in batch.tasks.tolist()} for each in batches]
     for task in range(N):
-        if not rewards[task].isfinite() and all(task in tasks for tasks in measured):
+        may_be_nan = not all(task in tasks for tasks in measured)
+        if rewards[task].isinf() or (rewards[task].isnan() and not may_be_nan):
             raise ValueError(
                 f"step {step}: the reward of task '{task_names[task]}' is {float(rewards[task])}; {ADVICE}"
             )

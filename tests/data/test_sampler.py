@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapt_recipes.data import IGNORE_INDEX, Examples, Task, TokenSampler, random_examples, validation_examples
+from adapt_recipes.data import (
+    IGNORE_INDEX,
+    Examples,
+    Task,
+    TokenSampler,
+    one_task,
+    random_examples,
+    validation_examples,
+)
 
 
 def task(name: str, lengths: list[int]) -> Task:
@@ -134,8 +142,57 @@ def test_probe_examples() -> None:
     assert len(set(firsts[:8])) == 8
     assert firsts == [int(example.tokens[0]) for _, example in random_examples(tasks, 8, seed=0, update=0)]
     assert firsts != [int(example.tokens[0]) for _, example in random_examples(tasks, 8, seed=0, update=1)]
+    assert firsts != [int(example.tokens[0]) for _, example in random_examples(tasks, 8, seed=1, update=0)]
     assert [i for i, _ in validation_examples(tasks)] == [0] * 50
     assert [i for i, _ in validation_examples(tasks, 3)] == [0] * 3
+
+
+def test_the_pool_is_the_same_at_every_update() -> None:
+    tasks = [task("a", [1] * 50), task("b", [2] * 4)]
+
+    def firsts(seed: int, update: int | None) -> list[int]:
+        return [int(example.tokens[0]) for _, example in random_examples(tasks, 8, seed=seed, update=update)]
+
+    pool = firsts(0, None)
+    assert len(pool) == 12 and len(set(pool[:8])) == 8
+    assert pool == firsts(0, None) != firsts(1, None)
+    assert pool not in [firsts(0, update) for update in range(5)]
+
+
+# ------------------------------------------------------------------------------------------------ one task at a time
+
+
+@given(st.data(), st.integers(1, 6), st.integers(0, 2**32 - 1), st.integers(0, 10**6))
+def test_one_task_depends_on_seed_and_step_alone(data: st.DataObject, num_tasks: int, seed: int, step: int) -> None:
+    p = data.draw(st.composite(lambda draw: mixture(draw, num_tasks))())
+    given_p, generator = p.clone(), torch.get_rng_state()
+    alone = one_task(p, seed=seed, step=step)
+    assert alone.dtype == torch.float64 and sorted(alone.tolist()) == [0.0] * (num_tasks - 1) + [1.0]
+    assert p[alone.argmax()] > 0
+    assert torch.equal(p, given_p) and torch.equal(torch.get_rng_state(), generator)
+    one_task(p, seed=seed + 1, step=step), torch.rand(2)
+    assert torch.equal(one_task(p, seed=seed, step=step), alone)
+
+
+def test_one_task_is_drawn_as_often_as_the_mixture_says() -> None:
+    """Within four standard deviations, in pairs of steps too; the draws are the same every time."""
+    p, num_steps = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64), 4000
+    drawn = torch.stack([one_task(p, seed=0, step=step) for step in range(num_steps)])
+    assert ((drawn.mean(0) - p).abs() <= 4 * (p * (1 - p) / num_steps).sqrt()).all()
+    pairs, expected = drawn[:-1].T @ drawn[1:] / (num_steps - 1), torch.outer(p, p)
+    assert ((pairs - expected).abs() <= 4 * (expected / num_steps).sqrt()).all(), "a step says nothing about the next"
+    other = torch.stack([one_task(p, seed=1, step=step) for step in range(num_steps)])
+    same = float((drawn * other).sum(1).mean())
+    assert same == pytest.approx(float(p.square().sum()), abs=4 * (0.25 / num_steps) ** 0.5), "nor a seed about another"
+
+
+def test_a_batch_is_of_the_task_that_was_drawn() -> None:
+    sampler = TokenSampler([task(str(i), [1, 5, 2]) for i in range(3)], seed=0)
+    p = torch.tensor([0.2, 0.0, 0.8], dtype=torch.float64)
+    for step in range(20):
+        alone = one_task(p, seed=0, step=step)
+        draws = sampler.draw(alone, max_examples=4, max_tokens=10**9)
+        assert {draw.task for draw in draws} == {int(alone.argmax())}
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3])

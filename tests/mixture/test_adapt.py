@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -85,10 +86,11 @@ def differentiable_losses(model, parameters, batches, task):
     return torch.cat(losses).mean()
 
 
+@pytest.mark.parametrize("references", [None, [0.4, 1.9, 0.7, 3.5]], ids=["losses", "losses less a reference"])
 @pytest.mark.parametrize("left_out", [(), (2,)], ids=["all tasks", "one left out of the objective"])
 @pytest.mark.parametrize("normalize", ["initial", "none"])
 @pytest.mark.parametrize("floor", [0.0, 0.3])
-def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_out) -> None:
+def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_out, references) -> None:
     """dF/dp and the step on the logits, measured with the probe, against autograd through theta'(p) in float64."""
     num_tasks, eta, rho, beta, entropy_weight = 4, 0.7, 0.6, 2.5, 0.4
     torch.manual_seed(0)
@@ -102,6 +104,7 @@ def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_
         sharpness=beta,
         floor=floor,
         normalize=normalize,
+        reference=references and {f"task {i}": loss for i, loss in enumerate(references)},
         center_and_scale=False,
         averaging=0.0,
         lookahead_lr=eta,
@@ -127,7 +130,8 @@ def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_
     ahead = {name: x - eta * g for (name, x), g in zip(theta.items(), gradients, strict=True)}
     in_objective = [j for j in range(num_tasks) if j not in left_out]
     raw = torch.stack([differentiable_losses(model, ahead, validation, j) for j in in_objective])
-    normalised = raw / raw.detach() if normalize == "initial" else raw
+    excess = raw - tensor(references or [0.0] * num_tasks)[in_objective]
+    normalised = excess / raw.detach() if normalize == "initial" else excess
     objective = (beta * normalised).exp().mean().log() / beta + entropy_weight * (p * p.log()).sum()
     dF_dp, dF_da = torch.autograd.grad(objective, [p, a])
 
@@ -137,6 +141,7 @@ def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_
     torch.testing.assert_close(logged["objective"], objective.detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(-logged["values"] + entropy_weight * (p.log() + 1), dF_dp, rtol=0, atol=1e-8)
     torch.testing.assert_close(mixture.logits, (a - rho * dF_da).detach(), rtol=0, atol=1e-8)
+    assert logged["reference_losses"].tolist() == (references or [0.0] * num_tasks)
     assert dF_da.abs().max() > 1e-2, "the step is not trivially 0"
 
 
@@ -165,6 +170,96 @@ def test_objective_weights_of_the_first_call_use_its_own_losses_and_remember_not
     assert torch.equal(before, tensor([0.5 / 3.0, 0.5]))
     mixture.objective_weights(tensor([9.0, 9.0]))
     assert torch.equal(mixture.objective_weights(tensor([3.0, 1.0])), before)
+
+
+# ------------------------------------------------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("normalize", ["initial", "none"])
+def test_without_a_reference_nothing_is_subtracted_to_the_last_bit(normalize) -> None:
+    """The losses' own bits, and those of a reference of 0."""
+    options = {"normalize": normalize, "sharpness": 3.0}
+    plain, zeros = make(3, **options), make(3, reference={f"task {i}": 0 for i in range(3)}, **options)
+    generator, first = torch.Generator().manual_seed(0), None
+    for _ in range(5):
+        losses = 3 * torch.rand(3, generator=generator, dtype=torch.float64)
+        dots = torch.randn(3, generator=generator, dtype=torch.float64)
+        first = losses if first is None else first
+        normalisers = first.clamp_min(SMALLEST_NORMALISER) if normalize == "initial" else torch.ones(3).double()
+        w = torch.softmax(3.0 * (losses / normalisers), dim=0)
+        assert torch.equal(plain.objective_weights(losses), w / normalisers)
+        logged = update(plain, losses, dots)
+        assert torch.equal(logged["weights"], w)
+        assert torch.equal(logged["reference_losses"], torch.zeros(3).double())
+        for name, value in update(zeros, losses, dots).items():
+            assert torch.equal(value, logged[name]), name
+        assert torch.equal(plain.logits, zeros.logits)
+    assert plain.state_dict().keys() == {"logits", "values", "first_losses"}
+
+
+def falling(start, end):
+    """Losses, tokens and dots of 30 updates of two tasks: one falls from ``start`` to ``end``, one stays."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(30):
+        share = math.exp(-0.3 * step)
+        losses = tensor([end + (start - end) * share, 2.5 + 0.01 * math.sin(step)])
+        yield losses, tensor([20.0, 30.0]) * step, torch.randn(2, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalize", ["initial", "none"])
+@pytest.mark.parametrize("reference", [{"task 0": 0.2, "task 1": 2.4}, "initial", "asymptote"], ids=str)
+def test_weights_and_update_count_from_the_same_reference(reference, normalize) -> None:
+    """The one there was when the weights were asked for, though the update's losses then change it."""
+    mixture, references = make(2, reference=reference, normalize=normalize, sharpness=2.0), []
+    first = None
+    for losses, tokens, dots in falling(2.0, 0.3):
+        first = losses if first is None else first
+        r = mixture.reference.losses.clone()
+        r = torch.where(r.isnan(), losses, r)
+        normalisers = first if normalize == "initial" else torch.ones(2).double()
+        weights = mixture.objective_weights(losses)
+        torch.testing.assert_close(weights, torch.softmax(2.0 * (losses - r) / normalisers, dim=0) / normalisers)
+        logged = mixture.update(task_tokens=tokens, validation_losses=losses, gradient_dots=dots)
+        torch.testing.assert_close(logged["weights"] / normalisers, weights, rtol=1e-12, atol=0)
+        references.append(logged["reference_losses"])
+    changes = {tuple(each.tolist()) for each in references}
+    assert len(changes) > 5 if reference == "asymptote" else len(changes) == 1
+    if isinstance(reference, dict):
+        assert references[-1].tolist() == [0.2, 2.4]
+    elif reference == "initial":
+        assert references[-1].tolist() == [2.0, 2.5]
+    else:
+        torch.testing.assert_close(references[-1], tensor([0.3, 2.5]), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("reference", ["initial", "asymptote"])
+def test_the_state_carries_the_reference(reference) -> None:
+    straight, resumed = make(2, reference=reference), make(2, reference=reference)
+    for losses, tokens, dots in falling(2.0, 0.3):
+        state, resumed = resumed.state_dict(), make(2, reference=reference)
+        resumed.load_state_dict(state)
+        assert torch.equal(resumed.objective_weights(losses), straight.objective_weights(losses))
+        signals = {"task_tokens": tokens, "validation_losses": losses, "gradient_dots": dots}
+        ours, theirs = resumed.update(**signals), straight.update(**signals)
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert torch.equal(resumed.probabilities(), straight.probabilities())
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations([None, "initial", "asymptote"], 2)))
+def test_the_state_of_another_reference_is_refused(one, other) -> None:
+    with pytest.raises(ValueError, match="^mixture: the state holds"):
+        make(2, reference=one).load_state_dict(make(2, reference=other).state_dict())
+
+
+def test_a_task_that_cannot_be_learned_is_not_the_worst_case() -> None:
+    """With the asymptote for a reference, it loses the weight that it has without."""
+    weights = {}
+    for reference in (None, "asymptote"):
+        mixture = make(2, reference=reference, normalize="none", sharpness=3.0)
+        for losses, tokens, dots in falling(2.0, 0.3):
+            logged = mixture.update(task_tokens=tokens, validation_losses=losses, gradient_dots=dots)
+        weights[reference] = logged["weights"][1].item()
+    assert weights[None] > 0.99 and weights["asymptote"] < 0.6
 
 
 # ------------------------------------------------------------------------------------------ centred and scaled values
@@ -249,6 +344,7 @@ OPTIONS = st.fixed_dictionaries(
         "floor": st.sampled_from([0.0, 0.05, 0.5]),
         "sharpness": st.sampled_from([0.1, 2.0, 50.0]),
         "normalize": st.sampled_from(["initial", "none"]),
+        "reference": st.sampled_from([None, "initial", "asymptote"]),
         "center_and_scale": st.booleans(),
         "averaging": st.sampled_from([0.0, 0.7]),
     }
@@ -324,6 +420,8 @@ def test_a_meta_learning_rate_of_0_is_uniform_to_the_last_bit(floor, center_and_
         ("center_and_scale", 1),
         ("normalize", "intial"),
         ("normalize", None),
+        ("reference", "asymptot"),
+        ("reference", {"task 0": 1.0}),
     ],
 )
 def test_arguments_out_of_range_are_named_in_one_line(key, value) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import CASES, LENGTH, pair
+from parity import tokens as parity_tokens
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -115,6 +118,50 @@ def test_a_padded_row_has_the_losses_that_it_has_alone() -> None:
     torch.testing.assert_close(model(tokens, labels), torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32 weights", "bf16 weights"])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=["as the weights are", "bf16 compute"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_losses_are_made_of_logits_and_logits_of_hidden_states(
+    tied: bool, compute_dtype: torch.dtype | None, weights: torch.dtype
+) -> None:
+    decoder = tiny_decoder(tied=tied).to(weights)
+    model, (tokens, labels) = TokenLosses(decoder, compute_dtype=compute_dtype), batch()
+    supervised = labels != IGNORE_INDEX
+    logits, hidden = model(tokens, labels, "logits"), model(tokens, labels, "hidden_states")
+    assert logits.dtype == torch.float32 and logits.shape == (int(supervised.sum()), VOCAB)
+    assert hidden.shape == (*tokens.shape, 32)
+    losses = F.cross_entropy(logits, labels[supervised], reduction="none")
+    assert torch.equal(losses, model(tokens, labels)) and torch.equal(losses, model(tokens, labels, "losses"))
+    with model.autocast():
+        torch.testing.assert_close(decoder.output(hidden[supervised]).float(), logits, rtol=1e-5, atol=1e-5)
+
+    with model.autocast():
+        expected = decoder(tokens)
+    torch.testing.assert_close(logits, expected[supervised].float(), rtol=1e-5, atol=1e-5)
+    exact = TokenLosses(tiny_decoder(tied=tied))(tokens, labels, "hidden_states")
+    if weights == torch.float32 and compute_dtype is None:
+        assert torch.equal(hidden, exact)
+    else:
+        assert 1e-4 < (hidden.float() - exact).abs().max() < 0.1 * exact.abs().max(), "computed in bf16"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_hidden_states_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Of the top layer, behind the final norm; padding after a row changes none of it."""
+    decoder, model = pair(name, tmp_path)
+    rows = parity_tokens()
+    expected = model(rows, output_hidden_states=True).hidden_states[-1]
+    labels = torch.full_like(rows, IGNORE_INDEX)  # what is supervised does not matter
+    hidden = TokenLosses(decoder)(rows, labels, "hidden_states")
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.5
+    padded = rows.clone()
+    padded[:, LENGTH - 9 :] = 0
+    shorter = TokenLosses(decoder)(padded, labels, "hidden_states")[:, : LENGTH - 9]
+    torch.testing.assert_close(shorter, expected[:, : LENGTH - 9], rtol=0, atol=1e-5)
+
+
 def test_bf16_compute_is_close_and_keeps_fp32_weights_gradients_and_losses() -> None:
     decoder = tiny_decoder()
     tokens, labels = batch()
@@ -184,6 +231,8 @@ def test_as_the_root_of_fsdp2(share_supervised: float, tmp_path_factory: pytest.
         for layer in sharded.decoder.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
+        for output in ("logits", "hidden_states"):
+            assert torch.equal(sharded(tokens, labels, output), plain(tokens, labels, output))
         losses = sharded(tokens, labels)
         losses.sum().backward()
         assert torch.equal(losses, expected)

@@ -66,10 +66,22 @@ def sft_full_finetune() -> ModuleType:
     return load_recipe("sft_full_finetune")
 
 
+@pytest.fixture(scope="session")
+def mos_full_finetune() -> ModuleType:
+    return load_recipe("mos_full_finetune")
+
+
+@pytest.fixture(scope="session")
+def recipes(
+    adapt_full_finetune: ModuleType, mos_full_finetune: ModuleType, sft_full_finetune: ModuleType
+) -> dict[str, ModuleType]:
+    modules = (adapt_full_finetune, mos_full_finetune, sft_full_finetune)
+    return {Path(str(module.__file__)).stem: module for module in modules}
+
+
 @pytest.fixture
-def run(adapt_full_finetune: ModuleType, sft_full_finetune: ModuleType, tmp_path: Path) -> Runner:
+def run(recipes: dict[str, ModuleType], tmp_path: Path) -> Runner:
     """Runs a shipped config to its end, in this process, on 8 steps of 16 examples unless told otherwise."""
-    recipes = {"adapt_full_finetune": adapt_full_finetune, "sft_full_finetune": sft_full_finetune}
 
     def run(config: str, *overrides: str, folder: str = "run", recipe: str | None = None) -> Run:
         path = ROOT / "yaml" / f"{config}.yaml"

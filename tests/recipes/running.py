@@ -25,7 +25,10 @@ from adapt_recipes.config import command_line, load
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-RECIPES = {"adapt": "adapt_full_finetune", "adapt_planned": "adapt_full_finetune", "uniform": "sft_full_finetune"}
+# Strategy: recipe, as the first line of the tiny config says, "# tune run RECIPE --config ..."
+RECIPES = {
+    path.stem.removeprefix("tiny_"): path.read_text().split()[3] for path in sorted((ROOT / "yaml").glob("tiny_*.yaml"))
+}
 TOTAL_TOKENS = 330  # more than one pass over some of the tasks below
 TIMES = ("seconds", "mixture_seconds", "validation_seconds")
 
@@ -47,6 +50,13 @@ for _name in RECIPES.values():
     load_recipe(_name)
 
 
+def recipe_class(strategy: str) -> Any:
+    """The class that the strategy's recipe defines."""
+    values = vars(load_recipe(RECIPES[strategy])).values()
+    (recipe,) = (value for value in values if isinstance(value, type) and "TOTALS" in vars(value))
+    return recipe
+
+
 class Runs:
     """Runs of the shipped tiny configs on small tasks, each a command line.
 
@@ -58,6 +68,7 @@ class Runs:
 
     def __init__(self, home: Path) -> None:
         self._whole = home / "whole"
+        self.cache = home / "cache"
         self.tasks = home / "tasks"
         self.tasks.mkdir()
         for task, (num_rows, answer) in {"a": (12, "x"), "b": (20, "yes"), "c": (30, "12"), "d": (16, "it is")}.items():
@@ -66,7 +77,7 @@ class Runs:
         self.settings: dict[str, Any] = {
             "tasks": "adapt_recipes.data.jsonl_tasks",
             "tasks.path": self.tasks,
-            "tasks.cache_dir": home / "cache",
+            "tasks.cache_dir": self.cache,
             "tasks.validation_examples": 4,
             "tasks.no_validation": "[d]",
             "tokenizer.supervise_end": "true",
@@ -77,13 +88,13 @@ class Runs:
             "validate_every": 4,
             "checkpoint_every": 2,
         }
-        self.adapt_settings = {"mixture_update_every": 3, "probe.examples": 3}
+        self.learned_settings = {"mixture_update_every": 3, "probe.examples": 3}
 
     def argv(self, strategy: str, output_dir: Path, /, **changes: Any) -> list[str]:
         """The recipe's command line. Keys with dots come as ``**{"optimizer.lr": 0.1}``."""
-        settings = self.settings | (self.adapt_settings if strategy != "uniform" else {})
-        settings |= {"output_dir": output_dir, "resume": "true"} | changes
         config = ROOT / "yaml" / f"tiny_{strategy}.yaml"
+        settings = self.settings | (self.learned_settings if "mixture_update_every" in config.read_text() else {})
+        settings |= {"output_dir": output_dir, "resume": "true"} | changes
         return ["--config", str(config), "~tasks.noise", *(f"{key}={value}" for key, value in settings.items())]
 
     def config(self, strategy: str, output_dir: Path, /, **changes: Any) -> Any:

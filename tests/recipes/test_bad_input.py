@@ -21,7 +21,12 @@ from adapt_recipes.data import ByteTokenizer
 from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config
 
 ROOT = Path(__file__).parents[2]
-ADAPT, PLANNED, UNIFORM = (str(ROOT / "yaml" / f"tiny_{name}.yaml") for name in ("adapt", "adapt_planned", "uniform"))
+ADAPT, PLANNED, UNIFORM, ORACLE = (
+    str(ROOT / "yaml" / f"tiny_{name}.yaml") for name in ("adapt", "adapt_planned", "uniform", "dro_oracle")
+)
+COSSIM, DIFF, MOSPEC, MULTIUAT = (
+    str(ROOT / "yaml" / f"tiny_{name}.yaml") for name in ("mos_cossim", "mos_diff", "mospec_diff", "multiuat")
+)
 LLAMA = "torchtune.models.llama3_2.llama3_2"
 
 Start = Callable[..., int]
@@ -29,12 +34,13 @@ Refusal = Callable[..., str]
 
 
 @pytest.fixture
-def start(adapt_full_finetune: ModuleType, sft_full_finetune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(recipes: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> Start:
     """Runs a recipe in this process as from a command line, into ./out; returns the exit status."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back what `command_line` sets
 
     def start(*overrides: str, config: str = PLANNED) -> int:
-        recipe = sft_full_finetune if config == UNIFORM else adapt_full_finetune
+        name = "sft" if config == UNIFORM else "mos" if config in (COSSIM, DIFF, MOSPEC, MULTIUAT) else "adapt"
+        recipe = recipes[f"{name}_full_finetune"]
         with pytest.raises(SystemExit) as exit:
             command_line(recipe.main, recipe.Config, ["--config", config, "output_dir=out", *overrides])
         assert isinstance(exit.value.code, int)
@@ -202,6 +208,79 @@ def test_a_line_in_the_file(refusal: Refusal, old: str, new: str, message: str) 
     assert refusal(config="mine.yaml") == message
 
 
+SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.rewards"
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("config", "overrides", "message"),
+    [
+        (COSSIM, ["sampling=foo"], "sampling: has to be 'tokens' or 'dataset', not \"foo\""),
+        # the reward
+        (
+            MOSPEC,
+            ["reward.specialist=facts_51"],
+            "reward.specialist: 'facts_51' is no task of this run; did you mean 'facts_512'?",
+        ),
+        (MOSPEC, ["reward.specialist=3"], "reward.specialist: has to be a string, not 3"),
+        (
+            MULTIUAT,
+            ["reward.passes=3"],
+            "reward.passes: 3 passes need dropout, and the model has none; leave it out for one",
+        ),
+        (MULTIUAT, ["reward.passes=0"], "reward.passes: has to be at least 1, not 0"),
+        (MULTIUAT, ["reward.measure=PreTO"], "reward.measure: 'PreTO'; did you mean 'PreTP'?"),
+        (MULTIUAT, ["reward.mesure=PreTP"], f"unknown key 'reward.mesure' for {REWARDS}.Uncertainty; did you mean "),
+        (
+            COSSIM,
+            [f"reward={REWARDS}.CosinSimilarity"],
+            f"reward._component_: '{REWARDS}.CosinSimilarity' cannot be imported: '{REWARDS}' has no "
+            "'CosinSimilarity'; did you mean 'CosineSimilarity'?",
+        ),
+        (COSSIM, ["reward.model=x"], "reward.model: the recipe gives this itself; take it out"),
+        (COSSIM, ["~reward._component_"], "missing key 'reward._component_'"),
+        (COSSIM, ["reward=mine.Unread"], "reward: Unread has to be callable, with `reads`, a tuple out of train, "),
+        (COSSIM, ["reward=mine.Misread"], "reward: Misread reads 'trian'; did you mean 'train'?"),
+        (COSSIM, ["reward=torch.nn.Linear"], "reward._component_: 'torch.nn.Linear' does not take 'task_names'"),
+        # the mixture, and whether it goes with the reward and the recipe
+        (COSSIM, ["mixture.prior=unifrom"], "mixture.prior: 'unifrom'; did you mean 'uniform'?"),
+        (COSSIM, ["mixture.form=papr"], "mixture.form: 'papr'; did you mean 'paper'?"),
+        (COSSIM, ["mixture.floor=1"], "mixture.floor must be a finite number >= 0 and < 1, not 1"),
+        (COSSIM, ["mixture.floor=-0.1"], "mixture.floor must be a finite number >= 0 and < 1, not -0.1"),
+        (COSSIM, ["mixture.ema=1"], "mixture.ema must be a finite number > 0 and < 1, not 1"),
+        (COSSIM, ["~reward"], "missing key 'reward': mixture: Scorer observes rewards"),
+        (COSSIM, ["reward=null"], "missing key 'reward': mixture: Scorer observes rewards"),
+        (
+            COSSIM,
+            ["mixture={_component_: adapt_recipes.mixture.uniform}"],
+            "reward: CosineSimilarity is for nothing: mixture: Static does not observe rewards; take it out",
+        ),
+        (
+            COSSIM,
+            ["mixture={_component_: adapt_recipes.mixture.Adapt}", "~reward"],
+            "mixture: Adapt observes 'gradient_dots', which mos_full_finetune does not measure; it measures ",
+        ),
+        (
+            PLANNED,
+            [f"mixture={{_component_: {SCORER}}}"],
+            "mixture: Scorer observes 'rewards', which adapt_full_finetune does not measure; it measures ",
+        ),
+        (
+            UNIFORM,
+            [f"mixture={{_component_: {SCORER}}}"],
+            "mixture: Scorer observes 'rewards', which sft_full_finetune does not measure; it measures nothing",
+        ),
+        (PLANNED, [f"reward={REWARDS}.GradientNorm"], "unknown key 'reward'"),
+        (PLANNED, ["sampling=dataset"], "unknown key 'sampling'"),
+        (ORACLE, ["~mixture.reference.facts_64"], "mixture.reference has no loss for the task 'facts_64'; "),
+        (ORACLE, ["mixture.reference=asymptot"], "mixture.reference: asymptot is no file; did you mean 'asymptote'?"),
+        (ORACLE, ["mixture.form=sofmax"], "mixture.form: 'sofmax'; did you mean 'softmax'?"),
+    ],
+)
+def test_a_reward_and_its_mixture(refusal: Refusal, config: str, overrides: list[str], message: str) -> None:
+    assert refusal(*overrides, config=config).startswith(message)
+
+
 def test_two_budgets_on_the_command_line(refusal: Refusal) -> None:
     message = "budget: give exactly one of fraction, tokens, passes, not budget.fraction and budget.tokens"
     assert refusal("budget.tokens=5", "budget.fraction=0.5") == message
@@ -238,6 +317,38 @@ def type_error(**arguments):
 
 def value_error(**arguments):
     raise ValueError("not today")
+
+
+class Unread:
+    def __init__(self, *, task_names, model):
+        pass
+
+    def __call__(self, **batches):
+        pass
+
+
+class Misread(Unread):
+    reads = ("trian",)
+
+
+class Given(Unread):
+    reads = ("train",)
+
+    def __init__(self, *, task_names, model, rewards):
+        self.rewards = [float(reward) for reward in rewards]
+
+    def __call__(self, *, train):
+        return torch.tensor(self.rewards, dtype=torch.float64)
+
+
+class Single(Given):
+    def __call__(self, *, train):
+        return torch.tensor(self.rewards, dtype=torch.float32)
+
+
+class Listed(Given):
+    def __call__(self, *, train):
+        return self.rewards
 
 
 def infinite(**arguments):
@@ -471,11 +582,52 @@ EVERY_STEP = "mixture_update_every=1"
 def test_what_is_not_finite(refusal: Refusal, config: str, model: str, overrides: list[str], message: str) -> None:
     said = refusal(f"model=mine.{model}", *overrides, config=config, writes=True)
     assert f": {message} is not finite; " in said
-    step = int(said.removeprefix("step ").partition(":")[0])
+    assert_died(said, step=int(said.removeprefix("step ").partition(":")[0]))
+
+
+def assert_died(said: str, *, step: int) -> None:
+    """The log has a last line that says why, and what was whole before the step is there, and no more."""
     end = json.loads(Path("out", "log.jsonl").read_text().splitlines()[-1])
     assert end == {"event": "end", "reason": "error", "step": step, "message": said}
     assert {path.name for path in Path("out").glob("checkpoints/*")} == ({f"step_{step - 1}"} if step > 1 else set())
     assert not Path("out", "summary.json").exists() and not Path("out", "model").exists()
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("Given, rewards: [1]", "reward: Given has to give (2,) float64 on the CPU, not (1,) torch.float64 on cpu"),
+        ("Single, rewards: [1, 1]", "Single has to give (2,) float64 on the CPU, not (2,) torch.float32 on cpu"),
+        ("Listed, rewards: [1, 1]", "reward: Listed has to give (2,) float64 on the CPU, not list"),
+        ("Given, rewards: [1, nan]", "step 2: the reward of task 'hard' is nan; "),
+        ("Given, rewards: [inf, 1]", "step 2: the reward of task 'easy' is inf; "),
+        ("Given, rewards: [1, -inf]", "step 2: the reward of task 'hard' is -inf; "),
+        ("Given, rewards: [1, -2]", "mixture.form: paper needs rewards >= 0 (policy_gradient does not)"),
+        ("Given, rewards: [1, -2]", "that of task 'hard' is -2"),
+    ],
+)
+def test_what_is_no_reward(refusal: Refusal, reward: str, message: str) -> None:
+    tasks = planted(20 * "B", "B", "mixture_update_every=2")
+    said = refusal(f"reward={{_component_: mine.{reward}}}", *tasks, config=COSSIM, writes=True)
+    assert message in said
+    assert_died(said, step=2)
+
+
+@pytest.mark.usefixtures("mine")
+def test_rewards_below_0_that_are_allowed(start: Start) -> None:
+    reward = "reward={_component_: mine.Given, rewards: [1, -2]}"
+    tasks = planted(20 * "B", "B", EVERY_STEP)
+    assert start(reward, *tasks, "mixture.form=policy_gradient", config=COSSIM) == 0
+    p = json.loads(Path("out", "summary.json").read_text())["probabilities"]
+    assert p["easy"] > 0.5 > p["hard"]
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_base_model_that_is_not_finite(refusal: Refusal) -> None:
+    said = refusal("model=mine.infinite", *planted(20 * "B" + "Z", "B"), config=DIFF, writes=True)
+    assert said.startswith("step 0: the loss of an example of task 'hard' in the pool is not finite; ")
+    assert_died(said, step=0)
 
 
 # ---- metric loggers
@@ -511,10 +663,12 @@ def test_a_logger_whose_package_is_missing(
 # ---- as a process
 
 
-@pytest.mark.parametrize("recipe", ["adapt_full_finetune", "sft_full_finetune"])
-def test_a_process(recipe: str) -> None:
-    config = {"adapt_full_finetune": "tiny_adapt", "sft_full_finetune": "tiny_uniform"}[recipe]
-    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--config", str(ROOT / f"yaml/{config}.yaml")]
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [("adapt_full_finetune", ADAPT), ("mos_full_finetune", COSSIM), ("sft_full_finetune", UNIFORM)],
+)
+def test_a_process(recipe: str, config: str) -> None:
+    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--config", config]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, "output_dir=out", "batchsize=3"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not Path("out").exists()

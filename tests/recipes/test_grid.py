@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import random
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +22,8 @@ import torch.nn.functional as F
 import yaml
 from conftest import ROOT, Run, Runner
 from standins import write_natural_instructions, write_tokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +41,7 @@ from transformers import (
 
 from adapt_recipes import data
 from adapt_recipes.config import load
+from adapt_recipes.models import TokenLosses, train_adapters_alone
 
 SCRIPT = ROOT / "yaml" / "write_grid.py"
 MODULE = runpy.run_path(str(SCRIPT))  # by path, for the folder is no package
@@ -42,6 +49,40 @@ WRITTEN: dict[str, str] = MODULE["configs"]()
 GRID = [name.removesuffix(".yaml") for name in WRITTEN]
 CONFIGS = {name: yaml.safe_load(content) for name, content in zip(GRID, WRITTEN.values(), strict=True)}
 TYPES = CONFIGS[GRID[0]]["tasks"]["types"]
+DATASETS = ["dialogue", "math", "medical", "nlp"]  # in the order of their files
+# What an update costs for each example that it measures on: a forward is 1, a forward and its backward 3.
+COST = {
+    "adapt": 1 + 3 + 2,  # losses, their gradient, and losses on both sides of the weights
+    "adapt_planned": 1,
+    "mos_cossim": 1,
+    "mos_diff": 1,
+    "mospec_cossim": 1,
+    "mospec_diff": 1,
+    "multidds": 3 + 3,
+    "multiuat": 1,
+}
+STATIC = ("uniform", "proportional", "temperature")
+
+
+class Name(NamedTuple):
+    """What the name of a config is made of."""
+
+    grid: Any
+    model: str
+    strategy: str
+    budget: str
+
+    def sibling(self, **changes: Any) -> str:
+        return "_".join(self._replace(**changes)[1:])
+
+
+NAMES = {
+    f"{model}_{strategy}_{budget}": Name(grid, model, strategy, budget)
+    for grid in (MODULE["ADAPT"], MODULE["MOS"])
+    for model in grid.models
+    for strategy in grid.strategies
+    for budget in grid.budgets
+}
 
 
 class Kind(NamedTuple):
@@ -106,8 +147,6 @@ KINDS = {
         Qwen3Config,
         {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     ),
-}
-OTHERS = {  # models that no config names yet
     "qwen1_5_0_5b": Kind(
         "torchtune.models.qwen2.qwen2",
         {"max_seq_len": 256, "norm_eps": 1e-6, "rope_base": 1_000_000, "tie_word_embeddings": "true"},
@@ -136,8 +175,33 @@ OTHERS = {  # models that no config names yet
 }
 
 
-def model_of(config: str) -> str:
-    return next(model for model in KINDS if config.startswith(model))
+GRID_MOS = MODULE["MOS"]
+MOS = [config for config, name in NAMES.items() if name.grid is GRID_MOS]
+GRID_OF = {model: name.grid for name in NAMES.values() for model in [name.model]}
+
+
+def activation_bytes(config: Any) -> int:
+    """Kept of a token for the backward pass of one layer, computing in bf16: counted, without memory for any of it."""
+
+    def kept(decoder: torch.nn.Module, rows: int) -> int:
+        storages = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        hidden = torch.zeros(rows, 256, decoder.tok_embeddings.embedding_dim, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu"):
+            decoder.layers[0](hidden)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    with FakeTensorMode():
+        decoder = config.model.build()
+        return (kept(decoder, 4) - kept(decoder, 1)) // (3 * 256)  # what does not grow with the tokens is weights
+
+
+def names_of_tasks(config: str) -> list[str]:
+    return CONFIGS[config]["tasks"].get("types", DATASETS)
 
 
 # ---- the files
@@ -154,8 +218,16 @@ def test_the_files_are_what_the_script_writes(tmp_path: Path) -> None:
 
 
 def test_it_is_models_by_strategies_by_budgets() -> None:
-    strategies = ("adapt", "adapt_planned", "uniform", "proportional")
-    assert set(GRID) == {f"{m}_{s}_{percent}pct" for m in KINDS for s in strategies for percent in (1, 5, 10)}
+    studies = (
+        ("gemma3_1b llama3_2_1b qwen3_0_6b", "adapt adapt_planned uniform proportional", "1pct 5pct 10pct"),
+        (
+            "qwen1_5_0_5b gemma_2b llama3_8b",
+            "mos_cossim mos_diff mospec_cossim mospec_diff multidds multiuat temperature proportional uniform",
+            "3ep",
+        ),
+    )
+    names = {"_".join(each) for study in studies for each in itertools.product(*map(str.split, study))}
+    assert set(GRID) == set(NAMES) == names and len(GRID) == 36 + 27
     assert len(TYPES) == len(set(TYPES)) == 20
 
 
@@ -165,45 +237,102 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
     def rest(config: str, *keys: str) -> dict[str, Any]:
         return {key: value for key, value in CONFIGS[config].items() if key not in ("output_dir", *keys)}
 
-    of_strategy = ("strategy", "mixture", "mixture_update_every", "probe")
-    for config in GRID:
-        model, percent = model_of(config), config.rpartition("_")[2]
-        strategy = config[len(model) + 1 : -len(percent) - 1]
-        assert rest(config, *of_strategy) == rest(f"{model}_uniform_{percent}", *of_strategy)
-        of_model = ("model", "tokenizer", "checkpointer")
-        assert rest(config, *of_model) == rest(f"gemma3_1b_{strategy}_{percent}", *of_model)
-        of_budget = ("budget", "checkpoint_every", "validate_every", "mixture_update_every", "probe")
-        assert rest(config, *of_budget) == rest(f"{model}_{strategy}_1pct", *of_budget)
+    of_model = ("model", "tokenizer", "checkpointer")
+    of_strategy = ("strategy", "mixture", "reward", "sampling", "mixture_update_every", "probe")
+    of_budget = ("budget", "checkpoint_every", "validate_every", "mixture_update_every", "probe")
+    for config, name in NAMES.items():
+        assert rest(config, *of_strategy) == rest(name.sibling(strategy="uniform"), *of_strategy)
+        assert rest(config, *of_model) == rest(name.sibling(model=next(iter(name.grid.models))), *of_model)
+        assert rest(config, *of_budget) == rest(name.sibling(budget=next(iter(name.grid.budgets))), *of_budget)
 
 
-@pytest.mark.parametrize("config", [config for config in GRID if "adapt" in config])
-def test_updates_are_many_and_cost_little(config: str) -> None:
-    """At most 5 % of the time by passes over examples, and 8 in the shortest run."""
-    values, text = CONFIGS[config], WRITTEN[f"{config}.yaml"]
-    update_every, examples = values["mixture_update_every"], len(values["tasks"]["types"]) * values["probe"]["examples"]
-    forward, gradient = 1, 3
-    one_step = values["strategy"] == "adapt"  # losses, their gradient, and losses on both sides of the weights
-    update = examples * (forward + gradient + 2 * forward if one_step else forward)
-    steps = update_every * values["batch_size"] * gradient
-    assert update / (update + steps) <= 0.05
-    assert f" {100 * update / (update + steps):.1f} % of the time" in text
-    assert values["probe"]["examples"] <= values["tasks"]["validation_examples"]
+@pytest.mark.parametrize("config", GRID)
+def test_it_is_what_its_name_says(config: str, recipes: dict[str, ModuleType]) -> None:
+    """To the recipe that its first line names."""
+    name, text = NAMES[config], WRITTEN[f"{config}.yaml"]
+    recipe = text.split()[3]
+    assert text.startswith(f"# tune run {recipe} --config yaml/{config}.yaml\n")
+    assert (
+        recipe
+        == f"{'sft' if name.strategy in STATIC else 'adapt' if 'adapt' in name.strategy else 'mos'}_full_finetune"
+    )
+    loaded = load(recipes[recipe].Config, ROOT / "yaml" / f"{config}.yaml")
+    assert (loaded.strategy, loaded.output_dir) == (name.strategy, f"runs/{config}")
+    assert loaded.model.component.rpartition(".")[2] == name.model
+    budget = {"1pct": {"fraction": 0.01}, "5pct": {"fraction": 0.05}, "10pct": {"fraction": 0.1}, "3ep": {"passes": 3}}
+    assert CONFIGS[config]["budget"] == budget[name.budget]
+    assert f"with {name.budget[:-3]} % of" in text or "with three times their" in text.replace("\n# ", " ")
+
+
+def test_mos_is_set_as_in_its_paper() -> None:
+    """The settings that the paper gives, and which reward is whose."""
+    rewards = {
+        "mos_cossim": {"_component_": "adapt_recipes.rewards.CosineSimilarity"},
+        "mos_diff": {"_component_": "adapt_recipes.rewards.PerplexityRatio"},
+        "mospec_cossim": {"_component_": "adapt_recipes.rewards.CosineSimilarity", "specialist": "math"},
+        "mospec_diff": {"_component_": "adapt_recipes.rewards.PerplexityRatio", "specialist": "math"},
+        "multidds": {"_component_": "adapt_recipes.rewards.GradientAlignment"},
+        "multiuat": {"_component_": "adapt_recipes.rewards.Uncertainty", "measure": "EntSent"},
+    }
+    scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "learning_rate": 1e-4, "ema": 0.9}
+    for config in MOS:
+        values, strategy = CONFIGS[config], NAMES[config].strategy
+        assert (values["batch_size"], values["optimizer"]["lr"], values["lr_schedule"]["warmup"]) == (64, 1e-5, 0.1)
+        assert values["optimizer"]["_component_"] == "torch.optim.AdamW"
+        assert values["lr_schedule"]["_component_"] == "adapt_recipes.training.schedule.linear"
+        assert values.get("reward") == rewards.get(strategy)
+        if strategy in rewards:
+            assert (values["mixture_update_every"], values["probe"]) == (100, {"examples": 64})
+            assert (values["mixture"], values["sampling"]) == (scorer, "dataset")
+        else:
+            temperature = {"temperature": 10} if strategy == "temperature" else {}
+            assert values["mixture"] == {"_component_": f"adapt_recipes.mixture.{strategy}"} | temperature
+            assert not {"sampling", "mixture_update_every", "probe"} & set(values)
+
+
+@pytest.mark.parametrize("config", [config for config, name in NAMES.items() if name.strategy in COST])
+def test_updates_are_many_and_cost_what_it_says(config: str) -> None:
+    """And of ADAPT, whose settings are ours: at most 5 % of the time by passes over examples."""
+    values, text, name = CONFIGS[config], WRITTEN[f"{config}.yaml"], NAMES[config]
+    update_every, examples = values["mixture_update_every"], values["probe"]["examples"]
+    update = len(names_of_tasks(config)) * examples * COST[name.strategy]
+    steps = update_every * values["batch_size"] * 3
+    assert f"costs {update / (3 * values['batch_size']):.1f} steps: {100 * update / (update + steps):.1f} % of" in text
+    assert update / (update + steps) <= 0.05 or config in MOS
+    assert examples <= values["tasks"]["validation_examples"]
     length, updates = map(int, re.search(r"some ([\d,]+) steps and (\d+) mix", text.replace(",", "")).groups())
     assert updates >= 8 and updates == pytest.approx(length / update_every, abs=1)
+    millions = float(re.search(r"; ([\d.]+) million examples", text).group(1))
+    passes = values["budget"].get("fraction") or values["budget"]["passes"]
+    assert length == pytest.approx(passes * millions * 1e6 / values["batch_size"], abs=5)
 
 
 @pytest.mark.parametrize("model", KINDS)
-def test_memory_is_reckoned_with_the_real_sizes(model: str, adapt_full_finetune: ModuleType) -> None:
-    config = load(adapt_full_finetune.Config, ROOT / "yaml" / f"{model}_adapt_1pct.yaml")
+def test_memory_is_reckoned_with_the_real_sizes(
+    model: str, sft_full_finetune: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It looks at values, where there are none.
+    monkeypatch.setattr(Llama3ScaledRoPE, "apply_scaling", lambda self, frequencies, *_: frequencies)
+    grid = GRID_OF[model]
+    uniform = next(config for config, name in NAMES.items() if (name.model, name.strategy) == (model, "uniform"))
+    config = load(sft_full_finetune.Config, ROOT / "yaml" / f"{uniform}.yaml")
     with torch.device("meta"):
         decoder = config.model.build()
-    reckoned = MODULE["ADAPT"].models[model]
+    reckoned = grid.models[model]
     assert reckoned.parameters == sum(parameter.numel() for parameter in decoder.parameters())
     assert reckoned.vocab_size == decoder.tok_embeddings.num_embeddings
-    assert reckoned.activation_bytes % len(decoder.layers) == 0
-    states = 16 * reckoned.parameters / 1e9  # weights, gradients and AdamW, in fp32
-    assert states < reckoned.gigabytes(activation_checkpointing=True) < reckoned.gigabytes() < 3 * states
-    assert f"# Memory: {reckoned.gigabytes()} GB on one GPU" in WRITTEN[f"{model}_adapt_1pct.yaml"]
+    assert reckoned.activation_bytes == len(decoder.layers) * activation_bytes(config)
+    for strategy in grid.strategies:
+        # Weights, gradients and AdamW, in fp32; and what one more gradient takes.
+        kept = 1 if strategy == "multidds" else 0
+        states = (16 + 4 * kept) * reckoned.parameters / 1e9
+        least, most = (
+            reckoned.gigabytes(gradients=kept, activation_checkpointing=checkpointing)
+            for checkpointing in (True, False)
+        )
+        assert states < least < most < 3 * states
+        text = WRITTEN[f"{NAMES[uniform].sibling(strategy=strategy)}.yaml"]
+        assert f"# Memory: {most} GB on one GPU, {least} GB with activation_checkpointing=true" in text
 
 
 # ---- runs
@@ -214,7 +343,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """models/ and data/ as the headers' commands make them, tiny. Weights are large, so that a wrong one shows."""
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    for name, kind in (KINDS | OTHERS).items():
+    for name, kind in KINDS.items():
         path = folder / downloaded(name)
         write_tokenizer(path)
         model = kind.model_class(kind.config_class(**CONFIG | kind.config))
@@ -222,33 +351,74 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data.normal_(0.0, 0.4).add_(1.0 if parameter.ndim == 1 and "gemma" not in name else 0.0)
         model.save_pretrained(path)
     write_natural_instructions(folder / "data" / "natural-instructions", [*TYPES, "Another"], num_examples=34)
+    write_datasets(folder / "data" / "mos")
     return folder
+
+
+def write_datasets(folder: Path) -> None:
+    """Those of MoS, of unlike sizes, in both spellings of a line; answers are of two tokens."""
+    folder.mkdir()
+    rng = random.Random(0)
+    for size, name in zip((8, 12, 16, 24), DATASETS, strict=True):
+        prompts = [f"{name} {i} " + "x" * rng.randint(0, 40) for i in range(size)]
+        pairs = [{"prompt": prompt, "response": rng.choice(["yes", "no"])} for prompt in prompts]
+        lines = [pair if i % 2 else messages(**pair) for i, pair in enumerate(pairs)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def messages(prompt: str, response: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
 
 
 def downloaded(model: str) -> str:
     """Where a config looks for its model."""
-    return CONFIGS[f"{model}_uniform_1pct"]["checkpointer"]["checkpoint_dir"] if model in KINDS else f"models/{model}"
+    return GRID_OF[model].models[model].folder
 
 
-def tiny(config: str, hub: Path, *, model: str | None = None) -> list[str]:
+def tiny(config: str, hub: Path, *, builder: str | None = None, batch_size: int | None = None) -> list[str]:
     """Overrides that put in the tiny model, and make some five steps of the shipped share of the tiny data.
 
-    ``model``: None for the config's own.
+    ``builder``: None for that of the whole model; ``batch_size``: None for the five steps.
     """
     for name in ("models", "data"):
         Path(name).symlink_to(hub / name)
-    model, batch_size = model or model_of(config), round(200 * CONFIGS[config]["budget"]["fraction"])
-    kind = (KINDS | OTHERS)[model]
-    folder = downloaded(model)
-    overrides = [f"model={kind.builder}", *(f"model.{key}={value}" for key, value in (SIZES | kind.sizes).items())]
-    overrides += [f"tokenizer.path={folder}", f"checkpointer.checkpoint_dir={folder}"] if model in OTHERS else []
+    name, kind = NAMES[config], KINDS[NAMES[config].model]
+    overrides = [f"model={builder or kind.builder}", *(f"model.{k}={v}" for k, v in (SIZES | kind.sizes).items())]
+    batch_size = batch_size or round(200 * CONFIGS[config]["budget"].get("fraction", 0.16))
     overrides += ["device=cpu", "max_seq_len=256", "tasks.validation_examples=2", f"batch_size={batch_size}"]
-    return overrides + (["mixture_update_every=2", "probe.examples=2"] if "adapt" in config else [])
+    return overrides + (["mixture_update_every=2", "probe.examples=2"] if name.strategy in COST else [])
 
 
 @pytest.fixture
-def recipes(adapt_full_finetune: ModuleType, sft_full_finetune: ModuleType) -> dict[str, ModuleType]:
-    return {"adapt_full_finetune": adapt_full_finetune, "sft_full_finetune": sft_full_finetune}
+def recipes(
+    adapt_full_finetune: ModuleType, mos_full_finetune: ModuleType, sft_full_finetune: ModuleType
+) -> dict[str, ModuleType]:
+    modules = (adapt_full_finetune, mos_full_finetune, sft_full_finetune)
+    return {Path(str(module.__file__)).stem: module for module in modules}
+
+
+@pytest.fixture
+def costs(recipes: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What each mixture update of the runs to come costs: sequences, counted 3 where they are to have a backward."""
+    costs, total = [], [0]
+    forward = TokenLosses.forward
+
+    def counted(model: TokenLosses, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        total[0] += len(tokens) * (3 if torch.is_grad_enabled() else 1)
+        return forward(model, tokens, *arguments)
+
+    def measured(update: Any) -> Any:
+        def update_mixture(recipe: Any) -> None:
+            before = total[0]
+            update(recipe)
+            costs.append(total[0] - before)
+
+        return update_mixture
+
+    monkeypatch.setattr(TokenLosses, "forward", counted)
+    for recipe in (recipes["adapt_full_finetune"].AdaptFullFinetune, recipes["mos_full_finetune"].MosFullFinetune):
+        monkeypatch.setattr(recipe, "update_mixture", measured(recipe.update_mixture))
+    return costs
 
 
 def tasks_of(done: Run, recipe: ModuleType) -> list[data.Task]:
@@ -257,35 +427,100 @@ def tasks_of(done: Run, recipe: ModuleType) -> list[data.Task]:
     return data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
 
 
-@pytest.mark.parametrize("config", GRID)
-def test_runs(run: Runner, recipes: dict[str, ModuleType], hub: Path, config: str) -> None:
-    fraction = CONFIGS[config]["budget"]["fraction"]
-    done = run(config, *tiny(config, hub), f"budget.fraction={fraction}")
+# Each strategy of MoS once, so that each model comes in turn: no line of a config but of both.
+RUNS = [config for config in GRID if config not in MOS]
+RUNS += [f"{(*GRID_MOS.models,)[i % 3]}_{strategy}_3ep" for i, strategy in enumerate(GRID_MOS.strategies)]
+
+
+@pytest.mark.parametrize("config", RUNS)
+def test_runs(run: Runner, recipes: dict[str, ModuleType], costs: list[int], hub: Path, config: str) -> None:
+    name, values = NAMES[config], CONFIGS[config]
+    ((unit, share),) = values["budget"].items()
+    done = run(config, *tiny(config, hub), f"budget.{unit}={share}")
     tasks, summary = tasks_of(done, recipes[WRITTEN[f"{config}.yaml"].split()[3]]), done.summary
     sizes = {task.name: int(task.train.num_supervised.sum()) for task in tasks}
-    assert summary["strategy"] == CONFIGS[config]["strategy"] and list(sizes) == TYPES
-    assert summary["supervised_tokens"] == summary["budget_tokens"] == round(fraction * sum(sizes.values()))
+    assert summary["strategy"] == values["strategy"] and list(sizes) == names_of_tasks(config)
+    assert summary["supervised_tokens"] == summary["budget_tokens"] == round(share * sum(sizes.values()))
     assert summary["steps"] >= 4
-    assert summary["mixture_updates"] == ((summary["steps"] - 1) // 2 if "adapt" in config else 0)
-    if "adapt" not in config:
-        shares = {name: 1 / 20 if "uniform" in config else size / sum(sizes.values()) for name, size in sizes.items()}
-        assert summary["probabilities"] == pytest.approx(shares)
+    assert summary["mixture_updates"] == ((summary["steps"] - 1) // 2 if name.strategy in COST else 0)
+    assert costs == [len(tasks) * 2 * COST.get(name.strategy, 0)] * summary["mixture_updates"]
+    if name.strategy in STATIC:
+        power = {"uniform": 0, "proportional": 1, "temperature": 0.1}[name.strategy]
+        shares = {name: size**power for name, size in sizes.items()}
+        assert summary["probabilities"] == pytest.approx({n: s / sum(shares.values()) for n, s in shares.items()})
     assert summary["validation_losses"] != summary["initial_validation_losses"]
     # To what bf16 loses with such weights.
     assert losses_in_transformers(done.folder / "model", tasks) == pytest.approx(summary["validation_losses"], rel=0.05)
+    if "reward" in values:
+        first, *later = done.events("mixture")
+        assert first["probabilities"] == dict.fromkeys(sizes, 0.25) != later[-1]["probabilities"]
+        assert {len(step["task_losses"]) for step in done.events("step")} == {1}  # a batch is of one dataset
+        if name.strategy == "mospec_cossim":
+            assert later[-1]["rewards"]["math"] == pytest.approx(1) == max(later[-1]["rewards"].values())
 
 
-@pytest.mark.parametrize("model", [*KINDS, *OTHERS])
+@pytest.mark.parametrize("model", KINDS)
 def test_the_model_folder_computes_what_was_trained(
     run: Runner, recipes: dict[str, ModuleType], hub: Path, model: str
 ) -> None:
-    config = f"{model}_adapt_1pct" if model in KINDS else "gemma3_1b_adapt_1pct"
-    done = run(config, *tiny(config, hub, model=model), "budget.tokens=20", "dtype=fp32", "optimizer.lr=1e-2")
+    config = next(config for config, name in NAMES.items() if name.model == model)
+    small = tiny(config, hub, batch_size=2)
+    done = run(config, *small, "budget.tokens=20", "dtype=fp32", "optimizer.lr=1e-2")
     losses, initial = done.summary["validation_losses"], done.summary["initial_validation_losses"]
-    assert all(abs(losses[name] - initial[name]) > 0.01 for name in TYPES)
-    tasks = tasks_of(done, recipes["adapt_full_finetune"])
+    assert all(abs(losses[name] - initial[name]) > 0.01 for name in names_of_tasks(config))
+    tasks = tasks_of(done, recipes[WRITTEN[f"{config}.yaml"].split()[3]])
     assert losses_in_transformers(done.folder / "model", tasks) == pytest.approx(losses, rel=1e-4)
     assert losses_in_transformers(hub / downloaded(model), tasks) == pytest.approx(initial, rel=1e-4)
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_the_remedy_for_a_model_that_is_too_large(
+    run: Runner, mos_full_finetune: ModuleType, hub: Path, model: str
+) -> None:
+    """LoRA, with what the header says of it: it is what it says, takes what it says, and trains."""
+    reckoned = GRID_OF[model].models[model]
+    assert bool(reckoned.remedy) == (reckoned.gigabytes() > 80)
+    if not reckoned.remedy:
+        return
+    config = f"{model}_mos_cossim_3ep"
+    assert reckoned.remedy in WRITTEN[f"{config}.yaml"].replace("\n#         ", "\n")
+    overrides = [word for word in shlex.split(reckoned.remedy) if "=" in word]
+    loaded = load(mos_full_finetune.Config, ROOT / "yaml" / f"{config}.yaml", overrides)
+    assert loaded.activation_checkpointing and loaded.optimizer.arguments["lr"] == 1e-4
+    with torch.device("meta"):
+        decoder = loaded.model.build()
+    train_adapters_alone(decoder)
+    trained = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    assert 0 < trained < reckoned.parameters / 1000
+    # Weights in fp32 with a cast of the head, what training adds to the adapters', the inputs of all layers and all of
+    # one layer, and logits: with the same tokens as `gigabytes`.
+    layers, dim = len(decoder.layers), decoder.tok_embeddings.embedding_dim
+    kept = 4 * reckoned.parameters + 2 * dim * reckoned.vocab_size + 16 * trained
+    kept += 4096 * (4 * dim * layers + reckoned.activation_bytes / layers + 16 * reckoned.vocab_size / 8)
+    assert f"some {round(1.05 * kept / 1e9, -1):.0f} GB (reckoned" in reckoned.remedy.replace("\n", " ")
+
+    checkpointing, builder, modules, _ = overrides
+    small = tiny(config, hub, builder=builder.removeprefix("model=").replace(f"lora_{model}", "lora_llama3"))
+    small += [checkpointing, modules, "model.lora_rank=8", "model.lora_alpha=16"]  # the large builder's defaults
+    done = run(config, *small, "budget.passes=3", "dtype=fp32", "optimizer.lr=1e-2")
+    losses, initial = done.summary["validation_losses"], done.summary["initial_validation_losses"]
+    assert all(losses[name] != initial[name] for name in DATASETS)
+    tasks = tasks_of(done, mos_full_finetune)
+    assert losses_in_transformers(done.folder / "model", tasks) == pytest.approx(losses, rel=1e-4)
+    assert (done.folder / "adapter").is_dir()
+
+
+def test_shares_of_batches_for_a_fixed_mixture(run: Runner, hub: Path) -> None:
+    """The command that the headers of fixed mixtures offer."""
+    for config in (config for config in MOS if NAMES[config].strategy in STATIC):
+        header = WRITTEN[f"{config}.yaml"].partition("\n\n")[0]
+        assert re.findall(r"^# +(tune run .*)$", header, re.MULTILINE)[1:] == [
+            f"tune run mos_full_finetune --config yaml/{config}.yaml sampling=dataset"
+        ]
+    done = run(config, *tiny(config, hub), "budget.passes=3", "sampling=dataset", recipe="mos_full_finetune")
+    assert {len(step["task_losses"]) for step in done.events("step")} == {1}
+    assert done.summary["mixture_updates"] == 0
+    assert done.summary["probabilities"] == dict.fromkeys(DATASETS, 0.25)
 
 
 def test_the_literal_command(hub: Path) -> None:

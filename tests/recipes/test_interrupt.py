@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import RECIPES, ROOT, Runs, assert_same_run, events, load_recipe, summary
+from running import RECIPES, ROOT, Runs, assert_same_run, events, recipe_class, summary
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -85,15 +85,17 @@ def interrupt(
 
 @pytest.mark.parametrize("number", STATUS)
 @pytest.mark.parametrize(
-    ("method", "at_step", "saved_at"),
+    ("strategy", "method", "at_step", "saved_at"),
     [
-        ("validate", 0, None),  # before the first step: there is nothing to save
-        ("step", 0, 1),
-        ("step", 4, 5),
-        ("update_mixture", 3, 3),
-        ("validate", 4, 4),
-        ("save", 6, 6),
-        ("_log_step", 7, 7),
+        ("adapt_planned", "validate", 0, None),  # before the first step: there is nothing to save
+        ("adapt_planned", "step", 0, 1),
+        ("adapt_planned", "step", 4, 5),
+        ("adapt_planned", "update_mixture", 3, 3),
+        ("adapt_planned", "validate", 4, 4),
+        ("adapt_planned", "save", 6, 6),
+        ("adapt_planned", "_log_step", 7, 7),
+        ("mos_diff", "measure_base_model", 0, None),
+        ("mos_diff", "update_mixture", 3, 3),
     ],
 )
 def test_whatever_it_is_doing(
@@ -101,30 +103,31 @@ def test_whatever_it_is_doing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
+    strategy: str,
     method: str,
     at_step: int,
     saved_at: int | None,
 ) -> None:
-    folder, recipe = tmp_path / "run", load_recipe("adapt_full_finetune").AdaptFullFinetune
+    folder, recipe = tmp_path / "run", recipe_class(strategy)
     handlers = [signal.getsignal(each) for each in STATUS]
     with monkeypatch.context() as patched:
         interrupt(patched, recipe, method, when=lambda recipe: recipe.num_steps == at_step, number=number)
-        assert runs.run("adapt_planned", folder) == STATUS[number]
+        assert runs.run(strategy, folder) == STATUS[number]
     assert [signal.getsignal(each) for each in STATUS] == handlers
     log = events(folder)
     assert log[-1] | {"seconds": 0} == {"event": "end", "reason": "interrupted", "step": saved_at or 0, "seconds": 0}
     assert checkpoints(folder) == ([f"step_{saved_at}"] if saved_at else [])
     if saved_at:
         assert [event["event"] for event in log].count("checkpoint") == (saved_at + 1) // 2, "each boundary saved once"
-    assert runs.run("adapt_planned", folder) == 0
-    assert_same_run(folder, runs.whole("adapt_planned"))
+    assert runs.run(strategy, folder) == 0
+    assert_same_run(folder, runs.whole(strategy))
 
 
 @pytest.mark.parametrize("method", ["step", "finish"])
 def test_a_run_that_is_as_good_as_over_ends_well(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    recipe, last = load_recipe("sft_full_finetune").SFTFullFinetune, summary(runs.whole("uniform"))["steps"]
+    recipe, last = recipe_class("uniform"), summary(runs.whole("uniform"))["steps"]
     at_step = {"step": last - 1, "finish": last}[method]
     interrupt(monkeypatch, recipe, method, when=lambda recipe: recipe.num_steps == at_step, number=signal.SIGTERM)
     assert runs.run("uniform", tmp_path / "run") == 0
@@ -132,7 +135,7 @@ def test_a_run_that_is_as_good_as_over_ends_well(
 
 
 def test_a_second_ctrl_c_does_not_wait(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, folder = load_recipe("sft_full_finetune").SFTFullFinetune, tmp_path / "run"
+    recipe, folder = recipe_class("uniform"), tmp_path / "run"
     with monkeypatch.context() as patched:
         for method in ("_log_step", "validate"):  # both between two boundaries
             interrupt(patched, recipe, method, when=lambda recipe: recipe.num_steps >= 4, number=signal.SIGINT)

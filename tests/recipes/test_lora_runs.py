@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, Runner
-from running import RECIPES, Runs, assert_same_run, files, load_recipe
+from conftest import ROOT, Run, Runner
+from running import Runs, assert_same_run, files, recipe_class
 from safetensors.torch import load_file
 from torch import Tensor
 from torchtune.models.llama3_2 import llama3_2
@@ -73,6 +73,9 @@ def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
         ("tiny_adapt", ["probe.estimator=finite_difference"]),
         ("tiny_adapt", ["probe.estimator=backward", "probe.exact_lookahead=true", "dtype=bf16"]),
         ("tiny_adapt_planned", ["activation_checkpointing=true", "clip_grad_norm=1.0", "device=cpu"]),
+        ("tiny_mos_diff", []),
+        ("tiny_multidds", ["dtype=bf16", "sampling=dataset"]),
+        ("tiny_multiuat", ["reward.passes=2"]),  # LoRA's own dropout
     ],
 )
 def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> None:
@@ -82,6 +85,8 @@ def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> No
     if config == "tiny_adapt":
         assert done.summary["mixture_updates"] > 2
         assert all(any(line["gradient_dots"].values()) for line in done.events("mixture")[1:])
+    if "reward" in (ROOT / "yaml" / f"{config}.yaml").read_text():
+        assert all(any(line["rewards"].values()) for line in done.events("mixture")[1:])
 
     assert sorted(path.name for path in done.folder.iterdir()) == [
         "adapter",
@@ -117,7 +122,7 @@ class Killed(BaseException):
     """No `except Exception` sees this, as none sees kill -9."""
 
 
-@pytest.mark.parametrize("strategy", RECIPES)
+@pytest.mark.parametrize("strategy", ["adapt", "adapt_planned", "mos_diff", "uniform"])
 def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path, strategy: str
 ) -> None:
@@ -125,9 +130,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(
     changes = {"model": json.dumps(LORA | SIZES), "checkpointer.checkpoint_dir": base, "budget.tokens": 200}
     del runs.settings["model.attn_dropout"]
     assert runs.run(strategy, expected := tmp_path / "expected", **changes) == 0
-    recipe = next(
-        kind for kind in vars(load_recipe(RECIPES[strategy])).values() if "TOTALS" in getattr(kind, "__dict__", {})
-    )
+    recipe = recipe_class(strategy)
     for after in (1, 5):
         with monkeypatch.context() as patched, pytest.raises(Killed):
             step = recipe.step

@@ -14,12 +14,33 @@ from typing import Any
 
 import pytest
 import torch
-from running import RECIPES, Runs, assert_same_run, events, files, load_recipe, said, sequence, summary
+from running import (
+    RECIPES,
+    Runs,
+    assert_same_run,
+    events,
+    files,
+    load_recipe,
+    recipe_class,
+    said,
+    sequence,
+    summary,
+)
 
 from adapt_recipes.training.checkpoint import load_checkpoint, rng_state
 from adapt_recipes.training.resume import FREE_TO_CHANGE
 
-STRATEGIES = list(RECIPES)
+STRATEGIES = ["adapt", "adapt_planned", "mos_diff", "uniform"]
+# What a run carries along from one update to the next, besides that.
+CARRYING: list[tuple[str, dict[str, Any]]] = [
+    ("mos_cossim", {"mixture.optimizer": "adam", "mixture.ema": 0.5}),
+    ("mos_diff", {"sampling": "dataset", "mixture.floor": 0.1}),
+    ("multiuat", {"reward.passes": 2}),
+    ("adapt", {"mixture.reference": "asymptote", "mixture_update_every": 1}),
+    ("dro_asymptote", {"mixture_update_every": 1}),
+    ("dro_exponentiated", {}),
+    ("exp3", {"mixture_update_every": 1}),
+]
 
 
 class Killed(BaseException):
@@ -33,11 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def stop(runs: Runs, strategy: str, folder: Path, *, method: str = "step", after: int = 0, **changes: Any) -> None:
     """Run up to the first call of ``method`` with ``after`` steps done or more, and die there."""
-    recipe = next(
-        value
-        for value in vars(load_recipe(RECIPES[strategy])).values()
-        if isinstance(value, type) and "TOTALS" in vars(value)
-    )
+    recipe = recipe_class(strategy)
     original = getattr(recipe, method)
 
     def dying(self: Any) -> Any:
@@ -78,14 +95,15 @@ def assert_nothing_left_over(folder: Path) -> None:
 # ---- stopped anywhere
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_stopped_before_every_step(runs: Runs, tmp_path: Path, strategy: str) -> None:
-    expected = runs.whole(strategy)
+@pytest.mark.parametrize(("strategy", "changes"), [*((strategy, {}) for strategy in STRATEGIES), *CARRYING], ids=str)
+def test_stopped_before_every_step(runs: Runs, tmp_path: Path, strategy: str, changes: dict[str, Any]) -> None:
+    expected = runs.whole(strategy, **changes)
     num_steps = summary(expected)["steps"]
     assert num_steps >= 10
     for step in range(num_steps):
-        stop(runs, strategy, tmp_path / "run", after=step)
-    assert runs.run(strategy, tmp_path / "run") == 0
+        stop(runs, strategy, tmp_path / "run", after=step, **changes)
+        shutil.rmtree(runs.cache / "base_losses", ignore_errors=True)  # what a run needs is in its own folder
+    assert runs.run(strategy, tmp_path / "run", **changes) == 0
     assert_same_run(tmp_path / "run", expected)
     resumed_at = [event["step"] for event in events(tmp_path / "run") if event["event"] == "resume"]
     assert resumed_at == sorted(resumed_at) and set(resumed_at) == set(range(2, num_steps, 2))
@@ -118,12 +136,15 @@ class MostLost:
         self.p = state["p"]
 
 
-def test_a_mixture_of_ones_own_is_resumed_as_well(runs: Runs, tmp_path: Path) -> None:
-    changes = {"mixture": "test_resume.MostLost"}
+@pytest.mark.parametrize(("strategy", "changes"), [("adapt_planned", {}), ("mos_cossim", {"reward": "null"})])
+def test_a_mixture_of_ones_own_is_resumed_as_well(
+    runs: Runs, tmp_path: Path, strategy: str, changes: dict[str, Any]
+) -> None:
+    changes = changes | {"mixture": "test_resume.MostLost"}
     for step in range(2, 10, 3):
-        stop(runs, "adapt_planned", tmp_path / "run", after=step, **changes)
-    assert runs.run("adapt_planned", tmp_path / "run", **changes) == 0
-    assert_same_run(tmp_path / "run", runs.whole("adapt_planned", **changes))
+        stop(runs, strategy, tmp_path / "run", after=step, **changes)
+    assert runs.run(strategy, tmp_path / "run", **changes) == 0
+    assert_same_run(tmp_path / "run", runs.whole(strategy, **changes))
 
 
 def test_seconds_go_on_without_the_down_time(runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +291,9 @@ CHANGES: dict[str, Any] = {
 }
 
 
+CHANGES_OF_MOS = {"reward.specialist": "a", "sampling": "dataset"}
+
+
 @pytest.fixture
 def torch_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Puts back what `deterministic` sets for the whole process."""
@@ -287,6 +311,15 @@ def test_a_changed_key_is_refused_by_name(runs: Runs, folder: Path, torch_settin
     ):
         runs.run("adapt_planned", folder, **{key: value})
     assert state_of(folder) == before
+
+
+@pytest.mark.parametrize("key", CHANGES_OF_MOS)
+def test_a_changed_key_of_mos_is_refused_by_name(runs: Runs, tmp_path: Path, key: str) -> None:
+    stop(runs, "mos_diff", tmp_path / "run", after=3)
+    before = state_of(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"^resume: {key} changed since the run began; [^\n]*\Z"):
+        runs.run("mos_diff", tmp_path / "run", **{key: CHANGES_OF_MOS[key]})
+    assert state_of(tmp_path / "run") == before
 
 
 def test_every_changed_key_is_named(runs: Runs, folder: Path) -> None:
@@ -343,7 +376,7 @@ def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None
     free = {*FREE, "resume", "output_dir", "device", "micro_batch_tokens"}
     assert set(FREE_TO_CHANGE) == free
     keys = {field.name for recipe in set(RECIPES.values()) for field in fields(load_recipe(recipe).Config)}
-    assert keys == {key.split(".")[0] for key in (*CHANGES, *free)}
+    assert keys == {key.split(".")[0] for key in (*CHANGES, *CHANGES_OF_MOS, *free)}
 
 
 @pytest.mark.parametrize("change", ["an answer", "a row more", "a task less"])
@@ -434,7 +467,7 @@ def test_the_seed_alone_decides(runs: Runs, tmp_path: Path, strategy: str) -> No
 def test_each_line_of_the_log_is_there_when_it_is_written(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe("sft_full_finetune").SFTFullFinetune
+    recipe = recipe_class("uniform")
     step, validate, seen = recipe.step, recipe.validate, []
 
     def read_after(method: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -472,16 +505,25 @@ def test_validation_does_not_touch_the_training(runs: Runs, tmp_path: Path, stra
         ("adapt", {"probe.estimator": "backward"}),
         ("adapt", {"probe.exact_lookahead": "true", "probe.separate_batches": "false"}),
         ("adapt_planned", {}),
+        ("mos_cossim", {}),
+        ("mos_diff", {}),
+        ("multidds", {}),
+        ("multiuat", {"reward.passes": 2}),
+        ("hbo", {}),
     ],
 )
 def test_probes_leave_generators_weights_and_gradients_alone(
     runs: Runs, tmp_path: Path, strategy: str, changes: dict[str, Any]
 ) -> None:
-    module = load_recipe(RECIPES[strategy])
-    recipe = module.AdaptFullFinetune(runs.config(strategy, tmp_path / "run", **changes))
+    recipe = recipe_class(strategy)(runs.config(strategy, tmp_path / "run", **changes))
     recipe.setup()
     recipe.clock = time.perf_counter()
     try:
+        if strategy == "mos_diff":
+            shutil.rmtree(runs.cache / "base_losses", ignore_errors=True)
+            before = recipe_state(recipe)
+            recipe.measure_base_model()
+            assert recipe_state(recipe) == before
         for _ in range(3):
             recipe.step()
         before = recipe_state(recipe)

@@ -40,9 +40,16 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     assert [line["step"] for line in done.events("validation")] == [0, 4, 8]
     assert done.events("validation")[0]["losses"] == summary["initial_validation_losses"]
     assert done.events("validation")[-1]["losses"] == summary["validation_losses"]
-    updates = done.events("mixture")[1:]
-    assert [line["step"] for line in updates] == ([3, 6] if "adapt" in config else [])
+    start, *updates = done.events("mixture")
+    learned = "mixture_update_every" in (ROOT / "yaml" / f"{config}.yaml").read_text()
+    assert [line["step"] for line in updates] == ([3, 6] if learned else [])
     assert summary["mixture_updates"] == len(updates)
+    assert summary["probabilities"] == done.events("mixture")[-1]["probabilities"]
+    moved = max(abs(p - start["probabilities"][name]) for name, p in summary["probabilities"].items())
+    if learned and config != "tiny_exp3":  # which does nothing but explore at first: see test_exp3_explores_and_learns
+        assert moved > 1e-3
+    else:
+        assert moved == 0
 
     had = dict.fromkeys(summary["task_tokens"], 0)
     for number, line in enumerate(done.events("step"), start=1):
@@ -72,9 +79,15 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     assert not list(done.folder.rglob("*.partial")), "nothing half written"
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 127])
-def test_the_budget_is_kept_to_the_token(run: Runner, tokens: int) -> None:
-    done = run("tiny_adapt_planned", f"budget.tokens={tokens}")
+@pytest.mark.parametrize(
+    ("config", "sampling", "tokens"),
+    [
+        *(("tiny_adapt_planned", [], tokens) for tokens in (1, 15, 16, 17, 127)),
+        *(("tiny_mos_diff", ["sampling=dataset"], tokens) for tokens in (1, 17, 127)),
+    ],
+)
+def test_the_budget_is_kept_to_the_token(run: Runner, config: str, sampling: list[str], tokens: int) -> None:
+    done = run(config, *sampling, f"budget.tokens={tokens}")
     assert done.summary["supervised_tokens"] == sum(done.summary["task_tokens"].values()) == tokens
     assert done.summary["steps"] == math.ceil(tokens / 16)
 

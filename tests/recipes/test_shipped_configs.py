@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from adapt_recipes.config import load, to_dict
 from adapt_recipes.data import IGNORE_INDEX, ChatTokenizer
-from adapt_recipes.mixture.contract import check_mixture
+from adapt_recipes.mixture.contract import check_mixture, check_reward
 
 CONFIGS = sorted((ROOT / "yaml").glob("*.yaml"))
 PARAMETERS = {  # by the name of the model in the name of the config
@@ -29,8 +29,32 @@ PARAMETERS = {  # by the name of the model in the name of the config
     "gemma3_1b": 999_885_952,
     "llama3_2_1b": 1_235_814_400,
     "qwen3_0_6b": 596_049_920,
+    "qwen1_5_0_5b": 463_987_712,
+    "gemma_2b": 2_506_172_416,
+    "llama3_8b": 8_030_261_248,
 }
-COMPONENTS = {"adapt": "Adapt", "adapt_planned": "AdaptPlanned", "fixed": "fixed_weights"}  # others are called the same
+LEARNED = {
+    "adapt": "Adapt",
+    "adapt_oracle": "Adapt",
+    "adapt_planned": "AdaptPlanned",
+    "dro": "GroupDRO",
+    "dro_exponentiated": "GroupDRO",
+    "dro_oracle": "GroupDRO",
+    "dro_asymptote": "GroupDRO",
+    "exp3": "Exp3",
+}
+REWARDS = {
+    "mos_cossim": "CosineSimilarity",
+    "mos_diff": "PerplexityRatio",
+    "mospec_cossim": "CosineSimilarity",
+    "mospec_diff": "PerplexityRatio",
+    "multidds": "GradientAlignment",
+    "multiuat": "Uncertainty",
+    "hbo": "GradientNorm",
+}
+STATIC = {name: name for name in ("uniform", "proportional", "temperature")} | {"fixed": "fixed_weights"}
+REFERENCES = {"oracle": dict, "asymptote": str}  # the types of what losses are counted from, where the name says so
+DATASETS = ("dialogue", "math", "medical", "nlp")
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -67,7 +91,7 @@ def model_and_data(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("config", [path.stem for path in CONFIGS if path.stem.startswith("smollm2_")])
 def test_runs(run: Runner, model_and_data: Path, config: str) -> None:
-    cadence = ["mixture_update_every=2"] if "adapt" in config else []
+    cadence = ["mixture_update_every=2"] if "mixture_update_every" in (ROOT / f"yaml/{config}.yaml").read_text() else []
     done = run(config, "budget.tokens=200", "device=cpu", *cadence, "max_seq_len=256")
     assert done.summary["strategy"] in config and done.summary["supervised_tokens"] == 200
     assert done.summary["mixture_updates"] == ((done.summary["steps"] - 1) // 2 if cadence else 0)
@@ -89,19 +113,22 @@ def test_runs(run: Runner, model_and_data: Path, config: str) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_its_name_tells_the_truth(
-    path: Path, tmp_path: Path, adapt_full_finetune: ModuleType, sft_full_finetune: ModuleType
-) -> None:
+def test_its_name_tells_the_truth(path: Path, tmp_path: Path, recipes: dict[str, ModuleType]) -> None:
     """All of it is built, the model without memory for its weights, on a few examples of each task."""
-    model, strategy, percent = re.fullmatch(rf"({'|'.join(PARAMETERS)})_(.+?)(?:_(\d+)pct)?", path.stem).groups()
-    recipe = "adapt_full_finetune" if strategy.startswith("adapt") else "sft_full_finetune"
-    module = {"adapt_full_finetune": adapt_full_finetune, "sft_full_finetune": sft_full_finetune}[recipe]
+    parts = re.fullmatch(rf"({'|'.join(PARAMETERS)})_(.+?)(?:_(\d+)(pct|ep))?", path.stem)
+    model, strategy, number, unit = parts.groups()
+    recipe = f"{'mos' if strategy in REWARDS else 'adapt' if strategy in LEARNED else 'sft'}_full_finetune"
+    module = recipes[recipe]
     assert path.read_text().splitlines()[0] == f"# tune run {recipe} --config yaml/{path.name}"
     config = load(module.Config, path)
     assert config.strategy == strategy
     assert config.output_dir == f"runs/{path.stem}"
-    assert config.mixture.component == f"adapt_recipes.mixture.{COMPONENTS.get(strategy, strategy)}"
-    assert config.budget.fraction == (int(percent) / 100 if percent else None)
+    component = "Scorer" if strategy in REWARDS else (LEARNED | STATIC)[strategy]
+    assert config.mixture.component == f"adapt_recipes.mixture.{component}"
+    reference = config.mixture.arguments.get("reference")
+    assert type(reference) is REFERENCES.get(strategy.rpartition("_")[2], type(None))
+    assert config.budget.fraction == (int(number) / 100 if unit == "pct" else None)
+    assert config.budget.passes == (int(number) if unit == "ep" else None)
     assert load(module.Config, path, ["seed=1"]).seed == 1
     assert to_dict(config)["mixture"]["_component_"] == config.mixture.component
 
@@ -118,12 +145,21 @@ def test_its_name_tells_the_truth(
 
     if types := config.tasks.arguments.get("types"):
         write_natural_instructions(tmp_path / "data" / "natural-instructions", [*types, "Another"], num_examples=3)
+    if config.tasks.component == "adapt_recipes.data.jsonl_tasks":
+        Path(config.tasks.arguments["path"]).mkdir(parents=True)
+        for name in DATASETS:
+            Path(config.tasks.arguments["path"], f"{name}.jsonl").write_text('{"prompt": "1 + 1", "response": "2"}')
     names = [task.name for task in config.tasks.build()]
     assert names == (types or names)
     sizes = torch.arange(1, len(names) + 1)
     mixture = config.mixture.build(task_names=names, num_supervised_tokens=sizes, budget_tokens=1000)
     check_mixture(mixture, getattr(module, "SIGNALS", ()), num_tasks=len(names), recipe=recipe)
-    assert bool(mixture.observes) == strategy.startswith("adapt")
+    assert bool(mixture.observes) == (strategy not in STATIC)
+    if strategy in REWARDS:
+        reward = config.reward.build(task_names=names, model=decoder)
+        check_reward(reward, mixture)
+        assert config.reward.component == f"adapt_recipes.rewards.{REWARDS[strategy]}"
+        assert ("specialist" in config.reward.arguments) == strategy.startswith("mospec")
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if not path.stem.startswith("tiny_")], ids=lambda p: p.stem)

@@ -8,27 +8,45 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, Runner
+from conftest import ROOT, Run, Runner
 from safetensors.torch import load_file
 
-ADAPT = "adapt_recipes.mixture.Adapt"
+
+def assert_same_training(one: Run, other: Run) -> None:
+    """Bit for bit, up to what probes have read."""
+    assert one.training() == other.training()
+    assert one.summary["validation_losses"] == other.summary["validation_losses"]
+    ours, theirs = (load_file(done.folder / "model" / "model.safetensors") for done in (one, other))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_meta_learning_rate_of_0_is_uniform_bit_for_bit(run: Runner) -> None:
+@pytest.mark.parametrize(
+    ("config", "still"),
+    [
+        ("tiny_adapt", ["mixture.meta_lr=0"]),
+        ("tiny_dro", ["mixture.sharpness=0"]),
+        ("tiny_mos_cossim", ["mixture.learning_rate=0"]),
+        ("tiny_mos_diff", ["mixture.learning_rate=0"]),
+        ("tiny_multidds", ["mixture.learning_rate=0"]),
+        ("tiny_multiuat", ["mixture.learning_rate=0", "reward.passes=3"]),
+        ("tiny_hbo", ["mixture.learning_rate=0"]),
+    ],
+)
+def test_a_mixture_that_stands_still_is_uniform_bit_for_bit(run: Runner, config: str, still: list[str]) -> None:
     """Proves as well that probes leave weights, optimizer, generators and the sampler as they were."""
-    uniform = run("tiny_uniform", folder="uniform")
-    adapt = run("tiny_adapt", "mixture.meta_lr=0", "mixture_update_every=2", folder="adapt")
-    assert adapt.training() == uniform.training()
-    assert adapt.summary["validation_losses"] == uniform.summary["validation_losses"]
-    ours, theirs = (load_file(done.folder / "model" / "model.safetensors") for done in (adapt, uniform))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    dropout = "model.attn_dropout=0.1"  # so that training draws random numbers
+    learned = run(config, *still, dropout, "mixture_update_every=2", folder="learned")
+    assert learned.summary["mixture_updates"] == 3
+    assert_same_training(learned, run("tiny_uniform", dropout, folder="uniform"))
 
 
-def test_a_static_mixture_is_the_same_in_both_recipes(run: Runner) -> None:
-    static = "mixture._component_=adapt_recipes.mixture.uniform"
-    in_adapt = run("tiny_adapt_planned", static, folder="a")
-    assert in_adapt.training() == run("tiny_uniform", folder="b").training()
-    assert in_adapt.summary["mixture_updates"] == 0
+@pytest.mark.parametrize(("config", "without"), [("tiny_adapt_planned", []), ("tiny_mos_cossim", ["~reward"])])
+def test_a_static_mixture_is_the_same_in_all_recipes(run: Runner, config: str, without: list[str]) -> None:
+    static = "mixture={_component_: adapt_recipes.mixture.uniform}"
+    learned = run(config, static, *without, folder="a")
+    assert_same_training(learned, run("tiny_uniform", folder="b"))
+    assert learned.summary["mixture_updates"] == 0
+    assert [line["probe_tokens"] for line in learned.events("mixture")] == [0]
 
 
 def test_the_mixture_moves_towards_what_is_worst(run: Runner) -> None:
@@ -38,6 +56,14 @@ def test_the_mixture_moves_towards_what_is_worst(run: Runner) -> None:
     )
     p = done.summary["probabilities"]
     assert max(p.values()) > 0.25 and p["facts_2"] < 0.05
+
+
+def test_exp3_explores_and_learns(run: Runner) -> None:
+    """Seven tasks are only explored until sqrt(7 ln 7 / turn) is below 1, in turn 14."""
+    done = run("tiny_exp3", "batch_size=8", "mixture_update_every=1")
+    p = [list(line["probabilities"].values()) for line in done.events("mixture")]
+    assert len(p) == 16 and all(each == [1 / 7] * 7 for each in p[:13])
+    assert all(max(each) > 1 / 7 + 1e-6 for each in p[13:])
 
 
 @pytest.mark.parametrize("config", ["tiny_adapt", "tiny_adapt_planned"])
@@ -143,21 +169,39 @@ def test_a_mixture_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Pat
         run("tiny_uniform", "mixture._component_=my_mixtures.TwoToOne", folder="other")
 
 
-def test_the_mixture_of_the_readme(run: Runner, tmp_path: Path) -> None:
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+@pytest.mark.parametrize(
+    ("page", "options"), [("README.md", "temperature: 0.5"), ("docs/mixtures.md", "strength: 3.0")]
+)
+def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, options: str) -> None:
+    blocks = (ROOT / page).read_text().split("```python\n")[1:]
     (code,) = (block.split("```")[0] for block in blocks if "class Mine" in block)
-    (tmp_path / "readme_mixture.py").write_text(f"import torch\n\n{code}")
-    done = run("tiny_adapt_planned", "mixture={_component_: readme_mixture.Mine, temperature: 0.5}")
-    assert done.summary["mixture_updates"] == 2 and "logits" in done.events("mixture")[-1]
+    (tmp_path / "shown_mixture.py").write_text(f"import torch\n\n{code}")
+    done = run("tiny_adapt_planned", f"mixture={{_component_: shown_mixture.Mine, {options}}}")
+    updates = done.events("mixture")[1:]
+    assert done.summary["mixture_updates"] == 2 and all("logits" in update for update in updates)
+    assert updates[-1]["probabilities"] != done.log[0]["probabilities"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "differs", "most"),
+    [
+        ("sft_full_finetune", {"setup", "train", "step", "update_mixture", "finish", "_log_mixture"}, 30),
+        ("mos_full_finetune", {"setup", "train", "step", "update_mixture"}, 60),
+    ],
+)
 def test_the_lines_that_recipes_share_are_the_same(
-    adapt_full_finetune: ModuleType, sft_full_finetune: ModuleType
+    recipes: dict[str, ModuleType], recipe: str, differs: set[str], most: int
 ) -> None:
-    """What differs between the two recipes is the mixture update and nothing else."""
-    adapt, sft = adapt_full_finetune.AdaptFullFinetune, sft_full_finetune.SFTFullFinetune
-    for name in ("save", "_load", "cleanup", "_batches", "_by_task", "_seconds", "_log_step"):
-        assert inspect.getsource(getattr(adapt, name)) == inspect.getsource(getattr(sft, name)), name
-    ours, theirs = (inspect.getsource(module).splitlines() for module in (adapt_full_finetune, sft_full_finetune))
-    only_sft = [line for line in theirs if line not in ours]
-    assert len(only_sft) <= 30, only_sft
+    """What differs between the recipes is the mixture update, and what it needs around it."""
+    modules = recipes["adapt_full_finetune"], recipes[recipe]
+    adapt, other = (
+        next(value for value in vars(module).values() if isinstance(value, type) and "TOTALS" in vars(value))
+        for module in modules
+    )
+    shared = {name for name, value in vars(adapt).items() if inspect.isfunction(value)} - differs
+    assert shared >= {"save", "_load", "validate", "cleanup", "_read", "_validation_losses", "_log_step"}
+    for name in shared:
+        assert inspect.getsource(getattr(adapt, name)) == inspect.getsource(getattr(other, name)), name
+    ours, theirs = (inspect.getsource(module).splitlines() for module in modules)
+    only_there = [line for line in theirs if line not in ours]
+    assert len(only_there) <= most, only_there

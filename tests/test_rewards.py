@@ -1,0 +1,438 @@
+"""Each reward against plain torch on one unpadded example after the other; and what holds for all of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import NAMES, alone, batched, likeliest, tiny_examples, tiny_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from adapt_recipes.data import IGNORE_INDEX, Example
+from adapt_recipes.rewards import (
+    MEASURES,
+    CosineSimilarity,
+    GradientAlignment,
+    GradientNorm,
+    PerplexityRatio,
+    Uncertainty,
+)
+
+NUM_TASKS = len(NAMES)
+TASKS = range(NUM_TASKS)
+EXAMPLES = {
+    "train": tiny_examples(seed=1),
+    "validation": tiny_examples((2, 3, 0, 1), seed=2),  # task c has no validation split
+    "pool": tiny_examples((2, 3, 1, 3), seed=3),
+}
+EVERY = [
+    (CosineSimilarity, {}),
+    (CosineSimilarity, {"specialist": "b"}),
+    (PerplexityRatio, {}),
+    (PerplexityRatio, {"specialist": "d"}),
+    (GradientAlignment, {}),
+    *((Uncertainty, {"measure": measure}) for measure in MEASURES),
+    (GradientNorm, {}),
+]
+every_reward = pytest.mark.parametrize(
+    ("kind", "arguments"), EVERY, ids=[" ".join([kind.__name__, *arguments.values()]) for kind, arguments in EVERY]
+)
+
+
+def read(reward, batches, base_losses):
+    """Call a reward with what it reads, as the recipe does."""
+    base = {"base_losses": base_losses} if "pool" in reward.reads else {}
+    return reward(**{name: batches[name] for name in reward.reads}, **base)
+
+
+def measured(kind, arguments, *, examples=EXAMPLES, model=None, names=NAMES, max_tokens=40):
+    """A reward on these examples; the base model's losses are those of another tiny model."""
+    model = model or tiny_model()
+    batches = {name: batched(each, max_tokens=max_tokens) for name, each in examples.items()}
+    base_losses = torch.stack([alone(tiny_model(seed=7), example)[0].mean() for _, example in examples["pool"]])
+    return read(kind(task_names=names, model=model, **arguments), batches, base_losses.double().detach())
+
+
+def means_by_task(split, values):
+    """The mean of each task's values, one an example; NaN where there is none."""
+    of_task = [[value for (task, _), value in zip(EXAMPLES[split], values, strict=True) if task == i] for i in TASKS]
+    return torch.tensor([statistics.fmean(each) if each else math.nan for each in of_task], dtype=torch.float64)
+
+
+def task_gradient(model, split, task):
+    """Of the mean over all the task's supervised tokens, in one long vector."""
+    losses = torch.cat([alone(model, example)[0] for of, example in EXAMPLES[split] if of == task])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.cat([part.flatten() for part in torch.autograd.grad(losses.mean(), parameters)]).double()
+
+
+def cosine(one, other):
+    return float(one @ other / one.square().sum().sqrt() / other.square().sum().sqrt())
+
+
+def assert_close(rewards, expected, *, rtol=1e-5):
+    assert rewards.dtype == torch.float64 and not rewards.requires_grad
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(rewards, expected, rtol=rtol, atol=1e-7, equal_nan=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the equations
+
+
+@pytest.mark.parametrize("specialist", [None, "b"])
+def test_cosine_similarity(specialist) -> None:
+    """(7) and (8). MoSpec: with the specialist alone, itself included."""
+    model = tiny_model()
+    states = [(task, alone(model, example)[2].double().detach()) for task, example in EXAMPLES["train"]]
+    z = [torch.stack([hidden.mean(0) for of, hidden in states if of == task]).mean(0) for task in TASKS]
+    others = TASKS if specialist is None else [NAMES.index(specialist)]
+    expected = [statistics.fmean(cosine(z[i], z[n]) for n in others) for i in TASKS]
+    assert min(expected) > 0 and max(expected) - min(expected) > 0.05
+    assert_close(measured(CosineSimilarity, {"specialist": specialist}), expected)
+
+
+@pytest.mark.parametrize("specialist", [None, "d"])
+def test_perplexity_ratio(specialist) -> None:
+    """(9) and (10). MoSpec: the specialist's counts twice."""
+
+    def perplexity(model, example):
+        log_p = alone(model, example)[1].double().log_softmax(-1)
+        labels = example.labels[example.labels != IGNORE_INDEX]
+        return math.prod(log_p[range(len(labels)), labels].exp().tolist()) ** (-1 / len(labels))
+
+    model, base = tiny_model(), tiny_model(seed=7)
+    ratios = [perplexity(model, example) / perplexity(base, example) for _, example in EXAMPLES["pool"]]
+    expected = means_by_task("pool", ratios)
+    if specialist is not None:
+        expected[NAMES.index(specialist)] *= 2
+    assert_close(measured(PerplexityRatio, {"specialist": specialist}), expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_alignment(frozen) -> None:
+    """(a), over the tasks that have a validation split."""
+    model = tiny_model()
+    model.decoder.layers.requires_grad_(not frozen)
+    validation = [task_gradient(model, "validation", task) for task in (0, 1, 3)]
+    train = [task_gradient(model, "train", task) for task in TASKS]
+    expected = [max(0, statistics.fmean(cosine(v, gradient) for v in validation)) for gradient in train]
+    assert len(set(expected)) > 2 and max(expected) > 0.02
+    assert_close(measured(GradientAlignment, {}, model=model), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_norm(frozen) -> None:
+    """(c), of the weights that are trained."""
+    model = tiny_model()
+    model.decoder.layers.requires_grad_(not frozen)
+    expected = [task_gradient(model, "train", task).square().sum().sqrt() for task in TASKS]
+    assert_close(measured(GradientNorm, {}, model=model), expected, rtol=1e-4)
+
+
+# p: of the likeliest token at each position; e: the entropies.
+BY_HAND = {
+    "PreTP": lambda p, e: 1 - math.prod(p),
+    "ExpTP": lambda p, e: 1 - statistics.fmean(p),
+    "VarTP": lambda p, e: statistics.pvariance(p),
+    "ComEV": lambda p, e: statistics.pvariance(p) / statistics.fmean(p),
+    "EntSent": lambda p, e: statistics.fmean(e),
+    "EntEOS": lambda p, e: e[-1],
+}
+
+
+def test_every_measure_is_tested() -> None:
+    assert list(BY_HAND) == list(MEASURES)
+
+
+@pytest.mark.parametrize("measure", BY_HAND)
+def test_uncertainty(measure) -> None:
+    """(b). A task without a validation split cannot be measured."""
+    model = tiny_model()
+    values = [BY_HAND[measure](*likeliest(alone(model, example)[1])) for _, example in EXAMPLES["validation"]]
+    expected = means_by_task("validation", values)
+    assert expected.isnan().tolist() == [False, False, True, False]
+    assert_close(measured(Uncertainty, {"measure": measure}), expected)
+
+
+# ------------------------------------------------------------------------------------------- what holds for all of them
+
+
+@every_reward
+@pytest.mark.parametrize("max_tokens", [1, 10_000], ids=["each alone", "all together"])
+def test_the_cut_into_micro_batches_and_the_order_do_not_matter(kind, arguments, max_tokens) -> None:
+    backwards = {name: each[::-1] for name, each in EXAMPLES.items()}
+    changed = measured(kind, arguments, examples=backwards, max_tokens=max_tokens)
+    assert_close(changed, measured(kind, arguments), rtol=1e-4)
+
+
+@every_reward
+def test_a_measurement_repeats_and_leaves_no_trace(kind, arguments) -> None:
+    model = tiny_model()
+    model.decoder.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    generator = torch.get_rng_state()
+    batches = {name: batched(each) for name, each in EXAMPLES.items()}
+    reward, base_losses = kind(task_names=NAMES, model=model, **arguments), torch.zeros(len(EXAMPLES["pool"])).double()
+    first, second = (read(reward, batches, base_losses) for _ in range(2))
+    assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(parameter, weight) for parameter, weight in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@every_reward
+def test_a_task_without_examples_cannot_be_measured_and_changes_no_other(kind, arguments) -> None:
+    fifth = measured(kind, arguments, names=[*NAMES, "e"])
+    assert fifth[-1].isnan()
+    assert_close(fifth[:-1], measured(kind, arguments))
+
+
+@pytest.mark.parametrize("dropout", [{}, {"attn_dropout": 0.1}], ids=["no dropout", "dropout"])
+@every_reward
+def test_reads_says_how_often_each_example_is_computed(kind, arguments, dropout) -> None:
+    """It is what the ledger books."""
+    model, computed = tiny_model(**dropout), Counter()
+    batches = {name: batched(each) for name, each in EXAMPLES.items()}
+    split_of = {tuple(example.tokens[:5].tolist()): name for name, each in EXAMPLES.items() for _, example in each}
+    assert len(split_of) == sum(map(len, EXAMPLES.values()))
+
+    def count(module, arguments):
+        computed.update(split_of[tuple(tokens[:5])] for tokens in arguments[0].tolist())
+
+    model.register_forward_pre_hook(count)
+    reward = kind(task_names=NAMES, model=model, **arguments)
+    read(reward, batches, torch.zeros(len(EXAMPLES["pool"]), dtype=torch.float64))
+    assert computed == {name: times * len(EXAMPLES[name]) for name, times in Counter(reward.reads).items()}
+    assert len(reward.reads) == (30 if kind is Uncertainty and dropout else len(set(reward.reads)))
+
+
+class Table(nn.Module):
+    """A model whose states and logits are the rows of a table, and its losses their products with the weights.
+
+    So the gradient of a task's mean loss is the mean of the rows of its labels.
+    """
+
+    def __init__(self, table) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.as_tensor(table, dtype=torch.float64))
+        self.weights = nn.Parameter(torch.linspace(0.3, 0.5, self.table.shape[1], dtype=torch.float64))
+
+    def forward(self, tokens, labels, output="losses"):
+        if output == "hidden_states":
+            return self.table[tokens]
+        logits = self.table[labels[labels != IGNORE_INDEX]]
+        return logits if output == "logits" else logits @ self.weights
+
+
+ROWS, DIM = 6, 3
+numbers = st.floats(-10, 10, allow_subnormal=False)
+tables = st.lists(st.lists(numbers, min_size=DIM, max_size=DIM), min_size=ROWS, max_size=ROWS)
+
+
+def of_task(task, rows):
+    """An example that has these rows of the table as tokens and as labels."""
+    return task, Example(torch.tensor(rows), torch.tensor(rows))
+
+
+@st.composite
+def several_tasks(draw):
+    """A table and, of two to four tasks, one to three examples in each split."""
+    rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4)
+    num_tasks = draw(st.integers(2, 4))
+    splits = {}
+    for split in EXAMPLES:
+        each = [draw(st.lists(rows, min_size=1, max_size=3)) for _ in range(num_tasks)]
+        splits[split] = [of_task(task, example) for task, several in enumerate(each) for example in several]
+    return draw(tables), splits, NAMES[:num_tasks]
+
+
+def on_table(kind, arguments, table, examples, names):
+    """A reward on ``Table``; the base losses are 0."""
+    batches = {name: batched(each, max_tokens=10) for name, each in examples.items()}
+    reward = kind(task_names=names, model=Table(table), **arguments)
+    return read(reward, batches, torch.zeros(len(examples["pool"]), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("specialist", [None, "b"])
+@settings(max_examples=50)
+@given(several_tasks())
+def test_similarities_and_alignments_are_from_0_to_1(specialist, case) -> None:
+    table, examples, names = case
+    for kind, arguments in ((CosineSimilarity, {"specialist": specialist}), (GradientAlignment, {})):
+        rewards = on_table(kind, arguments, table, examples, names)
+        assert ((rewards >= 0) & (rewards <= 1)).all()
+
+
+@every_reward
+@settings(max_examples=20)
+@given(several_tasks(), st.randoms())
+def test_the_order_of_the_tasks_does_not_matter(kind, arguments, case, random) -> None:
+    table, examples, names = case
+    place = random.sample(range(len(names)), len(names))  # task i goes to place[i]
+    moved_names = [names[place.index(i)] for i in range(len(names))]
+    moved = {split: [(place[task], example) for task, example in each] for split, each in examples.items()}
+    if arguments.get("specialist", "a") not in names:
+        arguments = {"specialist": "a"}
+    rewards = on_table(kind, arguments, table, examples, names)
+    assert rewards.isfinite().all()
+    there = on_table(kind, arguments, table, moved, moved_names)
+    torch.testing.assert_close(there[place], rewards, rtol=1e-5, atol=1e-5)
+
+
+AXES = [[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "specialist", "expected"),
+    [
+        ([0, 1, 1], None, [0, 1 / 3, 1 / 3]),  # the first: (1 - 1 - 1) / 3 is below 0
+        ([0, 0, 2], None, [2 / 3, 2 / 3, 1 / 3]),
+        ([0, 1, 0], "b", [0, 1, 0]),
+        ([2, 2, 2], None, [1, 1, 1]),
+        ([0, 3, 3], None, [1 / 3, 0, 0]),  # a mean state of 0, or a gradient of 0, has no direction
+    ],
+)
+def test_what_is_opposed_gets_0(rows, specialist, expected) -> None:
+    examples = {split: [of_task(task, [row]) for task, row in enumerate(rows)] for split in EXAMPLES}
+    assert_close(on_table(CosineSimilarity, {"specialist": specialist}, AXES, examples, NAMES[:3]), expected)
+    if specialist is None:
+        assert_close(on_table(GradientAlignment, {}, AXES, examples, NAMES[:3]), expected)
+
+
+def test_a_task_without_a_validation_split_is_left_out_of_the_mean() -> None:
+    splits = {"train": [0, 1, 2], "validation": [0, 0, 2], "pool": [0, 0, 0]}
+    examples = {split: [of_task(task, [row]) for task, row in enumerate(rows)] for split, rows in splits.items()}
+    assert_close(on_table(GradientAlignment, {}, AXES, examples, NAMES[:3]), [2 / 3, 0, 1 / 3])
+    examples["validation"].pop()  # of task c
+    assert_close(on_table(GradientAlignment, {}, AXES, examples, NAMES[:3]), [1, 0, 0])
+
+
+@pytest.mark.parametrize("kind", [CosineSimilarity, PerplexityRatio])
+def test_an_unknown_specialist_is_named(kind) -> None:
+    with pytest.raises(ValueError) as error:
+        kind(task_names=["sums", "dates"], model=tiny_model(), specialist="date")
+    assert str(error.value) == "reward.specialist: 'date' is no task of this run; did you mean 'dates'?"
+
+
+# -------------------------------------------------------------------------------------------------------------- dropout
+
+DROPOUTS = [{"attn_dropout": 0.2}, {"lora_dropout": 0.2}]
+
+
+@pytest.mark.parametrize("passes", [None, 1, 4])
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=str)
+def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, passes, capsys) -> None:
+    model, batches = tiny_model(**dropout), batched(EXAMPLES["validation"])
+    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", passes=passes)
+    num_passes = passes or 30
+    assert reward.reads == ("validation",) * num_passes
+    model.decoder.layers[0].eval()
+    modes, start = [module.training for module in model.modules()], torch.get_rng_state()
+    rewards = reward(validation=batches)
+    assert torch.equal(torch.get_rng_state(), start)
+    assert [module.training for module in model.modules()] == modes
+
+    model.train()
+    each = torch.zeros(num_passes, len(EXAMPLES["validation"]), dtype=torch.float64)
+    for values in each:
+        for batch in batches:
+            log_p = model.decoder(batch.tokens).detach().double().log_softmax(-1)
+            for i, row in enumerate(batch.rows.tolist()):
+                entropies = -(log_p[i].exp() * log_p[i]).sum(-1)
+                values[row] = entropies[batch.labels[i] != IGNORE_INDEX].mean()
+    assert_close(rewards, means_by_task("validation", each.mean(0).tolist()))
+    values = [statistics.fmean(likeliest(alone(model, example)[1])[1]) for _, example in EXAMPLES["validation"]]
+    without = means_by_task("validation", values)
+    assert (rewards - without).abs().nan_to_num().max() > 1e-3, "dropout shows"
+    assert capsys.readouterr().out == ""
+
+
+def test_other_masks_at_every_update() -> None:
+    """Training draws random numbers between two updates."""
+    model, batches = tiny_model(attn_dropout=0.2), batched(EXAMPLES["validation"])
+    reward = Uncertainty(task_names=NAMES, model=model, passes=2)
+    first = reward(validation=batches)
+    torch.rand(1)
+    assert (first - reward(validation=batches)).abs().nan_to_num().max() > 1e-6
+
+
+@pytest.mark.parametrize("passes", [None, 1])
+@pytest.mark.parametrize("none", [{}, {"lora_dropout": 0.0}], ids=["whole model", "adapters"])
+def test_without_dropout_one_pass_will_do(none, passes, capsys) -> None:
+    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), passes=passes)
+    assert reward.reads == ("validation",)
+    assert capsys.readouterr().out == "reward: the model has no dropout: uncertainty is that of one pass without\n"
+
+
+def test_any_dropout_module_with_a_rate_is_dropout() -> None:
+    model = Table(AXES)
+    model.drop = nn.Dropout(0.0)
+    assert len(Uncertainty(task_names=NAMES, model=model).reads) == 1
+    model.drop.p = 0.1
+    assert len(Uncertainty(task_names=NAMES, model=model).reads) == 30
+
+
+@pytest.mark.parametrize(
+    ("dropout", "arguments", "message"),
+    [
+        (0.0, {"passes": 2}, "reward.passes: 2 passes need dropout, and the model has none; leave it out for one"),
+        (0.0, {"passes": 0}, "reward.passes: has to be at least 1, not 0"),
+        (0.1, {"passes": -3}, "reward.passes: has to be at least 1, not -3"),
+        (0.1, {"measure": "PreTp"}, "reward.measure: 'PreTp'; did you mean 'PreTP'?"),
+        (0.1, {"measure": "x"}, "reward.measure: 'x'; allowed: PreTP, ExpTP, VarTP, ComEV, EntSent, EntEOS"),
+    ],
+)
+def test_what_uncertainty_refuses(dropout, arguments, message) -> None:
+    with pytest.raises(ValueError) as error:
+        Uncertainty(task_names=NAMES, model=tiny_model(attn_dropout=dropout), **arguments)
+    assert str(error.value) == message
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def all_rewards(model, batches):
+    base_losses = torch.zeros(len(EXAMPLES["pool"]), dtype=torch.float64)
+    rewards = (kind(task_names=NAMES, model=model, **arguments) for kind, arguments in EVERY)
+    return torch.stack([read(reward, batches, base_losses) for reward in rewards])
+
+
+def one_of_two_processes(rank, folder) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mine = {}
+    for name, each in EXAMPLES.items():
+        batches = batched(each)
+        half = (len(batches) + 1) // 2
+        blank = batches[0]._replace(labels=torch.full_like(batches[0].labels, IGNORE_INDEX))
+        mine[name] = batches[:half] if rank == 0 else (batches[half:] + [blank])[:half]  # one may have no more
+        assert len(mine[name]) == half
+    rewards = {}
+    for kind in ("replicated", "sharded"):
+        model = tiny_model()
+        if kind == "sharded":
+            for module in (*model.decoder.layers, model):
+                fully_shard(module)
+        rewards[kind] = all_rewards(model, mine)
+    torch.save(rewards, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_measure_what_one_does(tmp_path) -> None:
+    assert any(len(batched(each)) % 2 for each in EXAMPLES.values()), "a process that has no more"
+    start = torch.multiprocessing.start_processes
+    start(one_of_two_processes, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    expected = all_rewards(tiny_model(), {name: batched(each) for name, each in EXAMPLES.items()})
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for kind in ("replicated", "sharded"):
+        assert torch.equal(first[kind].nan_to_num(-1), second[kind].nan_to_num(-1)), "differs by rank"
+        torch.testing.assert_close(first[kind], expected, rtol=1e-4, atol=1e-6, equal_nan=True)
