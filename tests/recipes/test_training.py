@@ -170,13 +170,14 @@ def test_a_mixture_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("page", "options"), [("README.md", "temperature: 0.5"), ("docs/mixtures.md", "strength: 3.0")]
+    ("page", "module", "options"),
+    [("README.md", "readme_mixture", "temperature: 0.5"), ("docs/mixtures.md", "docs_mixture", "strength: 3.0")],
 )
-def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, options: str) -> None:
+def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, module: str, options: str) -> None:
     blocks = (ROOT / page).read_text().split("```python\n")[1:]
     (code,) = (block.split("```")[0] for block in blocks if "class Mine" in block)
-    (tmp_path / "shown_mixture.py").write_text(f"import torch\n\n{code}")
-    done = run("tiny_adapt_planned", f"mixture={{_component_: shown_mixture.Mine, {options}}}")
+    (tmp_path / f"{module}.py").write_text(f"import torch\n\n{code}")
+    done = run("tiny_adapt_planned", f"mixture={{_component_: {module}.Mine, {options}}}")
     updates = done.events("mixture")[1:]
     assert done.summary["mixture_updates"] == 2 and all("logits" in update for update in updates)
     assert updates[-1]["probabilities"] != done.log[0]["probabilities"]
