@@ -108,11 +108,13 @@ class GradientAlignment:
             mean = mean or [torch.zeros_like(part) for part in gradient]
             for total, part in zip(mean, gradient, strict=True):
                 total.add_(part, alpha=scale)
+            del gradient  # before the next one is made
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
         for task in _tasks_of(train, self.num_tasks, self.model):
             gradient = _task_gradient(self.model, train, task, self.num_tasks)
             size = probe.norm(gradient, self.model)
             rewards[task] = probe.inner(gradient, mean, self.model) / size if size else 0.0
+            del gradient
         return rewards.clamp(0, 1)
 
 

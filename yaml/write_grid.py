@@ -48,22 +48,23 @@ class Model:
     def folder(self) -> str:
         return f"models/{self.repository.split('/')[1]}"
 
-    def gigabytes(self, *, activation_checkpointing: bool = False, gradients: int = 0) -> int:
+    def gigabytes(self, *, activation_checkpointing: bool = False, gradients: int = 0, copies: int = 0) -> int:
         """What training takes on one device: reckoned, no run was measured.
 
-        A weight takes 4 bytes, its gradient 4, AdamW 8 and its copy in bf16 2. An update of ADAPT has v in the place of
-        the gradient and, once that is computed, a copy of the weights in fp32: more only where activations are not
-        kept. One token in eight is taken to be supervised, with 16 bytes a logit: in bf16 and fp32, the gradients of
-        both and the softmax. 5 % are for the rest. Other strategies than ADAPT's need less with checkpointing.
+        A weight takes 4 bytes, its gradient 4, AdamW 8 and its copy in bf16 2. One token in eight is taken to be
+        supervised, with 16 bytes a logit: in bf16 and fp32, the gradients of both and the softmax. 5 % are for the
+        rest, the inputs of layers among it where activations are computed again.
 
         Args:
             activation_checkpointing: whether activations are computed again instead of kept.
             gradients: of the weights, in fp32, that an update keeps besides the one that it computes.
+            copies: of the weights, in fp32, that an update keeps while it computes forwards alone.
         """
-        weights = self.parameters * ((20 if activation_checkpointing else 18) + 4 * gradients)
         activations = 0 if activation_checkpointing else MICRO_BATCH_TOKENS * self.activation_bytes
         logits = MICRO_BATCH_TOKENS / 8 * self.vocab_size * 16
-        return math.ceil(1.05 * (weights + activations + logits) / 1e9)
+        backward = self.parameters * (18 + 4 * gradients) + activations
+        forward = self.parameters * (18 + 4 * copies)
+        return math.ceil(1.05 * (max(backward, forward) + logits) / 1e9)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Strategy:
         reward: lines under ``reward``, for a mixture that learns from rewards.
         passes: what an update costs for each example that it measures on, in forward passes; a backward pass is two.
         gradients: of the weights, that an update keeps besides the one that it computes.
+        copies: of the weights, that an update keeps while it computes forwards alone.
         updates: for each budget, steps from one update to the next, and the examples a task that it measures on.
         shares: for the header, in lines: what is shared, where that may be mistaken; ``{name}`` is the config's.
     """
@@ -87,6 +89,7 @@ class Strategy:
     reward: str = ""
     passes: int = 0
     gradients: int = 0
+    copies: int = 0
     updates: Mapping[str, tuple[int, int]] | None = None
     shares: str = ""
 
@@ -203,6 +206,7 @@ ADAPT = Grid(
   meta_lr: 0.1
   entropy_weight: 0.5""",
             passes=6,  # validation losses, their gradient (3), and training losses on both sides of the weights (2)
+            copies=1,  # to put the weights back from; v is in the place of the gradient
             updates={"1pct": (40, 3), "5pct": (100, 8), "10pct": (200, 16)},
         ),
         "adapt_planned": Strategy(
@@ -424,8 +428,8 @@ def config(grid: Grid, model_name: str, strategy_name: str, budget_name: str) ->
     """The content of one config."""
     model, strategy, budget = grid.models[model_name], grid.strategies[strategy_name], grid.budgets[budget_name]
     name = f"{model_name}_{strategy_name}_{budget_name}"
-    memory = model.gigabytes(gradients=strategy.gradients)
-    least_memory = model.gigabytes(gradients=strategy.gradients, activation_checkpointing=True)
+    kept = {"gradients": strategy.gradients, "copies": strategy.copies}
+    memory, least_memory = (model.gigabytes(activation_checkpointing=each, **kept) for each in (False, True))
     millions = grid.num_examples / 1e6
     steps = budget.passes * grid.num_examples / BATCH_SIZE
     length, learning = f"some {round(steps, -1):,.0f} steps", ""
