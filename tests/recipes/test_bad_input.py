@@ -625,7 +625,8 @@ def test_rewards_below_0_that_are_allowed(start: Start) -> None:
 
 @pytest.mark.usefixtures("mine")
 def test_a_base_model_that_is_not_finite(refusal: Refusal) -> None:
-    said = refusal("model=mine.infinite", *planted(20 * "B" + "Z", "B"), config=DIFF, writes=True)
+    planted_in_pool = planted(20 * "B" + "Z", "B", "seed=3")  # where the pool has it among the first of its task
+    said = refusal("model=mine.infinite", *planted_in_pool, config=DIFF, writes=True)
     assert said.startswith("step 0: the loss of an example of task 'hard' in the pool is not finite; ")
     assert_died(said, step=0)
 

@@ -45,6 +45,8 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     assert [line["step"] for line in updates] == ([3, 6] if learned else [])
     assert summary["mixture_updates"] == len(updates)
     assert summary["probabilities"] == done.events("mixture")[-1]["probabilities"]
+    seconds = [line["mixture_seconds"] for line in (start, *updates)]
+    assert seconds == sorted(set(seconds)) and seconds[-1] == summary["mixture_seconds"]
     moved = max(abs(p - start["probabilities"][name]) for name, p in summary["probabilities"].items())
     if learned and config != "tiny_exp3":  # which does nothing but explore at first: see test_exp3_explores_and_learns
         assert moved > 1e-3

@@ -128,10 +128,19 @@ def test_settings_that_show_in_no_weight_give_another_entry(setting: dict[str, A
     assert torch.equal(losses, module.probe.example_losses(other, batched(EXAMPLES)))
 
 
-def test_weights_without_a_dimension_count_too(tmp_path: Path) -> None:
-    for scale in (1.0, 2.0):
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (torch.tensor(1.0), torch.tensor(2.0)),
+        (torch.zeros(4), torch.zeros(2, 2)),
+        (torch.zeros(4), torch.zeros(2, dtype=torch.float64)),
+    ],
+    ids=["without a dimension", "other shape", "other dtype"],
+)
+def test_any_other_weight_gives_another_entry(weights: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+    for weight in weights:
         model = tiny_model()
-        model.scale = torch.nn.Parameter(torch.tensor(scale))
+        model.weight = torch.nn.Parameter(weight)
         base_losses(model, batched(EXAMPLES), cache_dir=tmp_path)
     assert len(entries(tmp_path)) == 2
 
