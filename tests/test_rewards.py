@@ -308,6 +308,14 @@ def test_what_is_opposed_gets_0(rows, specialist, expected) -> None:
         assert_close(on_table(GradientAlignment, {}, AXES, examples, NAMES[:3]), expected)
 
 
+@pytest.mark.parametrize("kind", [CosineSimilarity, GradientAlignment])
+def test_what_is_all_alike_gets_1_and_no_more_by_rounding(kind) -> None:
+    examples = {split: [of_task(task, [0]) for task in TASKS] for split in EXAMPLES}
+    for table in torch.randn(30, 1, DIM, generator=torch.Generator().manual_seed(0)):
+        rewards = on_table(kind, {}, table, examples, NAMES)
+        assert (rewards <= 1).all() and (rewards > 1 - 1e-12).all()
+
+
 def test_a_task_without_a_validation_split_is_left_out_of_the_mean() -> None:
     splits = {"train": [0, 1, 2], "validation": [0, 0, 2], "pool": [0, 0, 0]}
     examples = {split: [of_task(task, [row]) for task, row in enumerate(rows)] for split, rows in splits.items()}
