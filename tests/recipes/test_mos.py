@@ -180,9 +180,9 @@ def test_base_losses_from_the_cache_are_booked_all_the_same(runs: Runs, tmp_path
 
 def test_what_a_specialist_changes(run: Runner) -> None:
     """Similarity is with its task alone, or its difficulty counts twice; the rest is as it was."""
-    still = "mixture.learning_rate=0"
+    still = ("mixture.learning_rate=0", "tasks.num_validation_rows=16")
     cossim, spec_cossim, diff, spec_diff = (
-        run(f"tiny_{name}", still, folder=name).events("mixture")[-1]["rewards"]
+        run(f"tiny_{name}", *still, folder=name).events("mixture")[-1]["rewards"]
         for name in ("mos_cossim", "mospec_cossim", "mos_diff", "mospec_diff")
     )
     assert spec_diff == diff | {"facts_512": 2 * diff["facts_512"]}
