@@ -127,8 +127,8 @@ def _add_recipes(registry: ModuleType) -> None:
 # ---- tune run
 
 
-def _make_run_name_what_it_knows(run: ModuleType) -> None:
-    """Have `tune run` say which recipe was meant, where torchtune ends in a traceback of `runpy`."""
+def _make_run_say_what_is_wrong(run: ModuleType) -> None:
+    """Have `tune run` say in one line what torchtune and torchrun end in a traceback for."""
 
     class Run(run.Run):  # type: ignore[name-defined]
         def _get_recipe(self, recipe_str: str) -> Any:
@@ -140,6 +140,27 @@ def _make_run_name_what_it_knows(run: ModuleType) -> None:
                 hint = hint if "did you mean" in hint else "; `tune ls` lists those there are"
                 self._parser.exit(2, f"tune run: error: no recipe '{recipe_str}', by name or by path{hint}\n")
             return recipe
+
+        def _run_distributed(self, args: argparse.Namespace, is_builtin: bool) -> None:
+            from torch.distributed import DistError
+            from torch.distributed.elastic.multiprocessing import SignalException
+            from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+            from torch.distributed.elastic.rendezvous import RendezvousError
+
+            try:
+                super()._run_distributed(args, is_builtin=is_builtin)
+            except SignalException as stopped:  # its processes have ended by now
+                sys.exit(128 + stopped.sigval)
+            except ChildFailedError as failed:  # which of them, after what they have said themselves
+                self._parser.exit(1, f"{failed}\n")
+            except (RendezvousError, DistError) as error:
+                cause = error.__cause__ or error  # the rendezvous says little, and names no address
+                reason = " ".join(f"{type(cause).__name__}: {cause}".split()).rstrip(":.")
+                advice = (
+                    "start the same command on each, but for --node_rank, with an --rdzv_endpoint that all can reach"
+                )
+                where = f"the {args.nnodes} hosts do not meet at {args.rdzv_endpoint}"
+                self._parser.exit(2, f"tune run: error: {where}, or not any more ({reason}); {advice}\n")
 
     run.Run = Run  # type: ignore[attr-defined]
 
@@ -165,6 +186,11 @@ def _make_validate_strict(validate: ModuleType) -> None:
 
     class Validate(validate.Validate):  # type: ignore[name-defined]
         """`tune validate CONFIG [key=value ...]`: ours by the schema of their recipe, others as torchtune does."""
+
+        @classmethod
+        def create(cls, subparsers: Any) -> Any:
+            _add_plan(subparsers)
+            return super().create(subparsers)
 
         def _add_arguments(self) -> None:
             self._parser.usage = "tune validate <config> [key=value ...]"
@@ -248,22 +274,97 @@ def _strategy(config_path: str) -> str | None:
 
 def _validate_strictly(recipe_path: str, config_path: str, overrides: list[str]) -> None:
     """Raise ValueError, with a message of one line, unless config and overrides fit the `Config` of the recipe."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
     from adapt_recipes.config import load
+
+    load(_schema(recipe_path), config_path, overrides)
+
+
+def _schema(recipe_path: str) -> type:
+    """The class `Config` of a recipe's file."""
+    from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location(os.path.basename(recipe_path).removesuffix(".py"), recipe_path)
     assert spec is not None and spec.loader is not None
     recipe = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look their annotations up there
-    spec.loader.exec_module(recipe)
+    try:
+        spec.loader.exec_module(recipe)
+    except Exception as error:  # whatever a user's file does
+        raise ValueError(f"{recipe_path} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(recipe, "Config"):
         raise ValueError(f"{recipe_path} has no class Config, which is the schema of a recipe's config")
-    load(recipe.Config, config_path, overrides)
+    return recipe.Config
+
+
+# ---- tune plan
+
+
+def _add_plan(subparsers: Any) -> None:
+    """`tune plan RECIPE --config CONFIG [key=value ...]`: what `tune run` would do with the same words."""
+    said = "Say what a run would do and need; train nothing."
+    # All words are left to a parser of our own: as a subcommand, argparse takes no overrides behind an option.
+    words = subparsers.add_parser("plan", prog="tune plan", help=said, add_help=False, prefix_chars="\0")
+    words.add_argument("words", nargs="*")
+    words.set_defaults(func=lambda given: _plan(given.words))
+
+
+def _plan(words: Sequence[str]) -> None:
+    import argparse
+    import contextlib
+    import json
+
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    parser = argparse.ArgumentParser(
+        prog="tune plan",
+        usage="tune plan [--nnodes M] [--nproc_per_node N] [--json] <recipe> --config <config> [key=value ...]",
+        description="Say what a run would do and need: tasks, budget, steps, memory, disk. Trains nothing.",
+        allow_abbrev=False,
+    )
+    # Called as in `tune run`, where they stand before the recipe; here they may stand anywhere.
+    parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines; default 1")
+    per_node = ("--nproc_per_node", "--nproc-per-node")
+    parser.add_argument(*per_node, type=int, default=1, metavar="N", help="processes (GPUs) on each; default 1")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--config", required=True, help="name or path of a config")
+    parser.add_argument("recipe", help="name or path of a recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as given to `tune run`")
+    arguments = parser.parse_intermixed_args(words)
+    sys.path.append(os.getcwd())  # as `tune run` does: a user's recipe may import what lies beside it
+    try:
+        for option in ("nnodes", "nproc_per_node"):
+            if getattr(arguments, option) < 1:
+                raise ValueError(f"--{option}: has to be at least 1, not {getattr(arguments, option)}")
+        schema, config_path = _schema(_recipe_file(arguments.recipe)), _config_path(arguments.config)
+        from adapt_recipes.config import load
+        from adapt_recipes.planning import make_plan, show
+
+        num_processes = arguments.nnodes * arguments.nproc_per_node
+        with contextlib.redirect_stdout(sys.stderr):  # what components print
+            plan = make_plan(load(schema, config_path, arguments.overrides), num_processes=num_processes)
+    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
+        parser.exit(2, f"tune plan: error: {' '.join(str(error).split())}\n")
+    if arguments.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        show(plan, num_processes=num_processes)
+
+
+def _recipe_file(name_or_path: str) -> str:
+    """The file of one of our recipes, or a file of the user's."""
+    from adapt_recipes.errors import nearest
+
+    recipes = _files("recipes", ".py")
+    if name_or_path.endswith(".py") and os.path.isfile(name_or_path):
+        return name_or_path
+    if name_or_path not in recipes:
+        raise ValueError(f"no recipe of ours '{name_or_path}', by name or by path{nearest(name_or_path, recipes)}")
+    return recipes[name_or_path]
 
 
 _EXTENSIONS = {
     "torchtune._recipe_registry": _add_recipes,
-    "torchtune._cli.run": _make_run_name_what_it_knows,
+    "torchtune._cli.run": _make_run_say_what_is_wrong,
     "torchtune._cli.validate": _make_validate_strict,
 }
 _FINDER = _TorchtuneFinder()

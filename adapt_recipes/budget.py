@@ -106,7 +106,7 @@ class Ledger:
         self.task_tokens += task_tokens
         self.unique_supervised_tokens += unique
         self.tokens += sum(batch.num_tokens for batch in batches)
-        self.computed_tokens += sum(batch.tokens.numel() for batch in batches)
+        self.computed_tokens += sum(batch.computed_tokens for batch in batches)
 
     def probe(self, batches: Sequence[Any]) -> None:
         """Book micro-batches that a probe or a validation has read."""

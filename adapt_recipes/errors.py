@@ -1,10 +1,18 @@
-"""How an error for a user names what is allowed."""
+"""How errors and warnings are said to a user."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from os.path import commonprefix
+
+
+def warn(message: str) -> None:
+    """One line on stderr, of the first of several processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -8,8 +8,8 @@ all its supervised tokens in all batches of all processes.
 
 Every function runs in eval mode and leaves the weights, their ``.grad``, the training mode of every module and torch's
 generators as it found them, also when a forward raises. Every process must bring the same number of batches; one that
-has no more brings batches without a supervised label, whose rows are no examples. FSDP2's sharded parameters are
-perturbed shard by shard.
+has no more brings batches without a supervised label, whose ``rows`` are -1. FSDP2's sharded parameters are perturbed
+shard by shard.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -433,7 +434,8 @@ def _over_processes(values: Tensor, model: nn.Module) -> Tensor:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Where it computes: FSDP2 may keep parameters in host memory, but no buffers."""
+    return next(chain(model.buffers(), model.parameters())).device
 
 
 def _reshard(model: nn.Module) -> None:

@@ -13,7 +13,8 @@ MoS (Mixture-of-Skills, arXiv 2406.08811) and the methods that it is compared wi
 A reward is built with ``task_names`` and ``model``, and called with the batches that it ``reads``, by name, a name as
 often as it is read: ``train`` (training examples, others at every update), ``validation`` (always the same) or ``pool``
 (training examples, always the same, and with it ``base_losses``, what they had before the first step). It returns
-(num_tasks,) float64 on the CPU; NaN for a task that could not be measured. One of your own is such a class.
+(num_tasks,) float64 on the CPU; NaN for a task that could not be measured. One of your own is such a class. For
+``tune plan`` it says how many ``gradients`` of all weights it has at a time; 0: it computes forwards alone.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class CosineSimilarity:
     """
 
     reads: tuple[str, ...] = ("train",)
+    gradients = 0
 
     def __init__(self, *, task_names: Sequence[str], model: nn.Module, specialist: str | None = None) -> None:
         self.specialist = _task(specialist, task_names)
@@ -69,6 +71,7 @@ class PerplexityRatio:
     """
 
     reads: tuple[str, ...] = ("pool",)
+    gradients = 0
 
     def __init__(self, *, task_names: Sequence[str], model: nn.Module, specialist: str | None = None) -> None:
         self.specialist = _task(specialist, task_names)
@@ -94,6 +97,7 @@ class GradientAlignment:
     """
 
     reads: tuple[str, ...] = ("validation", "train")
+    gradients = 2
 
     def __init__(self, *, task_names: Sequence[str], model: nn.Module) -> None:
         self.num_tasks, self.model = len(task_names), model
@@ -106,8 +110,7 @@ class GradientAlignment:
             gradient = _task_gradient(self.model, validation, task, self.num_tasks)
             scale = 1 / (probe.norm(gradient, self.model) or 1.0) / len(tasks)
             mean = mean or [torch.zeros_like(part) for part in gradient]
-            for total, part in zip(mean, gradient, strict=True):
-                total.add_(part, alpha=scale)
+            torch._foreach_add_(mean, gradient, alpha=scale)
             del gradient  # before the next one is made
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
         for task in _tasks_of(train, self.num_tasks, self.model):
@@ -145,6 +148,8 @@ class Uncertainty:
         ValueError: an unknown measure; ``passes`` above 1 for a model without dropout, whose passes would all be equal.
     """
 
+    gradients = 0
+
     def __init__(
         self, *, task_names: Sequence[str], model: nn.Module, measure: str = "EntSent", passes: int | None = None
     ) -> None:
@@ -181,6 +186,7 @@ class GradientNorm:
     """
 
     reads: tuple[str, ...] = ("train",)
+    gradients = 1
 
     def __init__(self, *, task_names: Sequence[str], model: nn.Module) -> None:
         self.num_tasks, self.model = len(task_names), model

@@ -36,10 +36,20 @@ from adapt_recipes.mixture.contract import check_mixture
 from adapt_recipes.models import TokenLosses, check_decoder, huggingface_config, train_adapters_alone
 from adapt_recipes.runlog import RunLog, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
-from adapt_recipes.training.device import get_device
+from adapt_recipes.training.distributed import (
+    Silent,
+    check_same,
+    get_device,
+    processes,
+    rank,
+    summed,
+    together,
+    world_size,
+)
 from adapt_recipes.training.interrupt import StopSignals
 from adapt_recipes.training.nonfinite import check_finite, raise_nonfinite
 from adapt_recipes.training.resume import check_resume
+from adapt_recipes.training.sharding import clip_grad_norm, load_weights, shard, without_weights
 
 Steps = Annotated[int, Field(ge=0)]
 
@@ -79,9 +89,18 @@ class Config:
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     compile: bool = False
     activation_checkpointing: bool = False
+    """keep the inputs of layers alone, and compute the rest again in the backward"""
+    activation_offloading: bool = False
+    """keep those inputs in host memory"""
+    loss_chunk_tokens: PositiveInt | None = None
+    """supervised tokens whose logits are held at a time; default: all of a micro-batch"""
+    fsdp_cpu_offload: bool = False
+    """keep weights, gradients and optimizer in host memory; for several processes"""
     checkpoint_every: Steps = 0
     """steps between checkpoints; 0: only at the end"""
     keep_checkpoints: PositiveInt = 1
+    async_checkpointing: bool = False
+    """copy to host memory, and write while the run goes on"""
     validate_every: Steps = 0
     """steps between validations on the whole split; 0: only at start and end"""
     log_every: Steps = 10
@@ -91,6 +110,8 @@ class Config:
     """go on from the newest checkpoint in output_dir; where there is none, start"""
 
     def __post_init__(self) -> None:
+        if self.activation_offloading and not self.activation_checkpointing:
+            raise ValueError("activation_offloading: needs activation_checkpointing; set both, or neither")
         if self.micro_batch_tokens < self.max_seq_len:
             raise ValueError(
                 f"micro_batch_tokens: {self.micro_batch_tokens} is less than max_seq_len, {self.max_seq_len}"
@@ -109,42 +130,60 @@ class SFTFullFinetune:
     def setup(self) -> None:
         """Build everything, load what a resume goes on from, and only then write to ``output_dir``."""
         config = self.config
-        if holds_run(self.output_dir) and not config.resume:
-            raise ValueError(
-                f"output_dir: {self.output_dir} holds a run; set resume=true to go on with it, or choose another folder"
-            )
-        saved_path = checkpoint.newest_checkpoint(self.output_dir / "checkpoints")
-        saved = checkpoint.load_checkpoint(saved_path) if saved_path else None
+        with together():
+            if holds_run(self.output_dir) and not config.resume:
+                advice = "set resume=true to go on with it, or choose another folder"
+                raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
+        self.checkpoints = checkpoint.Checkpoints(
+            self.output_dir / "checkpoints", keep=config.keep_checkpoints, asynchronous=config.async_checkpointing
+        )
+        self.open_files.callback(self.checkpoints.close)
+        saved = self.checkpoints.newest()
         torch.manual_seed(config.seed)
         if config.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
 
-        self.tokenizer = config.tokenizer.build()
-        self.tasks = data.load_tasks(config.tasks, tokenizer=self.tokenizer, max_seq_len=config.max_seq_len)
+        with together(in_turn=True):  # the first process fills the cache that the others read
+            self.tokenizer = config.tokenizer.build()
+            self.tasks = data.load_tasks(config.tasks, tokenizer=self.tokenizer, max_seq_len=config.max_seq_len)
+        self.fingerprint = {"config": to_dict(config), "data": data.fingerprint(self.tasks)}
+        check_same({"tasks": self.fingerprint["data"]}, advice="the data files have to be the same for all")
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])
         self.ledger = Ledger(config.budget.num_tokens(int(available.sum())), len(self.tasks))
         self.sampler = data.TokenSampler(self.tasks, seed=config.seed)
-        self.mixture = config.mixture.build(
-            task_names=self.task_names, num_supervised_tokens=available, budget_tokens=self.ledger.budget_tokens
-        )
-        check_mixture(self.mixture, (), num_tasks=len(self.tasks), recipe="sft_full_finetune")
+        with together():
+            self.mixture = config.mixture.build(
+                task_names=self.task_names, num_supervised_tokens=available, budget_tokens=self.ledger.budget_tokens
+            )
+            check_mixture(self.mixture, (), num_tasks=len(self.tasks), recipe="sft_full_finetune")
+        probabilities = self._by_task(self.mixture.probabilities())
+        check_same({"mixture": probabilities}, advice="it may depend on nothing but what it is given")
         self.validation = self._batches(data.validation_examples(self.tasks))
 
-        self.checkpointer = config.checkpointer.build()
-        with training.set_default_dtype(precision.weights_dtype(config.dtype)), self.device:
-            decoder = config.model.build()
-        check_decoder(decoder, max_seq_len=config.max_seq_len, max_token=data.max_token(self.tasks))
-        self.adapters = train_adapters_alone(decoder)
-        self.checkpointer.check(decoder)
-        if saved is None and (weights := self.checkpointer.load()) is not None:
-            decoder.load_state_dict(weights, strict=False)  # adapters are in no folder; check has looked at the rest
+        with together():
+            self.checkpointer = config.checkpointer.build()
+            from_folder = without_weights(self.checkpointer.config is not None)
+            with training.set_default_dtype(precision.weights_dtype(config.dtype)), self.device, from_folder:
+                decoder = config.model.build()
+            check_decoder(decoder, max_seq_len=config.max_seq_len, max_token=data.max_token(self.tasks))
+            self.adapters = train_adapters_alone(decoder)
+            self.checkpointer.check(decoder)
         if config.activation_checkpointing:
             training.set_activation_checkpointing(decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
         if config.compile:
             training.compile_model(decoder, verbose=False)
-        self.model = TokenLosses(decoder, compute_dtype=precision.compute_dtype(config.dtype)).train()
+        self.model = TokenLosses(
+            decoder,
+            compute_dtype=precision.compute_dtype(config.dtype),
+            loss_chunk_tokens=config.loss_chunk_tokens,
+            activation_offloading=config.activation_offloading,
+        ).train()
+        shard(self.model, decoder.layers, device=self.device, cpu_offload=config.fsdp_cpu_offload)
+        if saved is None and (weights := self.checkpointer.load()) is not None:
+            load_weights(decoder, weights, seed=config.seed)
+        torch.manual_seed(config.seed + rank())  # of dropout
         self.optimizer = config.optimizer.build(params=[p for p in self.model.parameters() if p.requires_grad])
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         precision.check(config.dtype, learning_rate=self.learning_rates[0], finite_differences=False)
@@ -153,24 +192,27 @@ class SFTFullFinetune:
         self.num_steps = 0
         self.seconds = self.validation_seconds = 0.0
         self.validation_losses = self.initial_validation_losses = torch.empty(0)
-        self.fingerprint = {"config": to_dict(config), "data": data.fingerprint(self.tasks)}
         if saved is not None:
             self._load(saved)
 
-        self.metric_logger = config.metric_logger.build() if config.metric_logger else None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.output_dir, keep_bytes=saved["log_bytes"] if saved else 0)
-        write_resolved(self.output_dir, to_dict(config))
-        checkpoint.clean(self.output_dir / "checkpoints")
+        self.metric_logger = config.metric_logger.build() if config.metric_logger and rank() == 0 else None
+        self.log: Any = Silent()
+        if rank() == 0:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.log = RunLog(self.output_dir, keep_bytes=saved.shared["log_bytes"] if saved else 0)
+            write_resolved(self.output_dir, to_dict(config))
+        self.checkpoints.clean()
         self.display = Display(self.tasks, budget_tokens=self.ledger.budget_tokens, log_every=config.log_every)
         for file in filter(None, (self.log, self.metric_logger, self.display)):
             self.open_files.callback(file.close)
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
         p = self.mixture.probabilities()
         self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where)
+        if warning := checkpoint.too_slow_to_stop(self.model):
+            self.display.say(warning)
         if saved is not None:
             self.log.write("resume", step=self.num_steps, supervised_tokens=self.ledger.supervised_tokens)
-            self.display.say(f"resumed from {saved_path}")
+            self.display.say(f"resumed from {saved.folder}")
             self.display.mixture(p, 0.0)
 
     def train(self) -> int:
@@ -183,17 +225,18 @@ class SFTFullFinetune:
                 self._log_mixture()
                 self.validate()
                 self.initial_validation_losses = self.validation_losses
-            while self.ledger.left > 0 and not stop.received:
+            while self.ledger.left > 0 and not stop.agreed():
                 self.step()
                 done = self.ledger.left == 0
                 if done or (config.validate_every and self.num_steps % config.validate_every == 0):
                     self.validate()
-                if done or stop.received or (config.checkpoint_every and self.num_steps % config.checkpoint_every == 0):
+                if done or stop.agreed() or (config.checkpoint_every and self.num_steps % config.checkpoint_every == 0):
                     self.save()
                     saved_at = self.num_steps
             if stop.received and self.ledger.left > 0:
                 if saved_at != self.num_steps:
                     self.save()
+                self.checkpoints.wait()
                 self.log.write("end", reason="interrupted", step=self.num_steps, seconds=self._seconds())
                 self.display.close()
                 self.display.say(
@@ -222,11 +265,11 @@ class SFTFullFinetune:
         with self.model.autocast():  # around all forwards, so that the weights are cast once
             for batch in batches:
                 losses = self.model(batch.tokens, batch.labels)
-                (losses.sum() / step_tokens).backward()
+                (losses.sum() * world_size() / step_tokens).backward()  # gradients are averaged over processes
                 loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())
         max_norm = config.clip_grad_norm or float("inf")
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
-        loss_sums = loss_sums.cpu()
+        grad_norm = clip_grad_norm(self.model.parameters(), max_norm)
+        loss_sums = summed(loss_sums.cpu())
         loss = float(loss_sums.sum()) / step_tokens
         self.num_steps += 1
         if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
@@ -250,20 +293,16 @@ class SFTFullFinetune:
 
     def save(self) -> None:
         """Write all that an exact resume needs, whole or not at all."""
-        state = {
+        shared = {
             "fingerprint": self.fingerprint,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "mixture": self.mixture.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "rng": checkpoint.rng_state(),
             "log_bytes": self.log.num_bytes,
             "totals": {name: getattr(self, name) for name in self.TOTALS} | {"seconds": self._seconds()},
         }
-        checkpoint.save_checkpoint(
-            self.output_dir / "checkpoints", self.num_steps, state, keep=self.config.keep_checkpoints
-        )
+        with together():
+            self.checkpoints.save(self.num_steps, self.model, self.optimizer, shared=shared, own=checkpoint.rng_state())
         self.log.write("checkpoint", step=self.num_steps)
 
     TOTALS = (
@@ -273,16 +312,16 @@ class SFTFullFinetune:
         "initial_validation_losses",
     )
 
-    def _load(self, saved: dict[str, Any]) -> None:
-        check_resume(saved["fingerprint"], self.fingerprint)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.sampler.load_state_dict(saved["sampler"])
-        self.mixture.load_state_dict(saved["mixture"])
-        self.ledger.load_state_dict(saved["ledger"])
-        for name, value in saved["totals"].items():
+    def _load(self, saved: checkpoint.Saved) -> None:
+        check_resume(saved, self.fingerprint)
+        self.checkpoints.load(saved, self.model, self.optimizer)
+        self.sampler.load_state_dict(saved.shared["sampler"])
+        self.mixture.load_state_dict(saved.shared["mixture"])
+        self.ledger.load_state_dict(saved.shared["ledger"])
+        for name, value in saved.shared["totals"].items():
             setattr(self, name, value)
-        checkpoint.set_rng_state(saved["rng"])
+        if len(saved.own) == world_size():
+            checkpoint.set_rng_state(saved.own[rank()])
 
     def finish(self) -> None:
         """The budget is spent: write ``model/`` and, last of all, ``summary.json``."""
@@ -291,7 +330,7 @@ class SFTFullFinetune:
         decoder, tokenizer = self.model.decoder, self.tokenizer
         token_ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
         self.checkpointer.save(
-            {name: weight.cpu() for name, weight in decoder.state_dict().items()},
+            decoder.state_dict(),
             self.output_dir / "model",
             config=config or huggingface_config(decoder, **token_ids),
             tokenizer=tokenizer,
@@ -315,7 +354,9 @@ class SFTFullFinetune:
             "steps": self.num_steps,
             "mixture_updates": 0,
         }
-        write_summary(self.output_dir, summary)
+        self.checkpoints.wait()
+        if rank() == 0:
+            write_summary(self.output_dir, summary)
         self.display.close()
         self.display.results(summary, folder=self.output_dir)
 
@@ -328,7 +369,9 @@ class SFTFullFinetune:
 
     def _batches(self, examples: Sequence[tuple[int, data.Example]]) -> list[data.MicroBatch]:
         tasks, rows = [task for task, _ in examples], [example for _, example in examples]
-        batches = data.micro_batches(rows, tasks, max_tokens=self.config.micro_batch_tokens)
+        batches = data.micro_batches(
+            rows, tasks, max_tokens=self.config.micro_batch_tokens, rank=rank(), world_size=world_size()
+        )
         return [batch.to(self.device) for batch in batches]
 
     def _read(self, batches: list[data.MicroBatch]) -> list[data.MicroBatch]:
@@ -376,19 +419,22 @@ class SFTFullFinetune:
 
 
 def main(config: Config) -> int:
-    if config.resume and is_finished(Path(config.output_dir)):
-        print(f"the run in {config.output_dir} is finished already: see its summary.json")
-        return 0
-    recipe = SFTFullFinetune(config)
-    error = None
-    try:
-        recipe.setup()
-        return recipe.train()
-    except Exception as exception:
-        error = exception
-        raise
-    finally:
-        recipe.cleanup(error)
+    with processes(config.device, batch_size=config.batch_size):
+        check_same(to_dict(config), advice="start all with the same command")
+        if config.resume and is_finished(Path(config.output_dir)):
+            print(f"the run in {config.output_dir} is finished already: see its summary.json")
+            return 0
+        recipe = SFTFullFinetune(config)
+        error = None
+        try:
+            with together():
+                recipe.setup()
+            return recipe.train()
+        except Exception as exception:
+            error = exception
+            raise
+        finally:
+            recipe.cleanup(error)
 
 
 if __name__ == "__main__":

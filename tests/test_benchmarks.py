@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -70,3 +72,12 @@ def test_startup_reports_what_the_run_wrote() -> None:
         assert numbers[state]["steps"] == 20 and numbers[state]["mixture_updates"] == 1
         assert numbers[state]["padding"] == 0  # every toy example has the same length
         assert 0 < numbers[state]["mixture_share"] < 1
+
+
+def test_soak_ends_as_if_never_killed() -> None:
+    """In a process of its own, which forks those that it kills."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--kills", "2", "mixture_update_every=3"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    *kills, last = done.stdout.splitlines()
+    assert len(kills) == 2 and last.startswith("the same as never stopped: ")

@@ -45,7 +45,7 @@ def test_refused(values: dict[str, float]) -> None:
 
 def test_the_ledger_counts_and_comes_back() -> None:
     ledger = Ledger(10, 3)
-    batch = SimpleNamespace(tokens=torch.zeros(2, 5), num_tokens=7, num_supervised_tokens=4)
+    batch = SimpleNamespace(computed_tokens=10, num_tokens=7, num_supervised_tokens=4)
     ledger.spend(torch.tensor([3, 0, 1]), unique=2, batches=[batch])
     ledger.probe([batch, batch])
     assert (ledger.supervised_tokens, ledger.left, ledger.share(), ledger.share(pending=2)) == (4, 6, 0.4, 0.6)

@@ -8,7 +8,6 @@ study is another ``Grid`` in ``GRIDS``.
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ class Model:
         options: of `tune download`.
         notes: for the header, in one line.
         builder: lines under ``model``.
-        parameters: weights, a tied head counted once.
-        vocab_size: logits of a token.
-        activation_bytes: kept of a token for the backward pass, computing in bf16; counted in one layer, times layers.
         remedy: for the header, in lines: what to do where it is too large.
     """
 
@@ -39,32 +35,11 @@ class Model:
     options: str
     notes: str
     builder: str
-    parameters: int
-    vocab_size: int
-    activation_bytes: int
     remedy: str = ""
 
     @property
     def folder(self) -> str:
         return f"models/{self.repository.split('/')[1]}"
-
-    def gigabytes(self, *, activation_checkpointing: bool = False, gradients: int = 0, copies: int = 0) -> int:
-        """What training takes on one device: reckoned, no run was measured.
-
-        A weight takes 4 bytes, its gradient 4, AdamW 8 and its copy in bf16 2. One token in eight is taken to be
-        supervised, with 16 bytes a logit: in bf16 and fp32, the gradients of both and the softmax. 5 % are for the
-        rest, the inputs of layers among it where activations are computed again.
-
-        Args:
-            activation_checkpointing: whether activations are computed again instead of kept.
-            gradients: of the weights, in fp32, that an update keeps besides the one that it computes.
-            copies: of the weights, in fp32, that an update keeps while it computes forwards alone.
-        """
-        activations = 0 if activation_checkpointing else MICRO_BATCH_TOKENS * self.activation_bytes
-        logits = MICRO_BATCH_TOKENS / 8 * self.vocab_size * 16
-        backward = self.parameters * (18 + 4 * gradients) + activations
-        forward = self.parameters * (18 + 4 * copies)
-        return math.ceil(1.05 * (max(backward, forward) + logits) / 1e9)
 
 
 @dataclass(frozen=True)
@@ -77,8 +52,6 @@ class Strategy:
         mixture: lines under ``mixture``.
         reward: lines under ``reward``, for a mixture that learns from rewards.
         passes: what an update costs for each example that it measures on, in forward passes; a backward pass is two.
-        gradients: of the weights, that an update keeps besides the one that it computes.
-        copies: of the weights, that an update keeps while it computes forwards alone.
         updates: for each budget, steps from one update to the next, and the examples a task that it measures on.
         shares: for the header, in lines: what is shared, where that may be mistaken; ``{name}`` is the config's.
     """
@@ -88,8 +61,6 @@ class Strategy:
     mixture: str
     reward: str = ""
     passes: int = 0
-    gradients: int = 0
-    copies: int = 0
     updates: Mapping[str, tuple[int, int]] | None = None
     shares: str = ""
 
@@ -169,9 +140,6 @@ ADAPT = Grid(
             builder="""\
   _component_: adapt_recipes.models.gemma3_1b
   max_seq_len: ${max_seq_len}""",
-            parameters=999_885_952,
-            vocab_size=262_144,
-            activation_bytes=26 * 119_092,
         ),
         "llama3_2_1b": Model(
             title="Llama 3.2 1B",
@@ -180,9 +148,6 @@ ADAPT = Grid(
             notes=GATED,
             builder="""\
   _component_: torchtune.models.llama3_2.llama3_2_1b""",
-            parameters=1_235_814_400,
-            vocab_size=128_256,
-            activation_bytes=16 * 135_304,
         ),
         "qwen3_0_6b": Model(
             title="Qwen3 0.6B",
@@ -192,9 +157,6 @@ ADAPT = Grid(
             builder="""\
   _component_: adapt_recipes.models.qwen3_0_6b
   max_seq_len: ${max_seq_len}""",
-            parameters=596_049_920,
-            vocab_size=151_936,
-            activation_bytes=28 * 92_328,
         ),
     },
     strategies={
@@ -206,7 +168,6 @@ ADAPT = Grid(
   meta_lr: 0.1
   entropy_weight: 0.5""",
             passes=6,  # validation losses, their gradient (3), and training losses on both sides of the weights (2)
-            copies=1,  # to put the weights back from; v is in the place of the gradient
             updates={"1pct": (40, 3), "5pct": (100, 8), "10pct": (200, 16)},
         ),
         "adapt_planned": Strategy(
@@ -272,9 +233,6 @@ MOS = Grid(
             builder="""\
   _component_: adapt_recipes.models.qwen1_5_0_5b
   max_seq_len: ${max_seq_len}""",
-            parameters=463_987_712,
-            vocab_size=151_936,
-            activation_bytes=24 * 57_416,
         ),
         "gemma_2b": Model(
             title="Gemma 2B",
@@ -283,9 +241,6 @@ MOS = Grid(
             notes=f"{GATED}\nIts template takes no system message.",
             builder="""\
   _component_: torchtune.models.gemma.gemma_2b""",
-            parameters=2_506_172_416,
-            vocab_size=256_000,
-            activation_bytes=18 * 193_576,
         ),
         "llama3_8b": Model(
             title="Llama 3 8B",
@@ -294,12 +249,9 @@ MOS = Grid(
             notes=GATED,
             builder="""\
   _component_: torchtune.models.llama3.llama3_8b""",
-            parameters=8_030_261_248,
-            vocab_size=128_256,
-            activation_bytes=32 * 254_088,
             remedy="""\
-No GPU of 80 GB holds that, and several processes are not supported yet. It does hold LoRA, which takes some
-40 GB (reckoned; the settings are ours), with activation_checkpointing=true and
+No GPU of 80 GB holds all of it alone; 4 do, with activation_checkpointing=true. One does hold LoRA, which
+takes some 36 GB (reckoned; the settings are ours), with activation_checkpointing=true and
 model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_proj]' optimizer.lr=1e-4""",
         ),
     },
@@ -351,7 +303,6 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             reward="""\
   _component_: adapt_recipes.rewards.GradientAlignment""",
             passes=6,  # gradients of validation losses (3) and of training losses (3)
-            gradients=1,  # the mean of those of the validation losses
             updates=SCORER_UPDATES,
         ),
         "multiuat": Strategy(
@@ -428,8 +379,6 @@ def config(grid: Grid, model_name: str, strategy_name: str, budget_name: str) ->
     """The content of one config."""
     model, strategy, budget = grid.models[model_name], grid.strategies[strategy_name], grid.budgets[budget_name]
     name = f"{model_name}_{strategy_name}_{budget_name}"
-    kept = {"gradients": strategy.gradients, "copies": strategy.copies}
-    memory, least_memory = (model.gigabytes(activation_checkpointing=each, **kept) for each in (False, True))
     millions = grid.num_examples / 1e6
     steps = budget.passes * grid.num_examples / BATCH_SIZE
     length, learning = f"some {round(steps, -1):,.0f} steps", ""
@@ -462,7 +411,8 @@ probe:
 # Model:  tune download {model.repository} --output-dir {model.folder}{model.options}
 #         {lines(model.notes)}
 # Data:   {lines(data)}
-# Memory: {memory} GB on one GPU, {least_memory} GB with activation_checkpointing=true: reckoned, not measured.
+# Memory: docs/scaling.md says which GPUs hold it; for N of them, with your data, so does
+#         tune plan --nproc_per_node N {strategy.recipe} --config yaml/{name}.yaml
 #         {lines(model.remedy, reading)}
 # Length: {length}, more where short answers are drawn; {millions} million examples assumed.
 {shares}

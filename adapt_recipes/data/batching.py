@@ -1,8 +1,9 @@
-"""Micro-batches of examples of like length, so that little of what is computed is padding."""
+"""Micro-batches of examples of like length, so that little of what is computed is padding, dealt out to processes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from adapt_recipes.data.examples import IGNORE_INDEX, Example
 # What one more forward and backward cost besides their tokens, in tokens computed: chiefly one more gradient of every
 # weight to write and add up. 145 measured (135M weights, bf16, CPU); the total is flat around its minimum.
 FORWARD_OVERHEAD_TOKENS = 128
+# The same where weights are gathered from other processes, and gradients sent to them: 340 measured in fp32, 680 in
+# bf16 (20M weights, gloo, two processes).
+SHARDED_OVERHEAD_TOKENS = 512
 
 
 class MicroBatch(NamedTuple):
@@ -26,10 +30,12 @@ class MicroBatch(NamedTuple):
         tokens: (batch, length) int64, padded with 0.
         labels: (batch, length) int64, padded with ``IGNORE_INDEX``.
         tasks: (batch,) int64, each row's task.
-        rows: (batch,) int64, where each row stood in the list that was batched.
+        rows: (batch,) int64, where each row stood in the list that was batched. -1 is a dummy: one token without a
+            label, for a process that has no example where others have some.
         lengths: (batch,) int64, each row's positions that are not padding.
-        num_tokens: positions that are not padding.
-        num_supervised_tokens: labels that count.
+        num_tokens: positions that are not padding, of this forward on all processes together.
+        num_supervised_tokens: labels that count, of the same.
+        computed_tokens: all positions, of the same.
     """
 
     tokens: Tensor
@@ -39,10 +45,11 @@ class MicroBatch(NamedTuple):
     lengths: Tensor
     num_tokens: int
     num_supervised_tokens: int
+    computed_tokens: int
 
     @property
     def supervised_tasks(self) -> Tensor:
-        """(num_supervised_tokens,) int64: the task of each label that counts, row by row."""
+        """(labels that count on this process,) int64: the task of each, row by row."""
         return self.tasks.unsqueeze(1).expand_as(self.labels)[self.labels != IGNORE_INDEX]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -54,47 +61,122 @@ class MicroBatch(NamedTuple):
         )
 
 
-def micro_batches(examples: Sequence[Example], tasks: Sequence[int], *, max_tokens: int) -> list[MicroBatch]:
-    """Cut examples into micro-batches that compute the fewest tokens.
+def micro_batches(
+    examples: Sequence[Example], tasks: Sequence[int], *, max_tokens: int, rank: int = 0, world_size: int = 1
+) -> list[MicroBatch]:
+    """Cut examples into micro-batches that compute the fewest tokens, and deal them out to the processes.
 
-    Examples are sorted by length, and the list is cut where the sum of tokens computed (rows times longest row) and of
-    the overhead of each forward is smallest: a shortest path over the cuts. The longest come first, so that what does
-    not fit in memory fails at once.
+    Examples are sorted by length, and the list is cut into rounds, in which every process computes one micro-batch and
+    waits for the slowest. The cuts are where the sum of the tokens computed (rows times longest row, on the process
+    with the most) and of the overhead of each forward is smallest: a shortest path over the cuts. The longest come
+    first, so that what does not fit in memory fails at once.
+
+    The processes agree on all this without a word. In the end none has computed more tokens than another by more than
+    the longest example.
 
     Args:
-        examples: what to compute.
+        examples: what to compute, the same on every process.
         tasks: the task of each.
         max_tokens: bound on the tokens computed in one forward; an example longer than that is computed alone.
+        rank: of this process.
+        world_size: number of processes.
+
+    Returns:
+        This process's micro-batches, as many as any other's.
     """
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].tokens), i))
-    lengths = [len(examples[i].tokens) for i in order]
-    widths = np.array(lengths)
-    best = np.zeros(len(order) + 1, dtype=np.int64)  # best[end]: least cost of computing order[:end]
-    start_of = np.zeros(len(order) + 1, dtype=np.int64)
-    for end in range(1, len(order) + 1):
-        computed = widths[:end] * np.arange(end, 0, -1)
-        fits = computed <= max_tokens
-        fits[end - 1] = True  # an example alone always does
-        costs = np.where(fits, best[:end] + computed + FORWARD_OVERHEAD_TOKENS, np.iinfo(np.int64).max)
-        start_of[end] = np.argmin(costs)
-        best[end] = costs[start_of[end]]
+    lengths = np.array([len(examples[i].tokens) for i in order], dtype=np.int64)
+    computed = np.zeros(world_size, dtype=np.int64)  # by each process so far
     batches = []
-    end = len(order)
-    while end > 0:
-        start = int(start_of[end])
-        batches.append(_collate(examples, tasks, order[start:end]))
-        end = start
-    return batches[::-1]
+    for parts in _rounds(lengths, max_tokens, world_size):
+        sizes = np.array([_size(lengths, part) or 1 for part in parts])
+        by_size, by_need = np.argsort(-sizes, kind="stable"), np.argsort(computed, kind="stable")
+        computed[by_need] += sizes[by_size]  # who has computed least gets the largest part
+        mine = parts[by_size[by_need.tolist().index(rank)]]
+        everything = [examples[order[place]] for part in parts for place in part]
+        totals = {
+            "num_tokens": sum(len(example.tokens) for example in everything),
+            "num_supervised_tokens": int((torch.cat([each.labels for each in everything]) != IGNORE_INDEX).sum()),
+            "computed_tokens": int(sizes.sum()),
+        }
+        if mine:
+            batches.append(_collate(examples, tasks, [order[place] for place in mine], totals))
+        else:
+            batches.append(_dummy(tasks[order[parts[0][0]]], totals))
+    return batches
 
 
-def _collate(examples: Sequence[Example], tasks: Sequence[int], rows: list[int]) -> MicroBatch:
-    labels = pad_sequence([examples[i].labels for i in rows], batch_first=True, padding_value=IGNORE_INDEX)
+Part = Sequence[int]  # places in the sorted list
+
+
+def _rounds(lengths: np.ndarray, max_tokens: int, num_parts: int) -> Iterator[list[Part]]:
+    """What is computed at the same time: ``num_parts`` micro-batches of nearly as many tokens, some perhaps empty."""
+    num, never = len(lengths), np.iinfo(np.int64).max
+    overhead = FORWARD_OVERHEAD_TOKENS if num_parts == 1 else SHARDED_OVERHEAD_TOKENS
+    rest = np.append(np.cumsum(lengths[::-1])[::-1], 0)  # rest[start]: the tokens from there on
+    best = np.full(num + 1, never)  # best[end]: least cost of computing all before it
+    best[0] = 0
+    start_of, bound_of = np.zeros((2, num + 1), dtype=np.int64)  # of the round that ends there
+    for start in range(num):
+        if best[start] == never:
+            continue
+        bounds = lengths[start] * np.arange(min(max(1, max_tokens // lengths[start]), num - start) + 1)
+        edges = _edges(lengths, rest, start, bounds, max_tokens, num_parts)
+        rows = np.diff(edges, axis=0)
+        sizes = rows * lengths[np.minimum(edges[:-1], num - 1)]
+        fits = ((sizes <= max_tokens) | (rows == 1)).all(0) & (np.ptp(sizes, axis=0) <= lengths[start])
+        costs, ends = best[start] + sizes.max(0) + overhead, edges[-1]
+        # Several rounds may reach one end: in this order the one that costs least is written last.
+        better = (fits & (costs < best[ends])).nonzero()[0]
+        better = better[np.argsort(-costs[better], kind="stable")]
+        best[ends[better]], start_of[ends[better]], bound_of[ends[better]] = costs[better], start, bounds[better]
+    cuts = [num]
+    while cuts[-1] > 0:
+        cuts.append(int(start_of[cuts[-1]]))
+    for end, start in reversed(list(zip(cuts, cuts[1:], strict=False))):
+        edges = _edges(lengths, rest, start, bound_of[end : end + 1], max_tokens, num_parts)[:, 0]
+        yield [range(*pair) for pair in pairwise(edges.tolist())]
+
+
+def _edges(
+    lengths: np.ndarray, rest: np.ndarray, start: int, bounds: np.ndarray, max_tokens: int, num_parts: int
+) -> np.ndarray:
+    """(num_parts + 1, num_bounds): between which places the parts of a round lie, for each bound on a part's tokens.
+
+    A part takes as many rows as make no more tokens, and one at least. Bound 0: its share of what is left.
+    """
+    edges = np.full((num_parts + 1, len(bounds)), start)
+    for part in range(num_parts):
+        place = edges[part]
+        width = lengths[np.minimum(place, len(lengths) - 1)]
+        limits = np.where(bounds > 0, np.minimum(bounds, max_tokens), rest[place] // (num_parts - part) + width)
+        edges[part + 1] = np.minimum(place + np.maximum(limits // width, 1), len(lengths))
+    return edges
+
+
+def _size(lengths: np.ndarray, part: Part) -> int:
+    """The tokens computed for a part; the first of its rows is the longest."""
+    return len(part) * int(lengths[part[0]]) if part else 0
+
+
+def _collate(examples: Sequence[Example], tasks: Sequence[int], rows: list[int], totals: dict[str, int]) -> MicroBatch:
     return MicroBatch(
         tokens=pad_sequence([examples[i].tokens for i in rows], batch_first=True),
-        labels=labels,
+        labels=pad_sequence([examples[i].labels for i in rows], batch_first=True, padding_value=IGNORE_INDEX),
         tasks=torch.tensor([tasks[i] for i in rows]),
         rows=torch.tensor(rows),
         lengths=torch.tensor([len(examples[i].tokens) for i in rows]),
-        num_tokens=sum(len(examples[i].tokens) for i in rows),
-        num_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+        **totals,
+    )
+
+
+def _dummy(task: int, totals: dict[str, int]) -> MicroBatch:
+    """Of a task that another process computes, or a probe that needs no other task would compute it for nothing."""
+    return MicroBatch(
+        tokens=torch.zeros(1, 1, dtype=torch.int64),
+        labels=torch.full((1, 1), IGNORE_INDEX),
+        tasks=torch.tensor([task]),
+        rows=torch.tensor([-1]),
+        lengths=torch.tensor([1]),
+        **totals,
     )

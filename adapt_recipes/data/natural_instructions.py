@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from adapt_recipes.data.conversations import folder_of, located, text_of
 from adapt_recipes.data.examples import Conversation, RawTask
-from adapt_recipes.errors import nearest
+from adapt_recipes.errors import nearest, warn
 
 
 def natural_instructions(
@@ -64,7 +63,7 @@ def natural_instructions(
 
     if of_files := [f"{file.name}: {number}" for file, number in num_empty.items() if number]:
         reason = "instances whose outputs are all empty are left out"
-        print(f"warning: tasks.path: {sum(num_empty.values())} {reason} ({', '.join(of_files)})", file=sys.stderr)
+        warn(f"tasks.path: {sum(num_empty.values())} {reason} ({', '.join(of_files)})")
 
     types = sorted(by_type) if types is None else types
     for name in types:

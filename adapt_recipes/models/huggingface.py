@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
@@ -19,6 +21,7 @@ from adapt_recipes.models.adapters import Adapters, merged
 from adapt_recipes.models.architecture import architecture_of_config, architecture_of_decoder, read_config
 from adapt_recipes.models.families import (
     FAMILIES,
+    Family,
     huggingface_name,
     is_adapter,
     peft_name,
@@ -27,6 +30,8 @@ from adapt_recipes.models.families import (
     torchtune_name,
 )
 from adapt_recipes.training.checkpoint import written_whole
+from adapt_recipes.training.distributed import rank, together
+from adapt_recipes.training.sharding import whole
 
 StateDict = dict[str, Tensor]
 
@@ -135,29 +140,29 @@ class HuggingFaceCheckpointer:
         if problems:
             raise ValueError(f"{unfit}: {'; '.join(problems)}")
 
-    def load(self) -> StateDict | None:
+    def load(self) -> Mapping[str, Tensor] | None:
         """The folder's weights under torchtune's names, dtypes as stored; None without a folder.
 
-        What keeps its rows' order stays a memory map of the file, so that this costs little memory until it is read.
+        A weight is read when it is asked for. One that keeps its rows' order stays a memory map of the file.
 
         Raises:
             ValueError: weights that contradict ``config.json``.
         """
         if self.config is None:
             return None
-        family, head_dim = FAMILIES[self._architecture.model_type], self._architecture.head_dim
-        state_dict: StateDict = {}
-        for file in dict.fromkeys(stored.file for stored in self._stored.values()):
-            for name, weight in load_file(file).items():
-                if (key := torchtune_name(family, name)) is not None:
-                    state_dict[key] = to_torchtune(family, key, weight, head_dim=head_dim)
+        family = FAMILIES[self._architecture.model_type]
+        weights = _Weights(
+            {str(torchtune_name(family, name)): (name, stored.file) for name, stored in self._stored.items()},
+            family,
+            self._architecture.head_dim,
+        )
         # Some tied folders hold the head as well. It is left out where that loses nothing.
-        if self._architecture.tie_word_embeddings and "output.weight" in state_dict:
-            head = state_dict.pop("output.weight")
-            if not torch.equal(head, state_dict["tok_embeddings.weight"]):
+        if self._architecture.tie_word_embeddings and "output.weight" in weights:
+            if not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
                 reason = f"config.json says tie_word_embeddings, but {_HEAD} and model.embed_tokens.weight differ"
                 raise ValueError(f"{_KEY}: {self._checkpoint_dir}: {reason}")
-        return state_dict
+            del weights.where["output.weight"]
+        return weights
 
     def save(
         self,
@@ -169,7 +174,7 @@ class HuggingFaceCheckpointer:
         adapters: Adapters | None = None,
         max_shard_size: int | str = "5GB",
     ) -> None:
-        """Writes a Hugging Face folder, which is there whole or not at all.
+        """Writes a Hugging Face folder, which is there whole or not at all. All processes call it, the first writes.
 
         Each weight is stored in the dtype that it has in ``checkpoint_dir``, so that a bf16 model stays one whatever it
         was trained in, and in fp32 where there was no folder. A tied head is not stored.
@@ -178,7 +183,8 @@ class HuggingFaceCheckpointer:
         ``folder``. Not into it, for there transformers, where it finds PEFT, would add them to the weights once more.
 
         Args:
-            state_dict: the decoder's, whole, on the CPU.
+            state_dict: the decoder's, on any device. Sharded weights are gathered one at a time, and the first process
+                keeps those of one file.
             folder: where; replaced if it exists.
             config: this checkpointer's ``config``, or ``huggingface_config`` of a decoder that came from no folder.
             tokenizer: writes its own files into a folder.
@@ -200,39 +206,88 @@ class HuggingFaceCheckpointer:
                 plan[name] = torch.empty(weight.shape, dtype=dtype, device="meta")
                 sources[name] = key
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
+
+        def gathered() -> Iterator[tuple[str, Tensor]]:
+            """The weights in the order in which they are written, and the adapters after them."""
+            keys = [sources[name] for names in split.filename_to_tensors.values() for name in names]
+            for key in (*keys, *filter(is_adapter, state_dict)):
+                projection = key.removesuffix(".weight")
+                parts = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
+                needed = {part: whole(state_dict[part]) for part in parts if part in state_dict}
+                if rank() == 0:
+                    weight = merged(key, {part: each.cpu() for part, each in needed.items()}, adapters)
+                    name = peft_name(family, key) if is_adapter(key) else str(huggingface_name(family, key))
+                    weight = weight.to(plan[name].dtype) if name in plan else weight
+                    yield name, to_huggingface(family, key, weight, head_dim=head_dim)
+                else:
+                    yield key, torch.empty(0)
+
+        weights = gathered()
+        with together():
+            try:
+                if rank() == 0:
+                    self._write(folder, weights, split, config, tokenizer)
+                    if adapters is not None:
+                        self._write_adapters(folder.with_name("adapter"), dict(weights), adapters)
+            finally:
+                deque(weights, maxlen=0)  # the others take part in every gather, and so does the first after an error
+
+    def _write(
+        self,
+        folder: Path,
+        weights: Iterator[tuple[str, Tensor]],
+        split: StateDictSplit,
+        config: Mapping[str, Any],
+        tokenizer: SavesItself,
+    ) -> None:
         with written_whole(folder) as partial:
             _write_json(partial / "config.json", config)
             for file, names in split.filename_to_tensors.items():
-                shard = {}
-                for name in names:
-                    weight = merged(sources[name], state_dict, adapters).to(plan[name].dtype)
-                    shard[name] = to_huggingface(family, sources[name], weight, head_dim=head_dim)
-                _write_weights(partial / file, shard, readable_as=partial / "config.json")
+                _write_weights(partial / file, dict(islice(weights, len(names))), readable_as=partial / "config.json")
             if split.is_sharded:
                 _write_json(partial / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
             if self._generation_config is not None:
                 (partial / "generation_config.json").write_text(self._generation_config, encoding="utf-8")
             tokenizer.save(partial)
-        if adapters is not None:
-            with written_whole(folder.with_name("adapter")) as partial:
-                weights = {
-                    peft_name(family, key): to_huggingface(family, key, weight, head_dim=head_dim)
-                    for key, weight in state_dict.items()
-                    if is_adapter(key)
-                }
-                adapter_config = {
-                    "peft_type": "LORA",
-                    "task_type": "CAUSAL_LM",
-                    "base_model_name_or_path": self._checkpoint_dir,
-                    "target_modules": sorted({name.split(".lora_")[0].split(".")[-1] for name in weights}),
-                    "r": adapters.rank,
-                    "lora_alpha": adapters.alpha,
-                    "lora_dropout": adapters.dropout,
-                    "bias": "none",
-                    "inference_mode": True,
-                }
-                _write_json(partial / _ADAPTER_CONFIG, adapter_config)
-                _write_weights(partial / _ADAPTER, weights, readable_as=partial / _ADAPTER_CONFIG)
+
+    def _write_adapters(self, folder: Path, weights: StateDict, adapters: Adapters) -> None:
+        with written_whole(folder) as partial:
+            adapter_config = {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": self._checkpoint_dir,
+                "target_modules": sorted({name.split(".lora_")[0].split(".")[-1] for name in weights}),
+                "r": adapters.rank,
+                "lora_alpha": adapters.alpha,
+                "lora_dropout": adapters.dropout,
+                "bias": "none",
+                "inference_mode": True,
+            }
+            _write_json(partial / _ADAPTER_CONFIG, adapter_config)
+            _write_weights(partial / _ADAPTER, weights, readable_as=partial / _ADAPTER_CONFIG)
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Weights of a folder, each read when it is asked for.
+
+    Args:
+        where: torchtune's names -> Hugging Face's, and the file.
+        family, head_dim: of the decoder.
+    """
+
+    def __init__(self, where: dict[str, tuple[str, Path]], family: Family, head_dim: int) -> None:
+        self.where, self._family, self._head_dim = where, family, head_dim
+
+    def __getitem__(self, key: str) -> Tensor:
+        name, file = self.where[key]
+        with safe_open(file, framework="pt") as weights:
+            return to_torchtune(self._family, key, weights.get_tensor(name), head_dim=self._head_dim)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
 
 from adapt_recipes.data.examples import IGNORE_INDEX
@@ -46,12 +50,29 @@ class TokenLosses(nn.Module):
         decoder: the model, compiled and with activation checkpointing if so wished.
         compute_dtype: what matrix products are computed in, by autocast, while weights, residual stream and losses keep
             their fp32; None: as the weights are.
+        loss_chunk_tokens: losses of so many positions at a time, whose logits are dropped and computed again in the
+            backward, so that no more of them are held; None: all at once.
+        activation_offloading: what a checkpointed decoder keeps for the backward is kept in host memory.
     """
 
-    def __init__(self, decoder: TransformerDecoder, *, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        decoder: TransformerDecoder,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        loss_chunk_tokens: int | None = None,
+        activation_offloading: bool = False,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.compute_dtype = compute_dtype
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.activation_offloading = activation_offloading
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: FSDP2 may keep parameters in host memory, but no buffers."""
+        return next(chain(self.buffers(), self.parameters())).device
 
     def autocast(self) -> torch.autocast:
         """Context in which products are computed in ``compute_dtype``. ``forward`` enters it by itself.
@@ -59,8 +80,10 @@ class TokenLosses(nn.Module):
         Around several forwards it keeps the weights' casts from the first to the last, so the weights must not change
         in it. Backwards may run in it, each by the forward's own dtypes.
         """
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, dtype=self.compute_dtype, enabled=self.compute_dtype is not None)
+        # FSDP2 gathers the weights anew in each forward: a cast kept from the one before has no way to their gradients.
+        kept = not isinstance(self, FSDPModule)
+        enabled = self.compute_dtype is not None
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled, cache_enabled=kept)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, output: Literal["losses", "logits", "hidden_states"] = "losses"
@@ -82,11 +105,23 @@ class TokenLosses(nn.Module):
         decoder = self.decoder
         assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"
         supervised = labels != IGNORE_INDEX
+        offloading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.activation_offloading:
+            offloading = torch.autograd.graph.save_on_cpu(pin_memory=tokens.is_cuda)
         with self.autocast():
             hidden = decoder.tok_embeddings(tokens)
-            for layer in decoder.layers:
-                hidden = layer(hidden)
+            with offloading:
+                for layer in decoder.layers:
+                    hidden = layer(hidden)
             if output == "hidden_states":
                 return decoder.norm(hidden)
-            logits = decoder.output(decoder.norm(hidden[supervised])).float()
-        return logits if output == "logits" else F.cross_entropy(logits, labels[supervised], reduction="none")
+            hidden = decoder.norm(hidden[supervised])
+            if output == "logits":
+                return decoder.output(hidden).float()
+            if self.loss_chunk_tokens is None:
+                return self._losses(hidden, labels[supervised])
+            chunks = zip(*(each.split(self.loss_chunk_tokens) for each in (hidden, labels[supervised])), strict=True)
+            return torch.cat([checkpoint(self._losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.decoder.output(hidden).float(), labels, reduction="none")

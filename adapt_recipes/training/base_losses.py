@@ -15,6 +15,8 @@ from torch import Tensor
 from adapt_recipes import probe
 from adapt_recipes.data import MicroBatch
 from adapt_recipes.models import TokenLosses
+from adapt_recipes.training.distributed import gathered, rank
+from adapt_recipes.training.sharding import local
 
 
 def base_losses(model: TokenLosses, pool: Sequence[MicroBatch], *, cache_dir: Path) -> Tensor:
@@ -31,10 +33,12 @@ def base_losses(model: TokenLosses, pool: Sequence[MicroBatch], *, cache_dir: Pa
         (num_examples,) float64, nats a supervised token, in the order in which the examples were batched.
     """
     file = cache_dir / "base_losses" / f"{_key(model, pool)}.safetensors"
-    try:
-        return load_file(file)["losses"]
-    except (OSError, SafetensorError, KeyError):  # none yet, or a damaged one
-        losses = probe.example_losses(model, pool)
+    losses = gathered(_read(file))[0]  # the first process's, for all or none have to measure
+    if losses is not None:
+        return losses
+    losses = probe.example_losses(model, pool)
+    if rank() > 0:
+        return losses
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(f".{uuid4().hex}.tmp")
     try:
@@ -43,6 +47,13 @@ def base_losses(model: TokenLosses, pool: Sequence[MicroBatch], *, cache_dir: Pa
     finally:
         beside.unlink(missing_ok=True)
     return losses
+
+
+def _read(file: Path) -> Tensor | None:
+    try:
+        return load_file(file)["losses"]
+    except (OSError, SafetensorError, KeyError):  # none yet, or a damaged one
+        return None
 
 
 def _key(model: TokenLosses, pool: Sequence[MicroBatch]) -> str:
@@ -56,5 +67,6 @@ def _key(model: TokenLosses, pool: Sequence[MicroBatch]) -> str:
     digest = blake2b(" ".join(map(str, how)).encode(), digest_size=16)
     for tensor in (*weights.values(), *(part for batch in pool for part in (batch.tokens, batch.labels, batch.rows))):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        digest.update(local(tensor.detach()).cpu().flatten().view(torch.uint8).numpy().data)
+    digests = gathered(digest.hexdigest())  # of each process's shards and examples
+    return digests[0] if len(digests) == 1 else blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()

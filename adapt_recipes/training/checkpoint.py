@@ -1,101 +1,382 @@
-"""Checkpoints for an exact resume: whole or absent whatever happens while they are written.
+"""Checkpoints for an exact resume: whole or absent whatever happens while they are written, by one process or many.
 
-``checkpoints/step_N/state.pt`` holds everything. It is written into ``step_N.partial``, flushed to the disk and
-renamed; a checkpoint that is no longer wanted is renamed to ``step_N.removed`` and then deleted. So a folder called
-``step_N`` is whole at every moment. The rest is what interrupted writes have left; the next write clears it away.
+``checkpoints/step_N/`` holds
+
+- ``__RANK_0.distcp`` and ``.metadata``: weights and optimizer state, written by all processes, each its shards
+  (torch.distributed.checkpoint). Any other number of processes can read them;
+- ``shared.pt``: what is the same on every process, and each one's own;
+- ``checksums.json``: of all of these, so that damage is seen before a byte of them is used.
+
+They are written into ``step_N.partial``, flushed to the disk, and renamed when all processes are done. A checkpoint
+that is no longer wanted is renamed to ``step_N.removed`` and then deleted; one that is written a second time stands as
+``step_N.replaced`` until the new one has its name. So a folder called ``step_N`` is whole at every moment, and so is
+``step_N.replaced`` where there is no ``step_N``. The rest is what interrupted writes have left; the next write clears
+it away.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
+import hashlib
+import json
+import math
 import os
 import random
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
 
-_STATE = "state.pt"
-_PARTIAL, _REMOVED = ".partial", ".removed"
+from adapt_recipes.training.sockets import notice_lost_hosts
+
+_SHARED, _METADATA, _CHECKSUMS = "shared.pt", ".metadata", "checksums.json"
+_PARTIAL, _REMOVED, _REPLACED = ".partial", ".removed", ".replaced"
+_NAME = r"step_(\d+)(\.\w+)?"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, a limit on the size of a file
+
+# One process is no mistake here. For good, not for the time of a write: that may be in another thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+DISK_SPEED = 200_000_000  # bytes a second, of a disk that is neither fast nor alone
+
+T = TypeVar("T")
 
 
 class NoSpaceLeft(OSError):
     """There was no room to write something; nothing of it is left behind."""
 
 
-def save_checkpoint(checkpoints_dir: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
-    """Writes ``step_N`` and removes the oldest beyond ``keep``.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole, as far as it can be read before there is a model.
+
+    Attributes:
+        folder: where it is.
+        step: N.
+        shared: what was given to ``Checkpoints.save``, with all tensors on the CPU.
+        own: the same of every process that wrote it, by rank.
+        optimizer: its param groups, and the names of the parameters that it had state for.
+    """
+
+    folder: Path
+    step: int
+    shared: dict[str, Any]
+    own: list[Any]
+    optimizer: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run. Each of its processes makes one, and calls the same methods in the same order.
 
     Args:
-        checkpoints_dir: made if it does not exist.
-        step: N.
-        state: tensors, numbers, strings, None, and lists, tuples and dicts of them.
-        keep: how many checkpoints stay, this one among them; at least 1.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        NoSpaceLeft: the disk is full. The earlier checkpoints stand.
+        checkpoints_dir: made when something is saved. All processes see the same one.
+        keep: how many checkpoints stay; at least 1.
+        asynchronous: ``save`` copies to host memory, which must have room for this process's share of weights and
+            optimizer, and writes while the run goes on.
     """
-    assert keep >= 1
-    clean(checkpoints_dir)
-    folder = checkpoints_dir / f"step_{step}"
-    try:
-        with _partial(folder) as partial, open(partial / _STATE, "wb") as file:
+
+    def __init__(self, checkpoints_dir: Path, *, keep: int, asynchronous: bool) -> None:
+        assert keep >= 1
+        self.checkpoints_dir = checkpoints_dir
+        self._keep = keep
+        self._group: dist.ProcessGroup | None = None
+        self._rank, self._num_processes = 0, 1
+        if dist.is_initialized():
+            # A group of its own: a write in the background must not come between the collectives of the run.
+            self._group = dist.new_group(backend="gloo")
+            notice_lost_hosts()
+            self._rank, self._num_processes = dist.get_rank(), dist.get_world_size()
+        self._background = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+        self._damaged: list[int] = []
+
+    def newest(self) -> Saved | None:
+        """The checkpoint with the most steps that is whole, the same one on every process; None: there are none.
+
+        Reads every file of it. A newer one that is damaged is named on stderr; ``clean`` removes it.
+
+        Raises:
+            ValueError: there are checkpoints, but all are damaged.
+        """
+        damaged: dict[int, str] = {}
+        checkpoints = self._together(functools.partial(_whole_checkpoints, self.checkpoints_dir))[0]
+        for step, folder in sorted(checkpoints.items(), reverse=True):
+            reasons = self._together(functools.partial(self._damage, folder))
+            if reason := next(filter(None, reasons), None):
+                damaged[step] = reason
+                continue
+            self._damaged = list(damaged)
+            if damaged and self._rank == 0:
+                print(f"warning: {self._say(damaged)}; going on from {folder.name}", file=sys.stderr)
+            return Saved(folder, step, **_read_shared(folder))
+        if damaged:
+            raise ValueError(
+                f"{self._say(damaged)}; there is no whole one: remove {self.checkpoints_dir} to start anew"
+            )
+        return None
+
+    def load(self, saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Puts weights and optimizer where they were, bit for bit, on any number of processes.
+
+        May draw from generators: put those back afterwards.
+
+        Args:
+            saved: from ``newest``.
+            model: as it was when it was saved, but for the processes it is sharded over.
+            optimizer: of its parameters; it has not taken a step.
+
+        Raises:
+            ValueError: the checkpoint is of another model or optimizer, or of an optimizer whose state cannot be cut
+                where this number of processes needs it (torchao's 8-bit state, in the middle of a block).
+        """
+        assert not optimizer.state
+        # A step makes the state to read into, of the right kinds. What it does to weights and groups is overwritten.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        made = optimizer.state_dict()["state"]
+        index = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
+        try:
+            named = {name: made.get(index[name], {}) for name in saved.optimizer["names"]}
+            state: dict[str, Any] = {"model": model.state_dict(), "optimizer": named}
+            planner, reader = dcp.DefaultLoadPlanner(), dcp.FileSystemReader(saved.folder)
+            with _first_cause():
+                dcp.load(state, planner=planner, storage_reader=reader, **self._collectives())
+            assert planner.metadata is not None
+            if unread := planner.metadata.state_dict_metadata.keys() - planner.state_dict.keys():
+                raise KeyError(f"no place for {min(unread)}")
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {saved.folder}, written by {_processes(len(saved.own))}, cannot be loaded into this "
+                f"model and optimizer on {_processes(self._num_processes)}: {_first_line(error)}"
+            ) from error
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(
+            {
+                "state": {index[name]: values for name, values in state["optimizer"].items()},
+                "param_groups": saved.optimizer["param_groups"],
+            }
+        )
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        shared: Mapping[str, Any],
+        own: Any,
+    ) -> None:
+        """Writes ``step_N`` and removes the oldest beyond ``keep``. Waits first for a write in the background.
+
+        Args:
+            step: N.
+            model: all of its state is saved, frozen weights as well.
+            optimizer: of its parameters.
+            shared: what is the same on every process: tensors, numbers, strings, None, and lists, tuples and dicts of
+                them. That of rank 0 is written.
+            own: what is this process's own, of the same kinds.
+
+        Raises:
+            NoSpaceLeft: the disk is full, for whichever process. The earlier checkpoints stand.
+            Exception: what else went wrong, on every process. Both may be of the write before this one.
+        """
+        self.wait()
+        packed = optimizer.state_dict()
+        names = _parameter_names(model, optimizer)
+        named = {names[i]: values for i, values in packed["state"].items()}
+        state = {"model": model.state_dict(), "optimizer": named}
+        rest = {
+            "shared": dict(shared),
+            "optimizer": {"names": list(named), "param_groups": packed["param_groups"]},
+        }
+        if self._background is None:
+            self._write(step, state, rest, own)
+        else:
+            self._pending = self._background.submit(self._write, step, _copy(state), _copy(rest), _copy(own))
+
+    def wait(self) -> None:
+        """Waits for the write in the background, if there is one.
+
+        Raises:
+            Exception: what went wrong with it; see ``save``.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """The same, and nothing can be saved any more."""
+        try:
+            self.wait()
+        finally:
+            if self._background is not None:
+                self._background.shutdown()
+            if self._group is not None and dist.is_initialized():
+                dist.destroy_process_group(self._group)
+
+    def clean(self) -> None:
+        """Clears away what ``newest`` found damaged, what interruptions have left, and the oldest beyond ``keep``.
+
+        Not between ``newest`` and ``load``.
+        """
+        if self._rank == 0 and self.checkpoints_dir.is_dir():
+            for path in self.checkpoints_dir.iterdir():
+                match = re.fullmatch(_NAME, path.name)
+                if match is None or not path.is_dir():
+                    continue
+                folder, damaged = self.checkpoints_dir / f"step_{match[1]}", int(match[1]) in self._damaged
+                if match[2] == _REPLACED and not folder.exists() and not damaged:
+                    os.rename(path, folder)
+                elif match[2] in (_PARTIAL, _REMOVED, _REPLACED) or (match[2] is None and damaged):
+                    shutil.rmtree(path)
+            for _, old in sorted(_whole_checkpoints(self.checkpoints_dir).items())[: -self._keep]:
+                _remove(old)
+        self._damaged = []
+
+    def _write(self, step: int, state: dict[str, Any], rest: dict[str, Any], own: Any) -> None:
+        folder = self.checkpoints_dir / f"step_{step}"
+        partial = folder.with_name(folder.name + _PARTIAL)
+
+        def make() -> None:
+            self.clean()
+            if self._rank == 0:
+                partial.mkdir(parents=True)
+
+        def mine() -> tuple[dict[str, str], Any]:
+            return _checksums(partial.glob(f"__{self._rank}_*")), own
+
+        try:
+            self._together(make)
+            with _first_cause():
+                dcp.save(state, storage_writer=_Writer(partial), **self._collectives())
+            parts = self._together(mine)
+            self._together(functools.partial(self._publish, partial, folder, rest, parts))
+        except BaseException as error:
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            if not _is_no_space(error):
+                raise
+            newest = max(_whole_checkpoints(self.checkpoints_dir), default=None)
+            standing = "there is no whole one" if newest is None else f"the newest whole checkpoint is step_{newest}"
+            raise NoSpaceLeft(
+                f"no space left while writing checkpoint {folder.name} in {self.checkpoints_dir}; {standing}"
+            ) from error
+
+    def _publish(
+        self, partial: Path, folder: Path, rest: dict[str, Any], parts: list[tuple[dict[str, str], Any]]
+    ) -> None:
+        """Makes a checkpoint of what all processes have written, on rank 0."""
+        if self._rank != 0:
+            return
+        with open(partial / _SHARED, "wb") as file:
             # Through Python's file, which tells a full disk from other trouble; torch's own writer does not.
-            torch.save(dict(state), file)
-    except NoSpaceLeft as error:
-        newest = newest_checkpoint(checkpoints_dir)
-        standing = f"the newest whole checkpoint is {newest.name}" if newest else "there is no whole one"
-        raise NoSpaceLeft(
-            f"no space left while writing checkpoint step_{step} in {checkpoints_dir}; {standing}"
-        ) from error
-    if folder.exists():  # this step again, after a resume: only its file changes hands, so it is whole throughout
-        os.replace(partial / _STATE, folder / _STATE)
-        partial.rmdir()
-        _sync(folder)
-    else:
+            torch.save(rest | {"own": [own for _, own in parts]}, file)
+        checksums = _checksums([partial / _METADATA, partial / _SHARED])
+        for rank, (theirs, _) in enumerate(parts):
+            if not all((partial / name).exists() for name in theirs):
+                raise ValueError(f"output_dir: {self.checkpoints_dir} is not the same folder on process {rank} as on 0")
+            checksums |= theirs
+        (partial / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+        for path in (partial / _SHARED, partial / _CHECKSUMS, partial):
+            _sync(path)
+        if folder.exists():  # this step again, after a resume
+            os.rename(folder, folder.with_name(folder.name + _REPLACED))
         os.rename(partial, folder)
-    _sync(checkpoints_dir)
-    for old in sorted(_whole_checkpoints(checkpoints_dir), key=_step)[:-keep]:
-        _remove(old)
-    return folder
+        _sync(self.checkpoints_dir)
+        self.clean()
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with this process's share of a checkpoint's files; None: nothing."""
+        try:
+            checksums = json.loads((folder / _CHECKSUMS).read_bytes())
+            for name in sorted(checksums)[self._rank :: self._num_processes]:
+                if _checksum(folder / name) != checksums[name]:
+                    return f"{name} is not what was written"
+            _read_shared(folder)
+        except Exception as error:  # whatever the bytes happen to be
+            return _first_line(error)
+        return None
+
+    def _say(self, damaged: Mapping[int, str]) -> str:
+        each = ", ".join(f"step_{step} ({reason})" for step, reason in damaged.items())
+        return f"damaged checkpoints in {self.checkpoints_dir}: {each}"
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """Runs an action on every process. An error on one of them is raised on all, when all are done.
+
+        Returns:
+            What it returned, by rank.
+        """
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = action()
+        except BaseException as raised:
+            error = raised
+        said = None if error is None else (_is_no_space(error), f"{type(error).__name__}: {error}")
+        everyone: list[Any] = [(result, said)]
+        if self._group is not None:
+            everyone = [None] * self._num_processes
+            dist.all_gather_object(everyone, (result, said), group=self._group)
+        if error is not None:
+            raise error
+        for rank, (_, said) in enumerate(everyone):
+            if said is not None:
+                no_space, text = said
+                raise OSError(errno.ENOSPC, text) if no_space else RuntimeError(f"process {rank}: {text}")
+        return [result for result, _ in everyone]
+
+    def _collectives(self) -> dict[str, Any]:
+        return {"process_group": self._group, "no_dist": self._group is None}
 
 
-def newest_checkpoint(checkpoints_dir: Path) -> Path | None:
-    """The folder of the whole checkpoint with the most steps; None: there is none."""
-    return max(_whole_checkpoints(checkpoints_dir), key=_step, default=None)
+class _Writer(dcp.FileSystemWriter):
+    """An error is sent to the other processes without what it was raised from, so a full disk is told here."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            if _is_no_space(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What was given to ``save_checkpoint``, with all tensors on the CPU.
+def too_slow_to_stop(model: nn.Module) -> str | None:
+    """What to say where torchrun may kill a run before it is saved, as it does some time after SIGTERM or Ctrl-C.
 
-    Raises:
-        ValueError: the file is missing or damaged.
+    Reckoned from the model alone: its weights, and two numbers more for each that is trained, as Adam has them.
     """
-    file = path / _STATE
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"checkpoint {file} cannot be read ({reason}); remove {path} to go on from an earlier one"
-        ) from error
-
-
-def clean(checkpoints_dir: Path) -> None:
-    """Clears away what interrupted writes and removals have left."""
-    if checkpoints_dir.is_dir():
-        for path in checkpoints_dir.iterdir():
-            if re.fullmatch(rf"step_\d+({re.escape(_PARTIAL)}|{re.escape(_REMOVED)})", path.name):
-                shutil.rmtree(path)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    wait = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))  # seconds; this is torchrun's own default
+    num_bytes = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+    seconds = num_bytes / DISK_SPEED
+    if seconds <= wait:
+        return None
+    return (
+        f"warning: a checkpoint of {num_bytes / 1e9:.1f} GB may take {seconds:.0f} s to write, and torchrun kills a "
+        f"run {wait} s after SIGTERM or Ctrl-C; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} before "
+        "`tune run`, or count on the checkpoint before"
+    )
 
 
 @contextmanager
@@ -107,17 +388,6 @@ def written_whole(folder: Path) -> Iterator[Path]:
     Raises:
         NoSpaceLeft: the disk, the quota or the allowed size of a file ran out.
     """
-    with _partial(folder) as partial:
-        yield partial
-    if folder.exists():
-        _remove(folder)
-    os.rename(partial, folder)
-    _sync(folder.parent)
-
-
-@contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder``: flushed to the disk after the block, removed if the block fails."""
     partial = folder.with_name(folder.name + _PARTIAL)
     try:
         for rest in (partial, folder.with_name(folder.name + _REMOVED)):
@@ -132,12 +402,16 @@ def _partial(folder: Path) -> Iterator[Path]:
         if _is_no_space(error):
             raise NoSpaceLeft(f"no space left while writing {folder}") from error
         raise
+    if folder.exists():
+        _remove(folder)
+    os.rename(partial, folder)
+    _sync(folder.parent)
 
 
 def rng_state() -> dict[str, Any]:
     """Every generator that a run may draw from: Python's, numpy's, torch's on the CPU and on the current CUDA device.
 
-    In types that ``load_checkpoint`` accepts.
+    In types that ``Checkpoints.save`` accepts.
     """
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
@@ -188,14 +462,65 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _whole_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    if not checkpoints_dir.is_dir():
-        return []
-    return [path for path in checkpoints_dir.iterdir() if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+def _whole_checkpoints(checkpoints_dir: Path) -> dict[int, Path]:
+    """Every checkpoint that was finished, by its step."""
+    found = {}
+    if checkpoints_dir.is_dir():
+        for path in sorted(checkpoints_dir.iterdir(), reverse=True):  # step_N behind the step_N.replaced it takes over
+            match = re.fullmatch(_NAME, path.name)
+            if match and match[2] in (None, _REPLACED) and path.is_dir():
+                found[int(match[1])] = path
+    return found
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """By the numbers that an optimizer's ``state_dict`` has for them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _copy(value: Any) -> Any:
+    """A copy that shares no memory, with tensors on the CPU."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if hasattr(value, "__tensor_flatten__"):  # a tensor that is sharded, in 8 bits, or both
+        parts, context = value.__tensor_flatten__()
+        copies = {part: _copy(getattr(value, part)) for part in parts}
+        return type(value).__tensor_unflatten__(copies, context, value.size(), value.stride())
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.device.type == "cpu" else value.detach().cpu()
+    return copy.deepcopy(value)
+
+
+def _read_shared(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / _SHARED, map_location="cpu", weights_only=True)
+
+
+def _checksum(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _checksums(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: _checksum(file) for file in files}
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextmanager
+def _first_cause() -> Iterator[None]:
+    """Raises what torch wraps: its own exception is no ``Exception``, and has an error of each process that failed."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next(filter(_is_no_space, causes), causes[0]) from None
 
 
 def _remove(folder: Path) -> None:

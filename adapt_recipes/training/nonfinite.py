@@ -1,41 +1,52 @@
-"""Which example made a loss or a gradient infinite or NaN."""
+"""Which example made a loss or a gradient infinite or NaN. All processes ask, and end with the same error."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from adapt_recipes.data import Task
+from adapt_recipes.training.distributed import gathered, together
+from adapt_recipes.training.sharding import local
 
 ADVICE = "look at it, lower optimizer.lr, or set clip_grad_norm; checkpoints are from before this step"
 
 
 def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence[str], step: int) -> NoReturn:
-    """Compute examples one by one until one goes wrong, and say which.
+    """Compute examples one by one until one goes wrong, and say which: the first, whatever the number of processes.
 
     Args:
         model: ``forward(tokens, labels)`` returns losses; its gradients are spent.
-        batches: the micro-batches in which something went wrong.
+        batches: this process's micro-batches, of those in which something went wrong.
         names: what to call each example, in the order in which they were batched.
         step: of the run.
 
     Raises:
         ValueError: always.
     """
-    for batch in batches:
-        for i, row in enumerate(batch.rows.tolist()):
+    mine = [
+        (row, batch.tokens[i : i + 1].cpu().clone(), batch.labels[i : i + 1].cpu().clone())
+        for batch in batches
+        for i, row in enumerate(batch.rows.tolist())
+        if row >= 0
+    ]
+    device = next(chain(model.buffers(), model.parameters())).device  # as ``probe`` has it
+    with together():
+        # Each process computes every example, so that all see the same and take part in every forward.
+        for row, tokens, labels in sorted(chain(*gathered(mine)), key=lambda example: example[0]):
             model.zero_grad(set_to_none=True)
-            losses = model(batch.tokens[i : i + 1], batch.labels[i : i + 1])
-            if not losses.isfinite().all():
+            losses = model(tokens.to(device), labels.to(device))
+            if not _finite([losses]):
                 raise ValueError(f"step {step}: the loss of {names[row]} is not finite; {ADVICE}")
             losses.sum().backward()
-            if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            if not _finite([p.grad for p in model.parameters() if p.grad is not None]):
                 raise ValueError(f"step {step}: the gradient of {names[row]} is not finite; {ADVICE}")
-    raise ValueError(f"step {step}: the gradient is not finite, though that of every single example is; {ADVICE}")
+        raise ValueError(f"step {step}: the gradient is not finite, though that of every single example is; {ADVICE}")
 
 
 def check_finite(
@@ -53,8 +64,8 @@ def check_finite(
     Raises:
         ValueError: it names the step, the task and the example.
     """
-    if not all(value.isfinite().all() for value in values):
-        read = Counter(task for batch in batches for task in batch.tasks.tolist())
+    if not _finite(values):
+        read = sum(gathered(_num_examples(batches)), Counter())
         names = [
             f"validation example {i} of task '{tasks[task].name}'" for task in sorted(read) for i in range(read[task])
         ]
@@ -67,10 +78,12 @@ def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str
     Raises:
         ValueError: it names the step and the task, one of whose training examples has such a gradient.
     """
-    for task in sorted({task for batch in batches for task in batch.tasks.tolist()}):
-        if not dots[task].isfinite():
-            name = task_names[task]
-            raise ValueError(f"step {step}: the gradient of training examples of task '{name}' is not finite; {ADVICE}")
+    measured = sum(gathered(_num_examples(batches)), Counter())
+    with together():
+        for task in sorted(measured):
+            if not dots[task].isfinite():
+                of = f"training examples of task '{task_names[task]}'"
+                raise ValueError(f"step {step}: the gradient of {of} is not finite; {ADVICE}")
 
 
 def check_rewards(
@@ -90,13 +103,26 @@ def check_rewards(
     """
     N = len(task_names)
     is_tensor = isinstance(rewards, Tensor)
-    if not is_tensor or rewards.shape != (N,) or rewards.dtype != torch.float64 or rewards.device.type != "cpu":
-        given = f"{tuple(rewards.shape)} {rewards.dtype} on {rewards.device}" if is_tensor else type(rewards).__name__
-        raise ValueError(f"reward: {reward} has to give ({N},) float64 on the CPU, not {given}")
-    measured = [{task for batch in each for task in batch.tasks.tolist()} for each in batches]
-    for task in range(N):
-        may_be_nan = not all(task in tasks for tasks in measured)
-        if rewards[task].isinf() or (rewards[task].isnan() and not may_be_nan):
-            raise ValueError(
-                f"step {step}: the reward of task '{task_names[task]}' is {float(rewards[task])}; {ADVICE}"
+    measured = [sum(gathered(_num_examples(each)), Counter()) for each in batches]
+    with together():
+        if not is_tensor or rewards.shape != (N,) or rewards.dtype != torch.float64 or rewards.device.type != "cpu":
+            given = (
+                f"{tuple(rewards.shape)} {rewards.dtype} on {rewards.device}" if is_tensor else type(rewards).__name__
             )
+            raise ValueError(f"reward: {reward} has to give ({N},) float64 on the CPU, not {given}")
+        for task in range(N):
+            may_be_nan = not all(task in tasks for tasks in measured)
+            if rewards[task].isinf() or (rewards[task].isnan() and not may_be_nan):
+                raise ValueError(
+                    f"step {step}: the reward of task '{task_names[task]}' is {float(rewards[task])}; {ADVICE}"
+                )
+
+
+def _finite(values: Sequence[Tensor]) -> bool:
+    """Of all processes' values and shards."""
+    return all(gathered(all(bool(local(value).isfinite().all()) for value in values)))
+
+
+def _num_examples(batches: Sequence[Any]) -> Counter[int]:
+    """How many examples of each task this process has."""
+    return Counter(task for batch in batches for task in batch.tasks[batch.rows >= 0].tolist())

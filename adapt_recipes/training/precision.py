@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Literal
 
 import torch
+
+from adapt_recipes.errors import warn
 
 DType = Literal["fp32", "bf16", "pure_bf16"]
 
@@ -46,7 +47,4 @@ def check(dtype: DType, *, learning_rate: float, finite_differences: bool) -> No
             "dtype: pure_bf16 rounds the steps of finite differences away; use bf16, or probe.estimator=backward"
         )
     if learning_rate < SMALL_LEARNING_RATE:
-        print(
-            f"warning: pure_bf16 rounds most steps of optimizer.lr {learning_rate:g} away; bf16 keeps fp32 weights",
-            file=sys.stderr,
-        )
+        warn(f"pure_bf16 rounds most steps of optimizer.lr {learning_rate:g} away; bf16 keeps fp32 weights")

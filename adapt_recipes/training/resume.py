@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from adapt_recipes.training.checkpoint import config_differences
+from adapt_recipes.errors import warn
+from adapt_recipes.training.checkpoint import Saved, config_differences
+from adapt_recipes.training.distributed import world_size
 
 FREE_TO_CHANGE = (
     "resume",
     "output_dir",
     "device",
+    "activation_offloading",
+    "fsdp_cpu_offload",
     "metric_logger",
     "checkpoint_every",
     "validate_every",
     "log_every",
     "keep_checkpoints",
+    "async_checkpointing",
     "tasks.cache_dir",
     "micro_batch_tokens",
 )
 
 
-def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_resume(saved: Saved, now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run whose config or data is another.
 
     Args:
-        saved: the checkpoint's ``{"config": ..., "data": fingerprint}``.
-        now: the same of the run that is starting.
+        saved: the checkpoint, which shares ``{"fingerprint": {"config": ..., "data": fingerprint}}``.
+        now: that fingerprint of the run that is starting.
 
     Raises:
         ValueError: it names the keys that differ, or says that the data has changed.
     """
-    changed = config_differences(saved["config"], now["config"], FREE_TO_CHANGE)
+    before = saved.shared["fingerprint"]
+    changed = config_differences(before["config"], now["config"], FREE_TO_CHANGE)
     if changed:
         raise ValueError(
             f"resume: {', '.join(changed)} changed since the run began; put back, or take another output_dir"
         )
-    if saved["data"] != now["data"]:
+    if before["data"] != now["data"]:
         raise ValueError("resume: tasks: the data changed since the run began; put it back, or take another output_dir")
-    if saved["config"]["micro_batch_tokens"] != now["config"]["micro_batch_tokens"]:
-        print("warning: micro_batch_tokens changed: the run goes on, but no longer bit for bit", file=sys.stderr)
+    if before["config"]["micro_batch_tokens"] != now["config"]["micro_batch_tokens"]:
+        warn("micro_batch_tokens changed: the run goes on, but no longer bit for bit")
+    if len(saved.own) != world_size():
+        warn(f"{len(saved.own)} processes before, {world_size()} now: the run goes on, but no longer bit for bit")

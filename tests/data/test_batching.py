@@ -1,14 +1,16 @@
-"""Micro-batches: nothing lost, within bounds, little padding."""
+"""Micro-batches: nothing lost, within bounds, little padding, and the same work for every process."""
 
 from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
 import torch
+from hypothesis import example as on
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapt_recipes.data import IGNORE_INDEX, Example, micro_batches
+from adapt_recipes.data import IGNORE_INDEX, Example, MicroBatch, micro_batches
 from adapt_recipes.data.batching import FORWARD_OVERHEAD_TOKENS
 
 
@@ -62,3 +64,108 @@ def test_no_examples_no_batches() -> None:
 def test_tasks_of_supervised_tokens_are_in_the_order_of_the_losses() -> None:
     (batch,) = micro_batches([example(4), example(4)], [5, 6], max_tokens=100)
     assert batch.supervised_tasks.tolist() == [5, 5, 6, 6]
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def deal(lengths: list[int], *, max_tokens: int, world_size: int) -> tuple[list[Example], list[list[MicroBatch]]]:
+    """The examples, and every process's micro-batches."""
+    examples = [example(length, first=1 + 100 * i) for i, length in enumerate(lengths)]
+    tasks = [i % 7 for i in range(len(lengths))]
+    each = [
+        micro_batches(examples, tasks, max_tokens=max_tokens, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    return examples, each
+
+
+def computed(batches: list[MicroBatch]) -> int:
+    return sum(batch.tokens.numel() for batch in batches)
+
+
+MANY = st.lists(st.integers(1, 60), max_size=50)
+
+
+@given(MANY, st.integers(1, 300), st.integers(2, 6))
+@on([10] * 5, 300, 4)  # too few rows to fill all parts
+@on([40, 30, 20], 300, 2)
+@on([60, 1, 1, 1, 1], 20, 3)  # one too long for a forward, beside short ones
+def test_every_example_is_on_one_process_and_all_work_alike(
+    lengths: list[int], max_tokens: int, world_size: int
+) -> None:
+    examples, each = deal(lengths, max_tokens=max_tokens, world_size=world_size)
+    seen: list[int] = []
+    for batches in each:
+        assert len(batches) == len(each[0]), "as many forwards and backwards"
+        for batch in batches:
+            assert batch.tokens.numel() <= max_tokens or len(batch.rows) == 1
+            assert batch.tokens.shape == batch.labels.shape and len(batch.tokens) == len(batch.tasks) == len(
+                batch.lengths
+            )
+            for k, row in enumerate(batch.rows.tolist()):
+                if row < 0:
+                    assert batch.tokens.shape == (1, 1) and (batch.labels == IGNORE_INDEX).all()
+                    continue
+                seen.append(row)
+                length = int(batch.lengths[k])
+                assert torch.equal(batch.tokens[k, :length], examples[row].tokens)
+                assert torch.equal(batch.labels[k, :length], examples[row].labels)
+                assert (batch.labels[k, length:] == IGNORE_INDEX).all() and batch.tasks[k] == row % 7
+    assert sorted(seen) == list(range(len(lengths)))
+    work = [computed(batches) for batches in each]
+    assert max(work) - min(work) <= max(lengths, default=0)
+
+
+@given(MANY, st.integers(60, 300), st.integers(2, 6))
+def test_every_process_books_what_all_have_read(lengths: list[int], max_tokens: int, world_size: int) -> None:
+    """The ledger of every process is that of the run: its micro-batches know what the others compute."""
+    examples, each = deal(lengths, max_tokens=max_tokens, world_size=world_size)
+    for batches in each:
+        assert sum(batch.num_tokens for batch in batches) == sum(lengths)
+        assert sum(batch.computed_tokens for batch in batches) == sum(map(computed, each))
+        supervised = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in examples)
+        assert sum(batch.num_supervised_tokens for batch in batches) == supervised
+    assert sum(len(batch.supervised_tasks) for batches in each for batch in batches) == supervised if lengths else True
+
+
+@given(MANY, st.integers(1, 300), st.integers(2, 6))
+def test_processes_do_not_wait_for_each_other_long(lengths: list[int], max_tokens: int, world_size: int) -> None:
+    """All compute a forward at the same time: in each, none has more to do than its share and one more example."""
+    _, each = deal(lengths, max_tokens=max_tokens, world_size=world_size)
+    for forward in zip(*each, strict=True):
+        work = [batch.tokens.numel() for batch in forward]
+        assert max(work) - min(work) <= max(int(batch.lengths.max()) for batch in forward)
+
+
+def test_a_dummy_is_of_a_task_that_is_computed() -> None:
+    """So that a probe which needs no other task can leave the forward out on all processes."""
+    examples, tasks = [example(9), example(8), example(7)], [4, 5, 6]
+    each = [micro_batches(examples, tasks, max_tokens=9, rank=rank, world_size=2) for rank in range(2)]
+    assert [[batch.rows.tolist() for batch in batches] for batches in each] == [[[0], [-1]], [[1], [2]]]
+    assert each[0][1].tasks.tolist() == [6]
+
+
+def test_more_processes_than_examples() -> None:
+    _, each = deal([5], max_tokens=10, world_size=4)
+    assert [[batch.rows.tolist() for batch in batches] for batches in each] == [[[0]], [[-1]], [[-1]], [[-1]]]
+
+
+def test_nothing_is_dealt_to_several_processes() -> None:
+    assert deal([], max_tokens=10, world_size=3)[1] == [[], [], []]
+
+
+def test_long_rows_alone_and_short_rows_together() -> None:
+    """Equal tokens, not equal numbers of examples."""
+    _, each = deal([48] + [4] * 12, max_tokens=100, world_size=2)
+    assert sorted(len(batches[0].rows) for batches in each) == [1, 12]
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_many_processes_take_nearly_their_share_of_the_time(world_size: int) -> None:
+    """The tokens of each forward's slowest process, beside a fair share of what one process computes."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(256, generator=generator) * 0.8 + 5).exp().clamp(20, 1024).int().tolist()
+    (alone,) = deal(lengths, max_tokens=4096, world_size=1)[1]
+    _, each = deal(lengths, max_tokens=4096, world_size=world_size)
+    slowest = sum(max(batch.tokens.numel() for batch in forward) for forward in zip(*each, strict=True))
+    assert slowest < 1.1 * computed(alone) / world_size

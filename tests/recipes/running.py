@@ -12,13 +12,18 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest  # noqa: F401 (a forked process imports pytest's main module; so it is there already)
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from adapt_recipes.config import command_line, load
 
@@ -135,10 +140,44 @@ class Runs:
         process = _forkserver.Process(
             target=_run, args=(RECIPES[strategy], argv, output_dir, die_at_operation, max_file_bytes)
         )
-        # The process that the others are forked from reads this when it starts, at the first run.
-        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(HERE)])):
-            process.start()
+        _start(process)
         return process
+
+    def start_group(
+        self,
+        strategy: str,
+        output_dir: Path,
+        /,
+        *,
+        size: int = 2,
+        ranks: Sequence[int] | None = None,
+        prepare: Callable[[int], None] | None = None,
+        **changes: Any,
+    ) -> list[ForkServerProcess]:
+        """Run in several processes, as torchrun would start them; each one's output goes to ``OUTPUT_DIR.RANK.out``
+        and ``.err``.
+
+        Args:
+            strategy, output_dir, changes: see ``start``.
+            size: how many processes the run has.
+            ranks: of those that are started; None: all.
+            prepare: called with its rank by each, before the run; a function of a test file, or a partial one.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        argv, processes = self.argv(strategy, output_dir, **changes), []
+        for rank in range(size) if ranks is None else ranks:
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+            process = _forkserver.Process(target=_be, args=(RECIPES[strategy], argv, output_dir, own, prepare))
+            _start(process)
+            processes.append(process)
+        return processes
+
+    def finish_group(self, strategy: str, output_dir: Path, /, **arguments: Any) -> list[int]:
+        """The same, to their ends. Returns their exit statuses, negative for a signal."""
+        return end(self.start_group(strategy, output_dir, **arguments))
 
     def finish(self, strategy: str, output_dir: Path, /, **arguments: Any) -> int | None:
         """The same, to its end. Returns the exit status, negative for a signal."""
@@ -148,12 +187,51 @@ class Runs:
         return process.exitcode
 
 
+def _start(process: ForkServerProcess) -> None:
+    # The process that the others are forked from reads this when it starts, at the first run.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(HERE)])):
+        process.start()
+
+
+def end(processes: Sequence[ForkServerProcess], *, within: float = 120) -> list[int]:
+    """The exit statuses of processes, which have to end within some seconds."""
+    limit = time.monotonic() + within
+    for process in processes:
+        process.join(limit - time.monotonic())
+    hanging = [process for process in processes if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "it hangs"
+    return [process.exitcode or 0 for process in processes]
+
+
+def _be(
+    recipe: str,
+    argv: list[str],
+    output_dir: Path,
+    environment: dict[str, str],
+    prepare: Callable[[int], None] | None,
+) -> None:
+    """This process is one of a group."""
+    os.environ.update(environment)
+    rank = environment["RANK"]
+    _redirect(output_dir, f".{rank}")
+    if prepare:
+        prepare(int(rank))
+    module = load_recipe(recipe)
+    command_line(module.main, module.Config, argv)
+
+
+def _redirect(output_dir: Path, kind: str = "") -> None:
+    for stream, suffix in ((1, f"{kind}.out"), (2, f"{kind}.err")):
+        path = output_dir.with_name(output_dir.name + suffix)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+
+
 def _run(
     recipe: str, argv: list[str], output_dir: Path, die_at_operation: int | None, max_file_bytes: int | None
 ) -> None:
-    for stream, suffix in ((1, ".out"), (2, ".err")):
-        path = output_dir.with_name(output_dir.name + suffix)
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    _redirect(output_dir)
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if die_at_operation:
@@ -205,6 +283,16 @@ def summary(output_dir: Path) -> dict[str, Any]:
 def files(folder: Path) -> dict[str, bytes]:
     """Everything below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """All that is in a ``step_N``, by whichever number of processes it was written."""
+    file = folder.parent / "whole.pt"
+    dcp_to_torch_save(folder, file)
+    whole = torch.load(file, weights_only=False)
+    file.unlink()
+    rest = torch.load(folder / "shared.pt")
+    return {**whole, "groups": rest["optimizer"]["param_groups"], "rng": rest["own"][0], **rest["shared"]}
 
 
 def assert_same_run(output_dir: Path, expected: Path) -> None:

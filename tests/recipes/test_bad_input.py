@@ -290,9 +290,11 @@ def test_a_budget_of_more_than_there_is(refusal: Refusal) -> None:
     assert refusal("budget.tokens=100000").startswith("budget.tokens: 100000 is more than the 41000 supervised tokens")
 
 
-def test_several_processes(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_that_nobody_has_started(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refusal() == "--nproc_per_node: recipes run on one process as yet, not on 2"
+    assert refusal().startswith(
+        "WORLD_SIZE is 2 in the environment, without RANK, MASTER_ADDR, MASTER_PORT; start them"
+    )
 
 
 def test_an_output_dir_that_is_a_file(refusal: Refusal) -> None:

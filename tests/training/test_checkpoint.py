@@ -1,99 +1,337 @@
-"""A checkpoint is whole or absent, whatever happens while it is written."""
+"""A checkpoint is whole or absent, whatever happens while it is written, and what it holds is what was saved.
+
+On one process; ``test_checkpoint_processes.py`` has several.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import os
 import random
+import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.optim import AdamW8bit
 
 from adapt_recipes.training import checkpoint
 from adapt_recipes.training.checkpoint import (
+    Checkpoints,
     NoSpaceLeft,
-    clean,
     config_differences,
-    load_checkpoint,
-    newest_checkpoint,
     rng_state,
-    save_checkpoint,
     set_rng_state,
     written_whole,
 )
 
 
-def state(step: int, size: int = 10) -> dict[str, Any]:
-    return {
-        "step": step,
-        "weights": torch.full((size,), float(step)),
-        "names": ["a", None],
-        "share": 0.5,
-        "pair": (1, 2),
-    }
+@pytest.fixture(autouse=True)
+def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here goes as far as a power failure, and flushing takes longer than all the rest."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+FILES = (".metadata", "__0_0.distcp", "checksums.json", "shared.pt")
+
+
+def checkpoints(folder: Path, *, keep: int = 1, asynchronous: bool = False) -> Checkpoints:
+    return Checkpoints(folder, keep=keep, asynchronous=asynchronous)
+
+
+def small(value: float = 0.0, size: int = 10) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model that is one number everywhere, and its optimizer's state as well."""
+    model = nn.Linear(size, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, value)
+        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, value)
+    return model, optimizer
+
+
+def save(folder: Path, step: int, *, value: float | None = None, keep: int = 1, size: int = 10) -> None:
+    value = step if value is None else value
+    checkpoints(folder, keep=keep).save(step, *small(value, size), shared={"value": value}, own=value)
+
+
+def assert_whole(folder: Path) -> tuple[int, float]:
+    """The newest checkpoint is what ``save`` saved. Returns its step and value."""
+    store = checkpoints(folder)
+    saved = store.newest()
+    assert saved is not None
+    value = saved.shared["value"]
+    model = nn.Linear(saved_size(saved.folder), 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    store.load(saved, model, optimizer)
+    for parameter in model.parameters():
+        assert (parameter == value).all() and (optimizer.state[parameter]["momentum_buffer"] == value).all()
+    assert saved.own == [value]
+    return saved.step, value
+
+
+def saved_size(folder: Path) -> int:
+    metadata = checkpoint.dcp.FileSystemReader(folder).read_metadata()
+    return metadata.state_dict_metadata["model.weight"].size[1]
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    saved = state(3) | {"optimizer": {"state": {0: {"exp_avg": torch.randn(4, dtype=torch.bfloat16)}}}}
-    path = save_checkpoint(tmp_path / "run" / "checkpoints", 3, saved, keep=1)
-    assert path == tmp_path / "run" / "checkpoints" / "step_3"
-    loaded = load_checkpoint(path)
-    assert torch.equal(loaded.pop("weights"), saved.pop("weights"))
-    exp_avg = loaded["optimizer"]["state"][0].pop("exp_avg")
-    assert exp_avg.dtype == torch.bfloat16
-    assert torch.equal(exp_avg, saved["optimizer"]["state"][0].pop("exp_avg"))
-    assert loaded == saved
+# ---- what is saved is loaded
+
+
+class Model(nn.Module):
+    """With whatever may make trouble: a parameter that no loss reads, a buffer, an odd dtype, and what is asked for."""
+
+    def __init__(self, *, tied: bool = False, frozen: bool = False, width: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, width)
+        self.hidden = nn.Linear(width, width)
+        self.output = nn.Linear(width, 16, bias=False)
+        self.unused = nn.Parameter(torch.randn(3))
+        self.bf16 = nn.Parameter(torch.randn(width, dtype=torch.bfloat16))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        if tied:
+            self.output.weight = self.embedding.weight
+        self.embedding.requires_grad_(not frozen)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.calls += 1
+        return self.output(torch.tanh(self.hidden(self.embedding(tokens))) * self.bf16)
+
+
+class Odd(torch.optim.Optimizer):
+    """Keeps what optimizers seldom keep."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": torch.tensor(0.1), "pair": (1, None)})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                state["nothing"] = None
+                state["sums"] = {"gradient": state.get("sums", {}).get("gradient", 0) + parameter.grad}
+                parameter -= self.param_groups[0]["lr"] * state["sums"]["gradient"] / state["count"]
+
+
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+    weights = list(model.parameters())
+    groups = [{"params": weights[1:], "weight_decay": 0.5}, {"params": weights[:1], "lr": 0.02, "betas": (0.5, 0.6)}]
+    return torch.optim.AdamW(groups, lr=0.1)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "adamw, two groups": two_groups,
+    "adam, amsgrad": lambda model: torch.optim.Adam(model.parameters(), lr=0.1, amsgrad=True, weight_decay=0.5),
+    "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=0.1),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5),
+    "sgd, momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5),
+    "odd": lambda model: Odd(model.parameters()),
+    "8 bit": lambda model: AdamW8bit(model.parameters(), lr=0.1, weight_decay=0.5),
+}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao's optimizers compile their step, which takes a compiler and long."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(step))
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def bits(value: Any) -> Any:
+    """Nested containers with, for every tensor, all that it is."""
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(bits, value))
+    if isinstance(value, Tensor) and hasattr(value, "codes"):
+        return type(value), bits(value.codes), bits(value.scale), value.signed
+    if isinstance(value, Tensor):
+        return type(value), value.dtype, value.shape, value.detach().contiguous().view(-1).view(torch.uint8).tolist()
+    return value
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    return bits([model.state_dict(), optimizer.state_dict()])
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("structure", [{}, {"tied": True}, {"frozen": True}], ids=["plain", "tied", "frozen"])
+def test_training_goes_on_to_the_bit(tmp_path: Path, kind: str, structure: dict[str, bool]) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = Model(**structure, width=64 if kind == "8 bit" else 4)
+        return model, OPTIMIZERS[kind](model)
+
+    model, optimizer = build()
+    train(model, optimizer, range(3))
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] * 0.7
+    before = state(model, optimizer)
+    checkpoints(tmp_path).save(3, model, optimizer, shared={}, own=None)
+    assert state(model, optimizer) == before, "saving changes nothing"
+    if kind == "8 bit":
+        assert "OptimState8bit" in str(before)
+
+    resumed = build()
+    assert state(*resumed) != before
+    saved = checkpoints(tmp_path).newest()
+    assert saved is not None
+    checkpoints(tmp_path).load(saved, *resumed)
+    assert state(*resumed) == before
+    assert all(parameter.grad is None for parameter in resumed[0].parameters())
+    train(model, optimizer, range(3, 6))
+    train(*resumed, range(3, 6))
+    assert state(*resumed) == state(model, optimizer) != before
+
+
+def test_weights_that_are_views_are_saved_as_small_as_they_are(tmp_path: Path) -> None:
+    model = nn.Linear(10, 1, bias=False)
+    model.weight = nn.Parameter(torch.arange(1_000_000.0)[None, :10])
+    checkpoints(tmp_path).save(1, model, torch.optim.SGD(model.parameters()), shared={}, own=None)
+    assert (tmp_path / "step_1" / "__0_0.distcp").stat().st_size < 10_000
+
+
+def test_what_is_shared_and_what_is_its_own_come_back(tmp_path: Path) -> None:
+    shared = {"names": ["a", None], "share": 0.5, "pair": (1, 2), "nested": {"weights": torch.arange(3.0)}}
+    path = tmp_path / "run" / "checkpoints"
+    assert checkpoints(path).newest() is None
+    checkpoints(path).save(3, *small(), shared=shared, own={"seed": 1})
+    saved = checkpoints(path).newest()
+    assert saved is not None
+    assert (saved.folder, saved.step) == (path / "step_3", 3)
+    assert bits(saved.shared) == bits(shared) and saved.own == [{"seed": 1}]
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (lambda: nn.Linear(11, 1), "Size mismatch"),
+        (lambda: nn.Linear(10, 1, bias=False), "bias"),
+        (lambda: nn.ModuleDict({"another": nn.Linear(10, 1)}), "weight"),
+    ],
+)
+def test_another_model_is_refused(tmp_path: Path, other: Callable[[], nn.Module], reason: str) -> None:
+    save(tmp_path, 1)
+    saved = checkpoints(tmp_path).newest()
+    model = other()
+    assert saved is not None
+    match = (
+        rf"^checkpoint {saved.folder}, written by 1 process, cannot be loaded .* on 1 process: [^\n]*{reason}[^\n]*\Z"
+    )
+    with pytest.raises(ValueError, match=match):
+        checkpoints(tmp_path).load(saved, model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_another_optimizer_is_refused(tmp_path: Path, momentum: float) -> None:
+    model, _ = small()
+    optimizer = torch.optim.AdamW(model.parameters()) if momentum else torch.optim.SGD(model.parameters())
+    save(tmp_path, 1)
+    saved = checkpoints(tmp_path).newest()
+    assert saved is not None
+    with pytest.raises(
+        ValueError, match=r"^checkpoint .* cannot be loaded into this model and optimizer on 1 process: "
+    ):
+        checkpoints(tmp_path).load(saved, model, optimizer)
+
+
+# ---- which ones there are
 
 
 def test_the_newest_is_by_number_and_the_oldest_beyond_keep_go(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "nowhere") is None
     for step in (2, 8, 9, 10, 100):
-        save_checkpoint(tmp_path, step, state(step), keep=3)
+        save(tmp_path, step, keep=3)
     assert names(tmp_path) == ["step_10", "step_100", "step_9"]
-    assert newest_checkpoint(tmp_path) == tmp_path / "step_100"
-    save_checkpoint(tmp_path, 101, state(101), keep=1)
+    assert assert_whole(tmp_path) == (100, 100)
+    save(tmp_path, 101, keep=1)
     assert names(tmp_path) == ["step_101"]
+    for step in (102, 103):
+        save(tmp_path, step, keep=3)
+    checkpoints(tmp_path, keep=2).clean()
+    assert names(tmp_path) == ["step_102", "step_103"], "a removal that was interrupted is made up for"
+    assert names(tmp_path / "step_103") == sorted(FILES)
 
 
 def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 5, state(5), keep=1)
-    path = save_checkpoint(tmp_path, 5, state(5) | {"again": True}, keep=1)
-    assert load_checkpoint(path)["again"] is True
-    assert names(tmp_path) == ["step_5"]
+    save(tmp_path, 5)
+    save(tmp_path, 5, value=0.5)
+    assert assert_whole(tmp_path) == (5, 0.5) and names(tmp_path) == ["step_5"]
 
 
 def test_what_interruptions_leave_is_ignored_and_cleared_away(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, state(1), keep=2)
-    for leftover in ("step_2.partial", "step_0.removed"):
+    save(tmp_path, 1)
+    for leftover in ("step_2.partial", "step_0.removed", "step_1.replaced"):
         shutil.copytree(tmp_path / "step_1", tmp_path / leftover)
+        (tmp_path / leftover / "shared.pt").unlink()
     (tmp_path / "notes").mkdir()
     (tmp_path / "step_9").write_text("not a folder")
-    assert newest_checkpoint(tmp_path) == tmp_path / "step_1"
-    clean(tmp_path)
+    assert assert_whole(tmp_path) == (1, 1)
+    checkpoints(tmp_path).clean()
     assert names(tmp_path) == ["notes", "step_1", "step_9"]
-    clean(tmp_path / "nowhere")
-    shutil.copytree(tmp_path / "step_1", tmp_path / "step_2.partial")
-    save_checkpoint(tmp_path, 3, state(3), keep=2)
-    assert names(tmp_path) == ["notes", "step_1", "step_3", "step_9"]
+    checkpoints(tmp_path / "nowhere").clean()
+    for leftover in ("step_2.partial", "step_3.partial"):
+        shutil.copytree(tmp_path / "step_1", tmp_path / leftover)
+        (tmp_path / leftover / "__7_0.distcp").touch()
+    save(tmp_path, 3, keep=2)
+    assert names(tmp_path) == ["notes", "step_1", "step_3", "step_9"] and names(tmp_path / "step_3") == sorted(FILES)
+
+
+def test_a_replaced_one_counts_until_the_new_one_has_its_name(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    os.rename(tmp_path / "step_1", tmp_path / "step_1.replaced")
+    assert assert_whole(tmp_path) == (1, 1)
+    checkpoints(tmp_path).clean()
+    assert names(tmp_path) == ["step_1"]
+    assert assert_whole(tmp_path) == (1, 1)
+
+
+def test_everything_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    rename = os.rename
+
+    def noted(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    def checked(old: Path, new: Path) -> None:
+        if Path(new).name == "step_2":
+            assert {path.stat().st_ino for path in (old, *Path(old).iterdir())} <= set(flushed)
+            assert flushed[-1] == old.stat().st_ino, "the folder last: it names the files"
+            flushed.clear()
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", checked)
+    save(tmp_path, 2)
+    assert flushed[0] == tmp_path.stat().st_ino
 
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, state(1), keep=1)
+    save(tmp_path, 1)
     with pytest.raises((AttributeError, TypeError)):
-        save_checkpoint(tmp_path, 2, {"weights": torch.ones(5), "function": lambda: None}, keep=1)
+        checkpoints(tmp_path).save(2, *small(), shared={"function": lambda: None}, own=None)
     assert names(tmp_path) == ["step_1"]
     with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as partial:
         (partial / "half").write_text("")
@@ -101,49 +339,124 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_1"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = save_checkpoint(tmp_path, 1, state(1, size=1000), keep=1)
-    file = path / "state.pt"
-    file.write_bytes(file.read_bytes()[:2000] if content is None else content)
-    with pytest.raises(ValueError, match=rf"^checkpoint {file} cannot be read \([^\n]*\); remove {path} to [^\n]*\Z"):
-        load_checkpoint(path)
-    file.unlink()
-    with pytest.raises(ValueError, match=rf"^checkpoint {file} cannot be read \([^\n]*No such file"):
-        load_checkpoint(path)
+# ---- damage
+
+
+def flip(file: Path, place: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1 << 4
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "missing": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+    "shorter": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+    "first bit": lambda file: flip(file, 0),
+    "a bit in the middle": lambda file: flip(file, 0.5),
+    "last bit": lambda file: flip(file, 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", FILES)
+def test_the_one_before_a_damaged_one_serves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: str
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    for step in (2, 3):
+        DAMAGE[damage](tmp_path / f"step_{step}" / file)
+    before = names(tmp_path)
+    store = checkpoints(tmp_path)
+    saved = store.newest()
+    assert saved is not None and saved.step == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: damaged checkpoints in {tmp_path}: step_3 (") and "step_2 (" in line
+    assert line.endswith("; going on from step_1") and (file in line or file == "checksums.json")
+    assert names(tmp_path) == before, "looking changes nothing"
+    store.save(2, *small(2), shared={"value": 2}, own=2)
+    assert names(tmp_path) == ["step_2"], "what is damaged is not among those that are kept"
+    assert assert_whole(tmp_path) == (2, 2)
+
+
+def test_every_bit_of_the_checksums_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_checksum", functools.cache(checkpoint._checksum))
+    monkeypatch.setattr(checkpoint, "_read_shared", lambda folder: {})
+    file = tmp_path / "step_1" / "checksums.json"
+    content = file.read_bytes()
+    checksums = json.loads(content)
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        file.write_bytes(flipped)
+        if checkpoints(tmp_path)._damage(file.parent) is None:
+            assert json.loads(flipped) == checksums, "white space, or the same in other letters"
+
+
+def test_where_all_are_damaged_nothing_is_started(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, keep=2)
+        (tmp_path / f"step_{step}" / "shared.pt").unlink()
+    message = (
+        r"damaged checkpoints in .*: step_2 \([^\n]*shared.pt'\), step_1 \([^\n]*\); there is no whole one: remove "
+    )
+    with pytest.raises(ValueError, match=rf"^{message}{tmp_path} to start anew\Z"):
+        checkpoints(tmp_path).newest()
+    assert names(tmp_path) == ["step_1", "step_2"]
 
 
 # ---- no space: a disk that is really full where one can be mounted, a limit of the system on file sizes everywhere
 
-SAVE_UNTIL_FULL = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from adapt_recipes.training.checkpoint import NoSpaceLeft, save_checkpoint
-folder, limit = Path(sys.argv[1]), int(sys.argv[2])
-save_checkpoint(folder, 1, {"weights": torch.ones(1000)}, keep=2)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-try:
-    save_checkpoint(folder, 2, {"weights": torch.ones(1 << 20)}, keep=2)
-except NoSpaceLeft as error:
-    print(error)
-"""
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))  # Python ignores the signal
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def save_until_full(folder: Path, limit: int) -> None:
-    command = [sys.executable, "-c", SAVE_UNTIL_FULL, str(folder), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    expected = f"no space left while writing checkpoint step_2 in {folder}; the newest whole checkpoint is step_1\n"
-    assert done.stdout == expected, done.stderr
-    assert names(folder) == ["step_1"]
-    assert torch.equal(load_checkpoint(folder / "step_1")["weights"], torch.ones(1000))
+def assert_no_space(folder: Path, full: Any, *, size: int = 10, shared: int = 0) -> None:
+    save(folder, 1)
+    before = names(folder / "step_1")
+    for asynchronous in (False, True):
+        store = checkpoints(folder, keep=2, asynchronous=asynchronous)
+        with pytest.raises(NoSpaceLeft) as caught, full:
+            store.save(2, *small(2, size), shared={"bytes": torch.ones(shared)}, own=None)
+            store.wait()
+        message = f"no space left while writing checkpoint step_2 in {folder}; the newest whole checkpoint is step_1"
+        assert str(caught.value) == message
+        assert names(folder) == ["step_1"] and names(folder / "step_1") == before
+        assert assert_whole(folder) == (1, 1)
+        store.close()
 
 
-@pytest.mark.parametrize("limit", [1 << 15, 1 << 20])
-def test_a_write_that_the_system_refuses(tmp_path: Path, limit: int) -> None:
-    save_until_full(tmp_path, limit)
+@pytest.mark.parametrize("limit", [0, 1000, 4096, 1 << 15, 1 << 20])
+def test_weights_that_the_system_refuses(tmp_path: Path, limit: int) -> None:
+    assert_no_space(tmp_path, reusable(largest_file, limit), size=1 << 19)
+
+
+def test_shared_state_that_the_system_refuses(tmp_path: Path) -> None:
+    assert_no_space(tmp_path, reusable(largest_file, 1 << 15), shared=1 << 15)
+
+
+def reusable(manager: Callable[[int], Any], argument: int) -> Any:
+    """A context that can be entered again and again."""
+
+    class Reusable:
+        def __enter__(self) -> None:
+            self.entered = manager(argument)
+            self.entered.__enter__()
+
+        def __exit__(self, *exception: Any) -> None:
+            self.entered.__exit__(*exception)
+
+    return Reusable()
 
 
 @pytest.fixture
@@ -158,128 +471,168 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.root
-def test_a_full_disk(small_disk: Path) -> None:
-    save_until_full(small_disk, 0)
+@pytest.mark.parametrize("too_large", [{"size": 1 << 18}, {"shared": 1 << 18}])
+def test_a_full_disk(small_disk: Path, too_large: dict[str, int]) -> None:
+    assert_no_space(small_disk, reusable(lambda _: largest_file(resource.RLIM_INFINITY), 0), **too_large)
 
 
-def test_no_space_for_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
+WRITERS = {"weights": "_Writer.write_data", "shared state": "torch.save", "checksums": "_checksums", "flush": "_sync"}
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(
-        NoSpaceLeft, match=r"^no space left while writing checkpoint step_4 in .*; there is no whole one$"
-    ):
-        save_checkpoint(tmp_path, 4, state(4), keep=1)
+
+@pytest.mark.parametrize("number", [28, 122, 5])
+@pytest.mark.parametrize("failing", WRITERS)
+def test_no_space_and_other_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, number: int) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    *owner, name = WRITERS[failing].split(".")
+    monkeypatch.setattr(getattr(checkpoint, owner[0]) if owner else checkpoint, name, fail)
+    with pytest.raises(OSError) as caught:
+        save(tmp_path, 4)
+    if number == 5:
+        assert not isinstance(caught.value, NoSpaceLeft) and caught.value.errno == 5
+    else:
+        message = f"no space left while writing checkpoint step_4 in {tmp_path}; there is no whole one"
+        assert isinstance(caught.value, NoSpaceLeft) and str(caught.value) == message
     assert names(tmp_path) == []
 
 
-def test_other_trouble_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object) -> None:
-        raise OSError(5, "Input/output error")
+# ---- in the background
 
-    monkeypatch.setattr(checkpoint.torch, "save", broken)
-    with pytest.raises(OSError, match="Input/output error") as caught:
-        save_checkpoint(tmp_path, 4, state(4), keep=1)
-    assert not isinstance(caught.value, NoSpaceLeft)
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, no weights are written."""
+    released, write = threading.Event(), checkpoint._Writer.write_data
+
+    def waiting(*args: Any) -> Any:
+        assert released.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint._Writer, "write_data", waiting)
+    return released
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("kind", ["adamw, two groups", "odd", "8 bit"])
+def test_what_is_written_later_is_what_was_there(tmp_path: Path, held: threading.Event, kind: str) -> None:
+    model = Model(width=64)
+    optimizer = OPTIMIZERS[kind](model)
+    train(model, optimizer, range(2))
+    shared, own = {"tensor": torch.ones(3), "list": [1]}, {"tensor": torch.ones(3)}
+    expected = bits([shared, own]), state(model, optimizer)
+    store = checkpoints(tmp_path, asynchronous=True)
+    store.save(2, model, optimizer, shared=shared, own=own)
+    optimizer.param_groups[0]["lr"] *= 0.5
+    train(model, optimizer, range(2, 4))
+    for tensor in (shared["tensor"], own["tensor"]):
+        tensor.zero_()
+    shared["list"].append(2)
+    assert "step_2" not in names(tmp_path)
+    held.set()
+    store.wait()
+    assert names(tmp_path) == ["step_2"]
+    saved = store.newest()
+    assert saved is not None
+    model = Model(width=64)
+    optimizer = OPTIMIZERS[kind](model)
+    store.load(saved, model, optimizer)
+    assert (bits([saved.shared, *saved.own]), state(model, optimizer)) == expected
+    store.close()
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_one_write_at_a_time_is_waited_for(tmp_path: Path, held: threading.Event, call: str) -> None:
+    store = checkpoints(tmp_path, asynchronous=True)
+    store.save(1, *small(1), shared={"value": 1}, own=1)
+    threading.Timer(0.1, held.set).start()
+    assert "step_1" not in names(tmp_path)
+    store.save(2, *small(2), shared={"value": 2}, own=2) if call == "save" else getattr(store, call)()
+    assert held.is_set() and {"step_1", "step_2"} & set(names(tmp_path))
+    store.close()
+    assert names(tmp_path) == ["step_2" if call == "save" else "step_1"]
+    assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_an_error_in_the_background_is_raised_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store = checkpoints(tmp_path, asynchronous=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_sync", lambda path: 1 / 0)
+        store.save(1, *small(1), shared={"value": 1}, own=1)
+        with pytest.raises(ZeroDivisionError):
+            store.save(2, *small(2), shared={"value": 2}, own=2) if call == "save" else getattr(store, call)()
+    assert names(tmp_path) == []
+    if call != "close":  # it is told once, and the next write is another one
+        store.save(3, *small(3), shared={"value": 3}, own=3)
+        store.close()
+        assert assert_whole(tmp_path) == (3, 3)
 
 
 # ---- kill -9
 
-SAVE_FOREVER = """
-import sys
-from pathlib import Path
-import torch
-from adapt_recipes.training.checkpoint import newest_checkpoint, save_checkpoint
-folder = Path(sys.argv[1])
-newest = newest_checkpoint(folder)
-step = int(newest.name.removeprefix("step_")) if newest else 0
-print("ready", flush=True)
-while True:
-    step += 1
-    for _ in range(2):  # the second time over the first
-        save_checkpoint(folder, step, {"step": step, "weights": torch.full((200_000,), float(step))}, keep=1)
-"""
+
+class Killed(BaseException):
+    """No `except Exception` sees this, as none sees kill -9."""
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    generator = random.Random(0)
-    seen = set()
-    reached = 0
-    for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(generator.uniform(0.02, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        seen |= {Path(name).suffix for name in names(tmp_path)}
-        newest = newest_checkpoint(tmp_path)
-        if newest is None:
-            assert reached == 0, "the checkpoint that there was is gone"
-            continue
-        loaded = load_checkpoint(newest)
-        assert loaded["step"] >= reached and torch.equal(
-            loaded["weights"], torch.full((200_000,), float(loaded["step"]))
-        )
-        reached = loaded["step"]
-    assert reached > 1
-    assert seen - {""}, "none of the kills fell into a write"
-    clean(tmp_path)
-    assert all(Path(name).suffix == "" for name in names(tmp_path))
+class Disk:
+    """Counts operations on files of a folder: make, open, rename, remove. From the n-th on, none happens any more."""
 
+    def __init__(self) -> None:
+        self.folder, self.count, self.last = "", 0, 0
+        sys.addaudithook(self._hook)
 
-def test_an_end_before_any_single_operation_leaves_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a kill cannot be timed to hit: nothing more happens from the n-th operation on the disk on."""
+    @contextmanager
+    def dies_before(self, operation: int, folder: Path) -> Iterator[None]:
+        self.folder, self.count, self.last = str(folder), 0, operation
+        try:
+            yield
+        finally:
+            self.last = 0
 
-    class Killed(BaseException):
-        pass
-
-    def killed_at(moment: int, folder: Path) -> bool:
-        """Saves step 1 again and then step 2, over the checkpoint of step 1."""
-        calls = 0
-        remove = shutil.rmtree
-
-        def dying(operation: Any) -> Any:
-            def counted(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls > moment:
-                    if calls == moment + 1 and operation is remove:  # in the middle of it
-                        (args[0] / "state.pt").unlink(missing_ok=True)
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.last:
+            changes = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove")  # rmtree names no folder: counted all
+            if changes or (event == "open" and str(arguments[0]).startswith(self.folder)):
+                self.count += 1
+                if self.count >= self.last:
                     raise Killed
-                return operation(*args, **kwargs)
 
-            return counted
 
-        with monkeypatch.context() as patched:
-            for owner, name in ((checkpoint, "_sync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
-                patched.setattr(owner, name, dying(getattr(owner, name)))
-            patched.setattr(Path, "rmdir", dying(Path.rmdir))
-            patched.setattr(torch, "save", dying(torch.save))
-            try:
-                save_checkpoint(folder, 1, state(1), keep=1)
-                save_checkpoint(folder, 2, state(2), keep=1)
-            except Killed:
-                return True
-        return False
+@pytest.fixture(scope="module")
+def disk() -> Disk:
+    return Disk()  # once: a hook cannot be taken away
 
-    for moment in itertools.count():
-        folder = tmp_path / str(moment)
-        save_checkpoint(folder, 1, state(1), keep=1)
-        killed = killed_at(moment, folder)
-        assert newest_checkpoint(folder) is not None
-        for path in folder.iterdir():
-            if not path.suffix:
-                assert load_checkpoint(path)["step"] == int(path.name.removeprefix("step_"))
-        save_checkpoint(folder, 3, state(3), keep=1)
-        assert names(folder) == ["step_3"]
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_end_before_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, disk: Disk, asynchronous: bool) -> None:
+    """Step 1 is saved again, and then step 2 over both. ``test_checkpoint_processes.py`` has the real kill -9."""
+    left_behind, reached = set(), (1, 1.0)
+    for operation in itertools.count(1):
+        folder = tmp_path / str(operation)
+        save(folder, 1)
+        store = checkpoints(folder, asynchronous=asynchronous)
+        killed = False
+        try:
+            with disk.dies_before(operation, folder):
+                store.save(1, *small(1.5), shared={"value": 1.5}, own=1.5)
+                store.save(2, *small(2), shared={"value": 2}, own=2)
+                store.wait()
+        except Killed:
+            killed = True
+        left_behind |= {Path(name).suffix for name in names(folder)}
+        found = assert_whole(folder)
+        assert found in ((1, 1), (1, 1.5), (2, 2)) and found >= reached, "the later the kill, the newer the checkpoint"
+        reached = found
+        save(folder, 3)
+        assert names(folder) == ["step_3"] and assert_whole(folder) == (3, 3)
         if not killed:
             break
-    assert moment > 12, "the operations were counted"
+    assert operation > 30, "the operations were counted"
+    assert reached == (2, 2) and left_behind == {"", ".partial", ".removed", ".replaced"}
 
 
 # ---- generators and configs
@@ -291,10 +644,12 @@ def draw() -> list[Any]:
 
 def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
     draw()  # an odd number of Gaussians: a second one waits inside Python's and numpy's generator
-    path = save_checkpoint(tmp_path, 1, {"rng": rng_state()}, keep=1)
+    checkpoints(tmp_path).save(1, *small(), shared={}, own=rng_state())
     expected = [draw(), draw()]
     assert expected[0] != expected[1]
-    set_rng_state(load_checkpoint(path)["rng"])
+    saved = checkpoints(tmp_path).newest()
+    assert saved is not None
+    set_rng_state(saved.own[0])
     assert [draw(), draw()] == expected
 
 

@@ -16,7 +16,7 @@ NAMES = ["a", "b", "c"]
 
 
 def batches(*tasks: list[int]) -> list[Any]:
-    return [SimpleNamespace(tasks=torch.tensor(each)) for each in tasks]
+    return [SimpleNamespace(tasks=torch.tensor(each), rows=torch.arange(len(each))) for each in tasks]
 
 
 TRAIN, VALIDATION = batches([0, 2], [1, 0]), batches([0], [2])  # b has no validation split

@@ -1,0 +1,98 @@
+"""What each model of the grid needs on each of N GPUs, and on which of 24, 40 and 80 GB it trains.
+
+    python benchmarks/memory.py [--models gemma3_1b,...] [--processes 1,2,4,8]
+
+Reckoned and not measured: ``adapt_recipes.planning`` runs a training step of the shipped config on tensors without
+values. Prints the table of docs/scaling.md. All six models take some ten minutes, for no row is taken from another.
+
+Activations are those of a full micro-batch, of which one token in eight is supervised. A GPU of G GB takes what is
+reckoned to 0.9 G at the most: the rest is for CUDA, nccl, kernels and what the allocator leaves unused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import common
+
+from adapt_recipes.config import load
+from adapt_recipes.planning.memory import Memory, Shape, build_model, reckon_memory
+from adapt_recipes.planning.update import update_of
+
+# A shipped config of each model, and the builder that gives it adapters.
+MODELS = {
+    "gemma3_1b": ("gemma3_1b_adapt_1pct", "adapt_recipes.models.lora_gemma3_1b"),
+    "llama3_2_1b": ("llama3_2_1b_adapt_1pct", "torchtune.models.llama3_2.lora_llama3_2_1b"),
+    "qwen3_0_6b": ("qwen3_0_6b_adapt_1pct", "adapt_recipes.models.lora_qwen3_0_6b"),
+    "qwen1_5_0_5b": ("qwen1_5_0_5b_multidds_3ep", "adapt_recipes.models.lora_qwen1_5_0_5b"),
+    "gemma_2b": ("gemma_2b_multidds_3ep", "torchtune.models.gemma.lora_gemma_2b"),
+    "llama3_8b": ("llama3_8b_multidds_3ep", "torchtune.models.llama3.lora_llama3_8b"),
+}
+GPUS = (24, 40, 80)
+CHECKPOINTING = ["activation_checkpointing=true"]
+SMALLER = [*CHECKPOINTING, "micro_batch_tokens=1024"]
+SHARE_FOR_US, TOKENS_PER_SUPERVISED = 0.9, 8
+# What ADAPT's update does, with the recipe's own settings of `probe`.
+OBSERVES = ("validation_losses", "gradient_dots")
+
+
+class Probe(NamedTuple):
+    """The defaults of ``adapt_full_finetune``, for models that are shipped with another recipe."""
+
+    estimator: str = "finite_difference"
+    exact_lookahead: bool = False
+    separate_batches: bool = True
+
+
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    """Run the command line ``argv``. Returns the lines that it prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--processes", default="1,2,4,8")
+    arguments = parser.parse_args(argv)
+    parts = ("parameters", "gradients", "optimizer", "activations", "ADAPT adds", "sum")
+    columns = ("model", "GPUs", *parts, *(f"{size} GB" for size in GPUS))
+    lines = [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
+    print(*lines, sep="\n")
+    for model in arguments.models.split(","):
+        for num_processes in map(int, arguments.processes.split(",")):
+            lines.append(row(model, num_processes))
+            print(lines[-1], flush=True)
+    return lines
+
+
+def row(model: str, num_processes: int) -> str:
+    """A line of the table; where there are two numbers the second is with activation checkpointing."""
+    config, lora = MODELS[model]
+    shipped, checkpointed = (reckoned(config, num_processes, switch) for switch in ([], CHECKPOINTING))
+    cells = [f"{value / 1e9:.1f}" for value in (shipped.parameters, shipped.gradients, shipped.optimizer)]
+    for name in ("activations", "mixture", "total"):
+        cells.append(" / ".join(f"{getattr(memory, name) / 1e9:.1f}" for memory in (shipped, checkpointed)))
+    with_lora = [f"model={lora}", "model.lora_attn_modules=[q_proj,v_proj]", *CHECKPOINTING]
+    totals = {"yes": shipped.total, "C": checkpointed.total}
+    for size in GPUS:
+        for answer, switches in (("S", SMALLER), ("L", with_lora)):
+            if answer not in totals and min(totals.values()) > SHARE_FOR_US * size * 1e9:
+                totals[answer] = reckoned(config, num_processes, switches).total
+        fitting = [answer for answer, total in totals.items() if total <= SHARE_FOR_US * size * 1e9]
+        cells.append(fitting[0] if fitting else "no")
+    return f"| `{model}` | {num_processes} | {' | '.join(cells)} |"
+
+
+def reckoned(config_name: str, num_processes: int, overrides: Sequence[str]) -> Memory:
+    """Of a shipped config with overrides."""
+    path = common.CONFIGS / f"{config_name}.yaml"
+    recipe = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
+    module = common.load_module(recipe, common.ROOT / "recipes" / f"{recipe}.py")
+    config = load(module.Config, path, overrides)
+    rows, length = config.micro_batch_tokens // config.max_seq_len, config.max_seq_len
+    shape = Shape(rows, length, rows * length // TOKENS_PER_SUPERVISED)
+    update = update_of(OBSERVES, Probe())
+    memory, _ = reckon_memory(build_model(config), config, shape, update=update, num_processes=num_processes)
+    return memory
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""``tune plan`` says what a run then does: compared with the ``summary.json`` of real runs of the shipped recipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tune_cli_ext
+from adapt_recipes.config import load
+from adapt_recipes.models import TokenLosses
+from adapt_recipes.planning import Plan, make_plan
+
+ROOT = Path(__file__).parents[1]
+KEYS = """
+    tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
+    mixture_updates mixture_cost_steps probe_tokens exact warnings
+"""
+TASK_KEYS = "examples dropped supervised_tokens share mean_supervised_tokens mean_tokens probability passes"
+COMMON = [
+    "~tasks.noise",
+    "tasks=adapt_recipes.data.jsonl_tasks",
+    "tokenizer.supervise_end=true",
+    "max_seq_len=64",
+    "model.num_layers=1",
+    "model.embed_dim=16",
+    "model.intermediate_dim=24",
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; tokenised tasks are shared between tests, and so are the tasks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    (tmp_path / "uneven").mkdir()
+    answers = {"a": (12, "x"), "b": (20, "yes yes"), "c": (30, "12"), "d": (16, "it is")}
+    for task, (num_rows, answer) in answers.items():  # of many lengths; two of them are too long
+        rows = [{"prompt": task * (i % 9) + str(i), "response": answer * (1 + i % 3)} for i in range(num_rows)]
+        rows += [{"prompt": "x" * 99, "response": "y"}] * (2 if task == "b" else 0)
+        (tmp_path / "uneven" / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "even").mkdir()
+    for task in "abc":  # whatever is drawn, a step and a probe read as much
+        rows = [{"prompt": f"{task}{i:02}", "response": f"{i % 7}{task}"} for i in range(24)]
+        (tmp_path / "even" / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = list(sys.path)
+    yield tmp_path
+    sys.path[:] = before
+
+
+def config_of(config: str, *overrides: str, recipe: str | None = None) -> Any:
+    path = ROOT / "yaml" / f"tiny_{config}.yaml"
+    file = ROOT / "recipes" / f"{recipe}.py" if recipe else tune_cli_ext._recipe_path(str(path))
+    return load(tune_cli_ext._schema(str(file)), path, both([*COMMON, f"output_dir=run_{config}"], overrides))
+
+
+def both(common: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Overrides, of which the second have their way."""
+    given = {override.partition("=")[0] for override in overrides}
+    return [*(each for each in common if each.partition("=")[0] not in given), *overrides]
+
+
+def run(config: Any) -> dict[str, Any]:
+    """The summary of a real run."""
+    assert sys.modules[type(config).__module__].main(config) == 0  # type: ignore[attr-defined]
+    return json.loads((Path(config.output_dir) / "summary.json").read_text())
+
+
+def assert_same(plan: Plan, summary: dict[str, Any]) -> None:
+    for key in ("steps", "tokens", "budget_tokens", "probe_tokens", "mixture_updates"):
+        assert getattr(plan, key) == summary[key], key
+
+
+UNEVEN = ["tasks.path=uneven", "tasks.validation_examples=3", "tasks.no_validation=[d]", "batch_size=7"]
+EVEN = [
+    "tasks.path=even",
+    "tasks.validation_examples=6",
+    "batch_size=4",
+    "budget.tokens=144",
+    "budget.allow_repeats=true",
+]
+
+
+# ---- a mixture that stays as it is
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "overrides"),
+    [
+        ("uniform", None, ["budget.passes=2.3", "validate_every=4"]),
+        ("proportional", None, ["budget.tokens=99", "validate_every=0"]),
+        ("temperature", None, ["budget.fraction=0.9", "seed=3"]),
+        ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.passes=1.5"]),
+        ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.passes=1.5", "seed=5"]),
+        ("uniform", "adapt_full_finetune", ["budget.passes=1.1", "mixture_update_every=2"]),
+        ("adapt_planned", None, ["budget.tokens=60", "mixture_update_every=0"]),
+        ("mos_diff", None, ["budget.tokens=60", "mixture_update_every=50"]),  # it reads its pool once all the same
+    ],
+)
+def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
+    loaded = config_of(config, *UNEVEN, *overrides, recipe=recipe)
+    plan, summary = make_plan(loaded), run(loaded)
+    assert plan.exact and plan.mixture_updates == 0
+    assert (plan.mixture_cost_steps > 0) == (config == "mos_diff")
+    assert_same(plan, summary)
+    spent = {name: round(task.passes * task.supervised_tokens) for name, task in plan.tasks.items()}
+    assert spent == summary["task_tokens"]
+    assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
+
+
+def test_tasks_by_hand() -> None:
+    plan = make_plan(config_of("uniform", *UNEVEN, "budget.tokens=50"))
+    rows = {name: Path(f"uneven/{name}.jsonl").read_text().splitlines() for name in "abcd"}
+    held = {"a": 3, "b": 3, "c": 3, "d": 0}
+    assert [*plan.tasks] == [*"abcd"]
+    for name, task in plan.tasks.items():
+        assert task.dropped == (2 if name == "b" else 0)
+        assert task.examples == len(rows[name]) - held[name] - task.dropped
+        assert task.supervised_tokens == round(task.examples * task.mean_supervised_tokens)
+        assert task.share == task.supervised_tokens / plan.available_supervised_tokens
+        assert task.probability == 0.25
+    # Of "d" nothing is held. An answer's bytes and its end; all of these, less the last: that is only predicted.
+    answers = [len(json.loads(row)["response"]) + 1 for row in rows["d"]]
+    assert plan.tasks["d"].mean_supervised_tokens == sum(answers) / 16
+    lengths = [len(json.loads(row)["prompt"]) + answer - 1 for row, answer in zip(rows["d"], answers, strict=True)]
+    assert plan.tasks["d"].mean_tokens == sum(lengths) / 16
+    assert sum(task.share for task in plan.tasks.values()) == pytest.approx(1)
+    assert sum(task.passes * task.supervised_tokens for task in plan.tasks.values()) == pytest.approx(50)
+
+
+# ---- a mixture that is learned
+
+LEARNED = {
+    "adapt": ["probe.examples=3"],
+    "adapt, backward": ["probe.estimator=backward"],
+    "adapt, exact": ["probe.exact_lookahead=true"],
+    "adapt, on validation": ["probe.separate_batches=false"],
+    "adapt_planned": ["mixture.measure_after=0.0"],
+    "mos_cossim": [],
+    "mos_diff": [],
+    "multidds": [],
+    "multiuat": ["validate_every=6"],
+    "hbo": [],
+    "dro": [],
+    "exp3": [],
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all examples are alike a run has as many steps and reads as much, however its mixture has changed.
+
+    And an update's work is that of the forwards it makes, counted 3 where they are to have a backward.
+    """
+    overrides = both(["mixture_update_every=3", "probe.examples=2"], LEARNED[name])
+    config = config_of(name.partition(",")[0], *EVEN, *overrides)
+    plan = make_plan(config)
+    work = []
+    forward = TokenLosses.forward
+
+    def counted(model: TokenLosses, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if not model.training:  # probes and validation
+            work.append(tokens.numel() * (3 if torch.is_grad_enabled() else 1))
+        return forward(model, tokens, *arguments)
+
+    monkeypatch.setattr(TokenLosses, "forward", counted)
+    summary = run(config)
+    assert_same(plan, summary)
+    assert plan.mixture_updates == (summary["steps"] - 1) // config.mixture_update_every > 0
+    assert not plan.exact
+    (length,) = {task.mean_tokens for task in plan.tasks.values()}
+    validations = 2 + ((plan.steps - 1) // config.validate_every if config.validate_every else 0)
+    work_of_validation = validations * 18 * length
+    assert (sum(work) - work_of_validation) / (3 * plan.tokens / plan.steps) == pytest.approx(plan.mixture_cost_steps)
+
+
+@pytest.mark.parametrize("name", ["adapt", "hbo", "mos_diff"])
+def test_learned_of_unlike_examples(name: str) -> None:
+    """With a mixture that learns next to nothing a run is the planned one, and each update reads other examples."""
+    slow = "mixture.meta_lr=1.0e-30" if name == "adapt" else "mixture.learning_rate=1.0e-30"
+    overrides = ["budget.passes=0.9", "mixture_update_every=1", "probe.examples=2", slow]
+    config = config_of(name, *UNEVEN, *overrides)
+    plan, summary = make_plan(config), run(config)
+    assert len(set(summary["probabilities"].values())) == 1 and plan.mixture_updates > 5
+    assert_same(plan, summary)
+    spent = {name: round(task.passes * task.supervised_tokens) for name, task in plan.tasks.items()}
+    assert spent == summary["task_tokens"]
+
+
+@pytest.mark.parametrize(("config", "per_token"), [("adapt", 2), ("adapt_planned", 1 / 3), ("hbo", 1), ("multidds", 2)])
+def test_the_cost_of_an_update_is_that_of_the_docs(config: str, per_token: float) -> None:
+    """In docs/mixtures.md, in steps for r = tokens that a probe reads over tokens of a step."""
+    plan = make_plan(config_of(config, *EVEN, "mixture_update_every=3", "probe.examples=2"))
+    r = 2 * 3 * plan.tasks["a"].mean_tokens / (plan.tokens / plan.steps)
+    assert plan.mixture_cost_steps / plan.mixture_updates == pytest.approx(per_token * r)
+
+
+# ---- the command
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of `tune plan`."""
+    status = 0
+    try:
+        tune_cli_ext._plan(words)
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def plain(config: str, *overrides: str) -> list[str]:
+    return ["--config", str(ROOT / "yaml" / f"tiny_{config}.yaml"), *both(COMMON, overrides)]
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = plain("multiuat", *EVEN, "mixture_update_every=3", "probe.examples=2")
+    status, out, err = command(capsys, "mos_full_finetune", *words, "--json")
+    plan = json.loads(out)
+    assert status == 0 and [*plan] == KEYS.split()
+    assert all([*task] == TASK_KEYS.split() for task in plan["tasks"].values())
+    assert [*plan["memory_bytes"]] == ["parameters", "gradients", "optimizer", "activations", "mixture"]
+    assert plan == json.loads(json.dumps(make_plan(config_of("multiuat", *words[2:])).to_dict()))
+    assert "no dropout" in err  # what components print does not come between
+
+
+def test_processes_share_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*words: str) -> dict[str, Any]:
+        status, out, err = command(capsys, *words)
+        assert status == 0, err
+        return json.loads(out)
+
+    words = ["sft_full_finetune", *plain("uniform", *both(UNEVEN, ["budget.tokens=60", "batch_size=8"])), "--json"]
+    one, four = planned(*words), planned("--nproc_per_node", "4", *words)
+    assert four == planned("--nnodes=2", *words, "--nproc-per-node", "2")
+    memory = {
+        name: [plan.pop("memory_bytes")[name] for plan in (dict(one), dict(four))] for name in one["memory_bytes"]
+    }
+    assert {k: v for k, v in one.items() if k != "memory_bytes"} == {
+        k: v for k, v in four.items() if k != "memory_bytes"
+    }
+    for name in ("parameters", "gradients", "optimizer"):
+        whole, share = memory[name]
+        assert whole / 4 <= share < whole / 2
+
+
+def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    words = plain("adapt", *EVEN, "mixture_update_every=3", "probe.examples=2")
+    status, out, _ = command(capsys, "adapt_full_finetune", *words, "--nproc_per_node", "2")
+    plan = make_plan(config_of("adapt", *words[2:]), num_processes=2)
+    assert status == 0
+    assert f"in about {plan.steps} steps that read {plan.tokens} tokens" in out
+    assert f"memory of each of 2 processes: {plan.memory_bytes.total / 1e6:.1f} MB (parameters" in out
+    assert f"mixture: {plan.mixture_updates} updates, which cost about {plan.mixture_cost_steps:.1f} steps" in out
+    assert f"read about {plan.probe_tokens} supervised tokens more" in out
+    assert "starting probabilities" in out and "\nwarning: probes and validation would read" in out
+    for name, task in plan.tasks.items():
+        (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == [name])
+        assert row[1:4] == [str(task.examples), "0", str(task.supervised_tokens)]
+
+
+def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
+    """As a user types it, from a folder of theirs; without memory for the weights, which would be 5 GB."""
+    source = (ROOT / "recipes" / "sft_full_finetune.py").read_text()
+    (folder / "helper.py").write_text("")
+    (folder / "mine.py").write_text(source.replace("import contextlib\n", "import contextlib\nimport helper\n", 1))
+    shipped = str(ROOT / "yaml" / "llama3_2_1b_uniform_10pct.yaml")
+    overrides = [
+        "tokenizer=adapt_recipes.data.ByteTokenizer",
+        "~tokenizer.path",
+        "tasks=adapt_recipes.data.jsonl_tasks",
+    ]
+    overrides += ["~tasks.types", "tasks.path=even", "tasks.validation_examples=2", "max_seq_len=64"]
+    program = "import sys, resource; sys.argv[0] = 'tune'; import tune_cli_ext; tune_cli_ext.hook()\n"
+    program += "from torchtune._cli.tune import main; main()\n"
+    program += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "plan", "./mine.py", "--json", "--config", shipped, *overrides],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["parameters"] == 1_235_814_400 and plan["exact"]
+    assert plan["memory_bytes"]["gradients"] == 4 * plan["parameters"]
+    assert int(done.stderr.split()[-1]) < 2e6  # kB
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["adapt_full_finetun", *plain("adapt")], "did you mean 'adapt_full_finetune'?"),
+        (["full_finetune_distributed", "--config", "llama2/7B_full"], "no recipe of ours 'full_finetune_distributed'"),
+        (["gone.py", *plain("adapt")], "no recipe of ours 'gone.py'"),
+        (["plain.py", *plain("adapt")], "plain.py has no class Config"),
+        (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
+        (["small.py", "--config", "small.yaml"], "has no 'dtype', without which there is no plan"),
+        (["adapt_full_finetune", "--config", "tiny_adapd"], "neither a file nor a known name"),
+        (["adapt_full_finetune", *plain("adapt", "sede=1")], "unknown key 'sede'; did you mean 'seed'?"),
+        (["adapt_full_finetune", *plain("adapt", "tasks.path=nowhere")], "nowhere"),
+        (["adapt_full_finetune", *plain("adapt", "seed")], "'seed' is not an override"),
+        (["sft_full_finetune", *plain("uniform", *UNEVEN), "--nproc_per_node=0"], "--nproc_per_node: has to"),
+        (["sft_full_finetune", *plain("uniform", *UNEVEN), "--nnodes=-1"], "--nnodes: has to be at least 1, not -1"),
+        (["sft_full_finetune", *plain("uniform", *UNEVEN), "--nproc_per_node=8"], "7 examples are too few"),
+        (["sft_full_finetune", *plain("uniform", *UNEVEN)], "budget.tokens: 38400 is more than"),
+        (
+            ["sft_full_finetune", *plain("uniform", *EVEN, "mixture=adapt_recipes.mixture.Exp3")],
+            "observes 'train_losses', which sft_full_finetune does not measure; it measures nothing",
+        ),
+        (
+            ["mos_full_finetune", *plain("uniform", *EVEN, "mixture=adapt_recipes.mixture.Scorer")],
+            "missing key 'reward'",
+        ),
+        (["mos_full_finetune", *plain("hbo", *EVEN, "mixture=adapt_recipes.mixture.uniform", "~mixture.prior",
+          "~mixture.learning_rate")], "is for nothing"),
+        (["sft_full_finetune", *plain("uniform", *EVEN, "model.vocab_size=64")], "model.vocab_size: 64 is too few"),
+        (["sft_full_finetune", *plain("uniform", *EVEN, "model.num_heads=5")], "model: "),
+        (["sft_full_finetune", *plain("uniform", *EVEN, "max_seq_len=4")], "longer than max_seq_len=4"),
+        (["sft_full_finetune", *plain("uniform", *EVEN, "model.max_seq_len=8")], "model.max_seq_len: 8 is less than"),
+        (["adapt_full_finetune", *plain("adapt", *EVEN, "dtype=pure_bf16")], "pure_bf16 rounds the steps of finite"),
+        (["sft_full_finetune", *plain("uniform", *EVEN, "optimizer=plain.Stubborn", "~optimizer.weight_decay")],
+         "optimizer: the memory of plain.Stubborn cannot be reckoned"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_ends_in_one_line(
+    capsys: pytest.CaptureFixture[str], folder: Path, words: list[str], hint: str
+) -> None:
+    (folder / "plain.py").write_text(
+        "import torch\nclass Stubborn(torch.optim.SGD):\n    def step(self):\n        raise RuntimeError('numbers!')\n"
+    )
+    (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "small.py").write_text(
+        "from pydantic.dataclasses import dataclass\n@dataclass(kw_only=True)\nclass Config:\n    seed: int = 0\n"
+    )
+    (folder / "small.yaml").write_text("seed: 1\n")
+    status, out, err = command(capsys, *words)
+    assert status == 2 and out == ""
+    assert err.startswith("tune plan: error: ") and err.count("\n") == 1 and hint in err, err
+
+
+@pytest.mark.parametrize("words", [[], ["adapt_full_finetune"], ["adapt_full_finetune", "--config"], ["a", "--jsn"]])
+def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    status, out, err = command(capsys, *words)
+    assert status == 2 and out == "" and err.startswith("usage: tune plan")
+
+
+# ---- warnings
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "warnings"),
+    [
+        ("fixed", [*UNEVEN, "mixture.weights={a: 1, b: 1, c: 0, d: 0}", "budget.passes=1"], [
+            "task 'a' would be read 10.6 times over, more than 4",
+            "task 'c' would never be read: its share is 0",
+            "task 'd' would never be read: its share is 0",
+        ]),
+        ("uniform", both(EVEN, ["budget.tokens=60"]), ["probes and validation would read 108 supervised tokens"]),
+        ("exp3", [*EVEN, "mixture_update_every=99"], ["the mixture would not be updated: every 99 steps of 12"]),
+        ("exp3", [*EVEN, "mixture_update_every=0"], ["the mixture would not be updated: never (mixture_update_every)"]),
+        ("hbo", [*EVEN, "reward=mine.Mine"], ["reward: Mine does not say how many `gradients` it keeps"]),
+    ],
+)  # fmt: skip
+def test_warnings(folder: Path, config: str, overrides: list[str], warnings: list[str]) -> None:
+    (folder / "mine.py").write_text(
+        "class Mine:\n    reads = ('train',)\n    def __init__(self, *, task_names, model): pass\n"
+        "    def __call__(self, *, train): pass\n"
+    )
+    plan = make_plan(config_of(config, *overrides))
+    for warning in warnings:
+        assert any(each.startswith(warning) for each in plan.warnings), plan.warnings
+    if config == "fixed":  # half of as many tokens as there are goes to "a"
+        of_a = plan.tasks["a"].supervised_tokens
+        assert plan.tasks["a"].passes == pytest.approx(plan.available_supervised_tokens / 2 / of_a, abs=3 / of_a)
