@@ -1,4 +1,4 @@
-"""Adds this project's recipes and configs, and a `tune validate` that looks inside them, to torchtune's `tune`.
+"""Adds to torchtune's `tune`: our recipes and configs, a `tune validate` that looks inside them, and `tune report`.
 
 `tune_cli_ext.pth` calls `hook()` at every start of Python in the environment, so this module imports nothing that a
 bare interpreter has not loaded, and does its work only when torchtune's command line is imported.
@@ -6,7 +6,7 @@ Where no .pth file is read, `python -m tune_cli_ext ls` is the same as `tune ls`
 
 What of torchtune 0.6.1 it relies on: `_recipe_registry._ALL_RECIPES` is a list of `Recipe(name, file_path, configs,
 supports_distributed)` in which an absolute `file_path` wins, and `_cli.tune` takes `Validate` from `_cli.validate` and
-`Run`, whose `_get_recipe` looks a recipe up, from `_cli.run`.
+`Run`, whose `_get_recipe` looks a recipe up, from `_cli.run`, and makes its last command by `Cat.create(subparsers)`.
 """
 
 from __future__ import annotations
@@ -187,11 +187,6 @@ def _make_validate_strict(validate: ModuleType) -> None:
     class Validate(validate.Validate):  # type: ignore[name-defined]
         """`tune validate CONFIG [key=value ...]`: ours by the schema of their recipe, others as torchtune does."""
 
-        @classmethod
-        def create(cls, subparsers: Any) -> Any:
-            _add_plan(subparsers)
-            return super().create(subparsers)
-
         def _add_arguments(self) -> None:
             self._parser.usage = "tune validate <config> [key=value ...]"
             self._parser.add_argument("config", help="Name or path of a config to validate.")
@@ -362,9 +357,59 @@ def _recipe_file(name_or_path: str) -> str:
     return recipes[name_or_path]
 
 
+# ---- tune report
+
+
+def _add_commands(tune: ModuleType) -> None:
+    """Give `tune` the commands it lacks: they are made where it makes its own last one."""
+
+    class Cat(tune.Cat):  # type: ignore[name-defined]
+        @classmethod
+        def create(cls, subparsers: Any) -> Any:
+            _add_plan(subparsers)
+            _add_report(subparsers)
+            return super().create(subparsers)
+
+    tune.Cat = Cat  # type: ignore[attr-defined]
+
+
+def _add_report(subparsers: Any) -> None:
+    """`tune report RUN... [--out PAGE.html]`."""
+    parser = subparsers.add_parser(
+        "report",
+        prog="tune report",
+        help="Show a run of ours on a page, or compare several.",
+        description="Write one HTML page that shows a run, finished or not, or compares several, and a PNG of each of "
+        "its figures in a folder beside it. Runs that differ only in seed are put together.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--out",
+        metavar="PAGE.html",
+        help="default: report.html, in the run directory, or of several runs in the current folder",
+    )
+
+    def report(args: argparse.Namespace) -> None:
+        from pathlib import Path
+
+        try:
+            from adapt_recipes.report import write_report
+
+            page, *figures = write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            parser.exit(2, f"tune report: error: it needs the package '{package}'; pip install {package}\n")
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"tune report: error: {' '.join(str(error).split())}\n")
+        print(f"{page}\n{len(figures)} figures in {figures[0].parent}/")
+
+    parser.set_defaults(func=report)
+
+
 _EXTENSIONS = {
     "torchtune._recipe_registry": _add_recipes,
     "torchtune._cli.run": _make_run_say_what_is_wrong,
+    "torchtune._cli.tune": _add_commands,
     "torchtune._cli.validate": _make_validate_strict,
 }
 _FINDER = _TorchtuneFinder()

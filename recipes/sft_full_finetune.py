@@ -289,6 +289,11 @@ class SFTFullFinetune:
         self.validation_seconds += time.perf_counter() - started
         losses, spent = self._by_task(self.validation_losses), self.ledger.supervised_tokens
         self.log.write("validation", step=self.num_steps, supervised_tokens=spent, losses=losses)
+        if self.metric_logger:
+            measured = {f"validation_loss/{name}": loss for name, loss in losses.items() if loss == loss}
+            worst, mean = max(measured.values()), sum(measured.values()) / len(measured)
+            both = {"worst_validation_loss": worst, "mean_validation_loss": mean}
+            self.metric_logger.log_dict({**measured, **both}, step=self.num_steps)
         self.display.validation(self.validation_losses)
 
     def save(self) -> None:
@@ -405,7 +410,8 @@ class SFTFullFinetune:
         self.display.step(step, loss, ledger, seconds, task_losses=task_losses, num_drawn=drawn)
         every = self.config.log_every
         if self.metric_logger and (step == 1 or ledger.left == 0 or (every and step % every == 0)):
-            self.metric_logger.log_dict({"loss": loss, "lr": lr, "grad_norm": grad_norm, **totals}, step=step)
+            values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **totals, "seconds": seconds}
+            self.metric_logger.log_dict(values, step=step)
 
     def _log_mixture(self) -> None:
         """The probabilities used from the next step on: the same for the whole run."""
@@ -415,7 +421,8 @@ class SFTFullFinetune:
         totals["mixture_seconds"] = 0.0
         self.log.write("mixture", step=self.num_steps, **totals, probabilities=probabilities)
         if self.metric_logger:
-            self.metric_logger.log_dict({f"p/{name}": p for name, p in probabilities.items()}, step=self.num_steps)
+            named = {f"p/{name}": p for name, p in probabilities.items()}
+            self.metric_logger.log_dict({**named, **totals}, step=self.num_steps)
 
 
 def main(config: Config) -> int:

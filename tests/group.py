@@ -6,8 +6,10 @@ A file's functions are imported once, by ``python group.py FILE FOLDER SIZE FUNC
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -62,6 +64,18 @@ def run(functions: Sequence[Callable[[Path], Any]], folder: Path, *, size: int =
     return {name: [_ended(folder / name, rank) for rank in range(size)] for name in names}
 
 
+def free_ports(number: int) -> list[int]:
+    """Ports on which nothing listens, and none that the system gives out by itself: other groups take those."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 12_000):
+        if len(found) == number:
+            break
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
+
+
 def _ended(folder: Path, rank: int) -> Ended:
     status, seconds = (folder / f"{rank}.status").read_text().split()
     result = folder / f"{rank}.pt"
@@ -82,14 +96,11 @@ def _main(file: str, folder: Path, size: int, names: Sequence[str]) -> None:
     for name in names:
         shared = folder / name
         shared.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         group = {
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_ports(1)[0]),
         }
         started, children = time.monotonic(), {}
         for rank in range(size):

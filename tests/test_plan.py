@@ -367,11 +367,11 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
         ("uniform", both(EVEN, ["budget.tokens=60"]), ["probes and validation would read 108 supervised tokens"]),
         ("exp3", [*EVEN, "mixture_update_every=99"], ["the mixture would not be updated: every 99 steps of 12"]),
         ("exp3", [*EVEN, "mixture_update_every=0"], ["the mixture would not be updated: never (mixture_update_every)"]),
-        ("hbo", [*EVEN, "reward=mine.Mine"], ["reward: Mine does not say how many `gradients` it keeps"]),
+        ("hbo", [*EVEN, "reward=planned_reward.Mine"], ["reward: Mine does not say how many `gradients` it keeps"]),
     ],
 )  # fmt: skip
 def test_warnings(folder: Path, config: str, overrides: list[str], warnings: list[str]) -> None:
-    (folder / "mine.py").write_text(
+    (folder / "planned_reward.py").write_text(
         "class Mine:\n    reads = ('train',)\n    def __init__(self, *, task_names, model): pass\n"
         "    def __call__(self, *, train): pass\n"
     )

@@ -63,8 +63,11 @@ class StopSignals:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
         self._restore()
+        if kind is not None and world_size() > 1:
+            # It ends by itself, with a line to say; the launcher, which saw another end before, would cut that off.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted is None:

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from unittest import mock
 
 import pytest  # noqa: F401 (a forked process imports pytest's main module; so it is there already)
 import torch
+from group import free_ports
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from adapt_recipes.config import command_line, load
@@ -163,9 +163,7 @@ class Runs:
             ranks: of those that are started; None: all.
             prepare: called with its rank by each, before the run; a function of a test file, or a partial one.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         argv, processes = self.argv(strategy, output_dir, **changes), []
         for rank in range(size) if ranks is None else ranks:
@@ -189,7 +187,7 @@ class Runs:
 
 def _start(process: ForkServerProcess) -> None:
     # The process that the others are forked from reads this when it starts, at the first run.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(HERE)])):
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (ROOT, HERE, HERE.parent)))):
         process.start()
 
 

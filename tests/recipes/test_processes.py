@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
@@ -240,13 +239,9 @@ def do_all(folder: Path) -> dict[str, dict[str, Any]]:
 
 def in_two(jobs: Mapping[str, Job], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each of two processes has done, by job. They run in the folders 0 and 1 of ``folder``."""
-    with contextlib.ExitStack() as sockets:
-        free = [sockets.enter_context(socket.socket()) for _ in jobs]
-        for each in free:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in free]
     for number in range(2):
         (folder / str(number)).mkdir(parents=True, exist_ok=True)
+    ports = group.free_ports(len(jobs))
     table = {name: [port, *job] for port, (name, job) in zip(ports, jobs.items(), strict=True)}
     (folder / "jobs.json").write_text(json.dumps(table))
     ended = group.run((do_all,), folder)["do_all"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -150,8 +151,22 @@ def test_metric_loggers_of_torchtune(run: Runner) -> None:
     logger = f"metric_logger={{_component_: {disk}, log_dir: logs, filename: metrics.txt}}"
     done: Run = run("tiny_adapt_planned", logger, "log_every=3")
     lines = (done.folder.parent / "logs" / "metrics.txt").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines if "loss:" in line] == [f"Step {i}" for i in (1, 3, 6, 8)]
+    assert [line.split(" | ")[0] for line in lines if "grad_norm:" in line] == [f"Step {i}" for i in (1, 3, 6, 8)]
     assert [line.split(" | ")[0] for line in lines if "p/facts_2:" in line] == ["Step 0", "Step 3", "Step 6"]
+
+
+@pytest.mark.parametrize("config", ["tiny_uniform", "tiny_adapt_planned", "tiny_mos_diff"])
+def test_every_recipe_logs_what_the_page_lists(run: Runner, config: str) -> None:
+    disk = "torchtune.training.metric_logging.DiskLogger"
+    done = run(config, f"metric_logger={{_component_: {disk}, log_dir: logs, filename: metrics.txt}}")
+    text = (done.folder.parent / "logs" / "metrics.txt").read_text()
+    names = {word.rpartition(":")[0] for line in text.splitlines() for word in line.split(" | ")[1].split()}
+    table = (ROOT / "docs" / "watching.md").read_text().partition("| name |")[2]
+    listed = set(re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE))
+    tasks = list(done.summary["task_tokens"])
+    assert names == {name.replace("TASK", task) for name in listed for task in tasks}
+    last = json.loads((done.folder / "summary.json").read_text())
+    assert f"worst_validation_loss:{last['worst_validation_loss']} " in text
 
 
 def test_resolved_yaml_gives_the_same_run_again(run: Runner, adapt_full_finetune: ModuleType) -> None:

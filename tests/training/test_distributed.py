@@ -467,7 +467,7 @@ def test_under_torchrun(tmp_path: Path, target: str) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    while launcher.poll() is None and len(list(tmp_path.glob("*.pid"))) < 2:
+    while launcher.poll() is None and sum(bool(file.read_text()) for file in tmp_path.glob("*.pid")) < 2:
         time.sleep(0.05)
     started = time.monotonic()
     if target == "a worker":
@@ -478,7 +478,9 @@ def test_under_torchrun(tmp_path: Path, target: str) -> None:
     assert launcher.returncode != 0 and time.monotonic() - started < 60
     stopped = [file.read_text() for file in sorted(tmp_path.glob("*.stopped"))]
     if target == "a worker":
-        assert stopped == [] and "error: another process has ended or does not answer, and left no word" in err
+        assert stopped == []
+        # torchrun may have told the other one to stop by then.
+        assert re.search("error: (another process has ended .* left no word|told to stop by SIGTERM, but not all)", err)
     else:
         first, second = stopped
         assert first == second and first.endswith(" 143"), "at the same step"

@@ -1,0 +1,509 @@
+"""The figures of a report, each described once as lines in panels: plotly draws it for the page, matplotlib in a file.
+
+A colour means a task in a report of one run, and a group of runs in a report of several.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, LogLocator
+from plotly.subplots import make_subplots
+
+from adapt_recipes.report.read import Array, Run
+from adapt_recipes.report.tables import Group
+
+NAMED = 12  # tasks or groups that have a colour of their own
+# Petroff's (arXiv 2107.02270), the second blue last: people of every kind of colour vision tell these eight apart, on a
+# light page and on a dark one. Those that come after them have the same colours in another texture.
+COLOURS = ("#1845FB", "#FF5E02", "#C91F16", "#C849A9", "#ADAD7D", "#86C8DD", "#656364", "#578DFF")
+GREY = "#A0A0A0"
+POINTS = 60_000  # of all lines of a figure together
+LABEL, PANEL_LABEL = 32, 24  # characters of a name in a legend, and over a panel
+FEW = 12  # values, which are marked
+
+Kind = Literal["lines", "steps", "stack", "points"]
+
+
+class Texture(NamedTuple):
+    """What a line is known by besides its colour, in the words of plotly and of matplotlib."""
+
+    dash: Literal["solid", "dash", "dot"]
+    pattern: str
+    symbol: str
+    linestyle: Literal["-", "--", ":"]
+    hatch: str
+    marker: str
+
+
+PLAIN = Texture("solid", "", "circle", "-", "", "o")
+DASHED = Texture("dash", "/", "diamond-open", "--", "//", "D")
+DOTTED = Texture("dot", ".", "x-thin-open", ":", "..", "x")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line, an area of a stack, or points with names."""
+
+    label: str
+    look: int | None
+    """colour and texture; None: grey, for what is folded together or only a guide"""
+    x: Array
+    y: Array
+    names: tuple[str, ...] = ()
+    """of the points"""
+
+    @property
+    def colour(self) -> str:
+        return GREY if self.look is None else COLOURS[self.look % len(COLOURS)]
+
+    @property
+    def texture(self) -> Texture:
+        return DOTTED if self.look is None else PLAIN if self.look < len(COLOURS) else DASHED
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure: panels with the same axes and one legend."""
+
+    name: str
+    """of its file, and where a link on the page leads"""
+    title: str
+    caption: str
+    """what one sees"""
+    x_title: str
+    y_title: str
+    kind: Kind
+    panels: tuple[Panel, ...]
+
+    @property
+    def lines(self) -> list[Line]:
+        return [line for panel in self.panels for line in panel.lines]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the legend."""
+        return list(dict.fromkeys(line.label for line in self.lines))
+
+    @property
+    def columns(self) -> int:
+        return min(len(self.panels), 2)
+
+    @property
+    def rows(self) -> int:
+        return -(-len(self.panels) // self.columns)
+
+    @property
+    def y_max(self) -> float:
+        return max(float(np.nanmax(line.y)) for line in self.lines)
+
+    @property
+    def is_log(self) -> bool:
+        """Whether losses fall so far that only a logarithmic axis shows them."""
+        lowest = min(float(np.nanmin(line.y)) for line in self.lines)
+        return "nats" in self.y_title and 0 < 30 * lowest < self.y_max
+
+
+TOKENS = "supervised tokens"
+
+
+def charts(groups: Sequence[Group]) -> list[Chart]:
+    """All figures of a report.
+
+    Args:
+        groups: runs over the same tasks; at most ``NAMED`` groups are drawn.
+    """
+    groups = groups[:NAMED]
+    runs = [run for group in groups for run in group.runs]
+    named = named_tasks(runs)
+    one = len(runs) == 1
+    each = "A line a task." if one else "A panel a task, a line a run."
+    made = [
+        Chart(
+            name="probabilities_stacked",
+            title="Mixture",
+            caption="Each band is a task, as thick as its probability: its share of the supervised tokens to come."
+            + ("" if one else " Of each strategy the run of the first seed."),
+            x_title=TOKENS,
+            y_title="probability",
+            kind="stack",
+            panels=tuple(
+                Panel("" if one else group.name, _lines_by_task(group.runs[0], _probabilities, named, np.sum))
+                for group in groups
+            ),
+        ),
+        Chart(
+            name="probabilities",
+            title="Probabilities",
+            caption=f"{each} The probability steps at mixture updates.",
+            x_title=TOKENS,
+            y_title="probability",
+            kind="steps",
+            panels=_by_task(groups, _probabilities, named),
+        ),
+        Chart(
+            name="share_against_probability",
+            title="Asked for and given",
+            caption="Each point is a task: the probability it had, averaged over the tokens spent, and the share of "
+            "them it got. On the grey line it got what the mixture asked for.",
+            x_title="probability, averaged over tokens",
+            y_title="share of supervised tokens",
+            kind="points",
+            panels=(Panel("", _shares(groups, named)),),
+        ),
+        Chart(
+            name="validation_loss_by_task",
+            title="Validation loss of each task",
+            caption=f"{each} In nats a supervised token, on the whole validation split.",
+            x_title=TOKENS,
+            y_title="loss (nats)",
+            kind="lines",
+            panels=_by_task(groups, _losses, named),
+        ),
+        Chart(
+            name="worst_and_mean_loss",
+            title="Worst and mean validation loss",
+            caption="Over tasks: the highest loss of any, and the unweighted mean."
+            + ("" if one else " A line a run; seeds of a strategy have the same colour."),
+            x_title=TOKENS,
+            y_title="loss (nats)",
+            kind="lines",
+            panels=(
+                Panel(
+                    "worst of all tasks", _by_run(groups, lambda run: (run.validations.supervised_tokens, run.worst))
+                ),
+                Panel("mean over tasks", _by_run(groups, lambda run: (run.validations.supervised_tokens, run.mean))),
+            ),
+        ),
+        Chart(
+            name="learning_rate",
+            title="Learning rate",
+            caption="Of the first parameter group, at each step.",
+            x_title=TOKENS,
+            y_title="learning rate",
+            kind="lines",
+            panels=(Panel("", _by_run(groups, lambda run: (run.steps.supervised_tokens, run.steps.lr))),),
+        ),
+        Chart(
+            name="speed",
+            title="Speed",
+            caption="Tokens of training steps, prompts too and padding not, by all the time that passed, with mixture "
+            "updates and validations; over windows of about a twentieth of the run.",
+            x_title=TOKENS,
+            y_title="tokens a second",
+            kind="lines",
+            panels=(Panel("", _by_run(groups, _speed)),),
+        ),
+        Chart(
+            name="mixture_time",
+            title="Time spent on mixture updates",
+            caption="The share of all time so far that measuring the tasks and updating the probabilities took.",
+            x_title=TOKENS,
+            y_title="share of time (%)",
+            kind="lines",
+            panels=(Panel("", _by_run(groups, _mixture_time)),),
+        ),
+    ]
+    return [chart for chart in map(_to_draw, made) if chart.panels]
+
+
+def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The tasks with a colour or a panel of their own: where a run ends worst, then those with the most tokens."""
+    tasks = runs[0].tasks
+    if len(tasks) <= NAMED:
+        return tasks
+    worst = {
+        run.tasks[int(np.nanargmax(run.validations.losses[-1]))]
+        for run in runs
+        if len(run.validations.losses) and np.isfinite(run.validations.losses[-1]).any()
+    }
+    spent = sum(run.steps.task_tokens[-1] for run in runs if len(run.steps.step)) + np.zeros(len(tasks))
+    ranked = sorted(range(len(tasks)), key=lambda i: (tasks[i] not in worst, -spent[i], i))
+    return tuple(tasks[i] for i in sorted(ranked[:NAMED]))
+
+
+# ---- what runs have to show
+
+
+def _probabilities(run: Run) -> tuple[Array, Array]:
+    """The last probabilities hold up to the last token."""
+    x, p = run.mixtures.supervised_tokens, run.mixtures.probabilities
+    return np.append(x, max(run.spent, x[-1])), np.append(p, p[-1:], axis=0)
+
+
+def _losses(run: Run) -> tuple[Array, Array]:
+    return run.validations.supervised_tokens, run.validations.losses
+
+
+def _speed(run: Run) -> tuple[Array, Array]:
+    """Between validations, so that there is one in each window; of a run with few or with many, in up to 20 windows."""
+    steps, validated = run.steps, run.validations.supervised_tokens
+    every = np.searchsorted(steps.supervised_tokens, validated) if len(validated) > 5 else np.arange(len(steps.step))
+    some = np.linspace(0, len(every) - 1, min(len(every), 21)).round().astype(int)
+    edges = np.unique(np.minimum(every[some], len(steps.step) - 1)) if len(steps.step) else np.array([], int)
+    seconds = np.maximum(np.diff(steps.seconds[edges]), 1e-9)
+    return steps.supervised_tokens[edges[1:]], np.diff(steps.tokens[edges]) / seconds
+
+
+def _mixture_time(run: Run) -> tuple[Array, Array]:
+    """At each step, the time of the updates before it."""
+    before = np.searchsorted(run.mixtures.step, run.steps.step) - 1  # an update follows the step of its number
+    return run.steps.supervised_tokens, 100 * run.mixtures.mixture_seconds[before] / run.steps.seconds
+
+
+def _shares(groups: Sequence[Group], named: Sequence[str]) -> tuple[Line, ...]:
+    points = [(group, run, *_share(run)) for group in groups for run in group.runs if run.spent]
+    if not points:
+        return ()
+    highest = max(float(np.max([asked, given])) for *_, asked, given in points)
+    guide = Line("as asked for", None, np.array([0.0, highest]), np.array([0.0, highest]))
+    if len(points) > 1:
+        return guide, *(Line(group.name, groups.index(group), x, y, run.tasks) for group, run, x, y in points)
+    _, run, x, y = points[0]
+    rest = [i for i, task in enumerate(run.tasks) if task not in named]
+    lines = [
+        Line(task, look, x[[i]], y[[i]], (task,)) for look, task in enumerate(named) for i in [run.tasks.index(task)]
+    ]
+    if rest:
+        lines.append(Line(f"{len(rest)} others", None, x[rest], y[rest], tuple(run.tasks[i] for i in rest)))
+    return guide, *lines
+
+
+def _share(run: Run) -> tuple[Array, Array]:
+    """Of each task, the probability averaged over the tokens spent, and the share of them it got.
+
+    The average is over the updates that were read, which are all of them up to several hundred.
+    """
+    x, p = _probabilities(run)
+    return np.diff(x) @ p[:-1] / (x[-1] - x[0]), run.steps.task_tokens[-1] / run.spent
+
+
+# ---- and how it is laid out
+
+Quantity = Callable[[Run], tuple[Array, Array]]
+
+
+def _by_run(groups: Sequence[Group], quantity: Quantity) -> tuple[Line, ...]:
+    return tuple(Line(group.name, look, *quantity(run)) for look, group in enumerate(groups) for run in group.runs)
+
+
+def _by_task(groups: Sequence[Group], quantity: Quantity, named: Sequence[str]) -> tuple[Panel, ...]:
+    """One run: a line a task. Several: a panel a task, with a line a run. The mean of the other tasks comes last."""
+    lines = [
+        [replace(line, label=group.name, look=look) for line in _lines_by_task(run, quantity, named, _mean)]
+        for look, group in enumerate(groups)
+        for run in group.runs
+    ]
+    of_first = _lines_by_task(groups[0].runs[0], quantity, named, _mean)
+    if len(lines) == 1:
+        return (Panel("", of_first),)
+    return tuple(Panel(task.label, of_task) for task, of_task in zip(of_first, zip(*lines, strict=True), strict=True))
+
+
+def _lines_by_task(run: Run, quantity: Quantity, named: Sequence[str], fold: Callable[..., Any]) -> tuple[Line, ...]:
+    """A line of every named task that was measured, and one of the others folded together."""
+    x, values = quantity(run)
+    rest = [i for i, task in enumerate(run.tasks) if task not in named]
+    lines = [Line(task, look, x, values[:, run.tasks.index(task)]) for look, task in enumerate(named)]
+    if rest:
+        word = "sum" if fold is np.sum else "mean"
+        lines.append(Line(f"{word} of {len(rest)} others", None, x, fold(values[:, rest], axis=1)))
+    return tuple(lines)
+
+
+def _mean(values: Array, axis: int) -> Array:
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=axis) / np.isfinite(values).sum(axis=axis)
+
+
+def _to_draw(chart: Chart) -> Chart:
+    """The chart without what has no values, with no more points than a page can hold, and with short names."""
+    points = max(50, POINTS // max(len(chart.lines), 1))
+    labels = _short_names(chart.names, LABEL)
+    titles = _short_names([panel.title for panel in chart.panels], PANEL_LABEL)
+    panels = []
+    for panel in chart.panels:
+        lines = []
+        for line in panel.lines:
+            if np.isfinite(line.y).any():
+                count = len(line.x) if line.names else min(points, len(line.x))
+                some = np.unique(np.linspace(0, len(line.x) - 1, count).round().astype(int))
+                lines.append(replace(line, label=labels[line.label], x=line.x[some], y=line.y[some]))
+        if lines:
+            panels.append(Panel(titles[panel.title], tuple(lines)))
+    return replace(chart, panels=tuple(panels))
+
+
+def _short_names(names: Iterable[str], length: int) -> dict[str, str]:
+    """Long names without their middle, for those of a collection often begin alike; unless two become the same."""
+    half = length // 2
+    short = {name: name if len(name) <= length else f"{name[:half]}…{name[-half + 1 :]}" for name in names}
+    return short if len(set(short.values())) == len(short) else {name: name for name in short}
+
+
+# ---- drawn for the page
+
+
+def to_plotly(chart: Chart) -> go.Figure:
+    """The chart to be looked into: values under the pointer, a click on a name hides it. Its size is the page's."""
+    figure = make_subplots(
+        chart.rows,
+        chart.columns,
+        subplot_titles=[html.escape(panel.title) for panel in chart.panels],
+        horizontal_spacing=0.12,
+        vertical_spacing=0.3 / chart.rows,
+        shared_xaxes="all",
+    )
+    to_name = set(chart.names)
+    for i, panel in enumerate(chart.panels):
+        for line in panel.lines:
+            row, column = divmod(i, chart.columns)
+            trace = _trace(chart, line).update(showlegend=line.label in to_name)
+            figure.add_trace(trace, row=row + 1, col=column + 1)
+            to_name.discard(line.label)
+    one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
+    figure.update_layout(
+        template="none",
+        font={"family": "system-ui, sans-serif", "size": 13},
+        margin={"l": 56, "r": 12, "t": 24, "b": 48},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        showlegend=len(chart.names) > 1,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1 + (0.14 if chart.panels[0].title else 0.02) / chart.rows,
+            "yanchor": "bottom",
+        },
+        hovermode="closest" if one_by_one else "x unified",
+        hoverdistance=-1,  # the nearest value, however far
+        dragmode=False,  # a finger on a figure scrolls the page
+    )
+    figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GREY, spikethickness=1)
+    figure.update_yaxes(fixedrange=True, automargin=True)
+    figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
+    figure.update_xaxes(showticklabels=True, tickangle=0, nticks=6 if chart.columns == 1 else 4)
+    figure.update_yaxes(rangemode="tozero", tickformat="~g" if chart.y_max < 1000 else "~s", nticks=6)
+    figure.update_yaxes(type="log" if chart.is_log else "linear")
+    figure.update_annotations(font_size=13)  # the titles of panels
+    for i in range(max(len(chart.panels) - chart.columns, 0), len(chart.panels)):  # the lowest of each column
+        figure.update_xaxes(
+            title={"text": chart.x_title, "standoff": 6}, row=i // chart.columns + 1, col=i % chart.columns + 1
+        )
+    figure.update_yaxes(title={"text": chart.y_title, "standoff": 6}, col=1)
+    return figure
+
+
+def _trace(chart: Chart, line: Line) -> go.Scatter:
+    label, texture = html.escape(line.label), line.texture
+    trace = go.Scatter(
+        x=line.x.astype(np.float32), y=line.y.astype(np.float32), name=label, legendgroup=label, mode="lines"
+    )
+    if line.names:
+        return trace.update(
+            mode="markers",
+            text=[html.escape(name) for name in line.names],
+            hovertemplate="%{text}: asked for %{x:.4f}, given %{y:.4f}<extra></extra>",
+            marker={"color": line.colour, "size": 9, "symbol": texture.symbol},
+        )
+    trace.update(
+        hovertemplate=f"{label}: %{{y:,.4~r}}<extra></extra>", line={"color": line.colour, "dash": texture.dash}
+    )
+    if chart.kind == "steps":
+        trace.line.shape = "hv"
+    if chart.kind == "stack":
+        trace.update(stackgroup="tasks", fillcolor=line.colour, line={"width": 0, "shape": "hv"})
+        trace.fillpattern = {"shape": texture.pattern, "fgcolor": "white", "bgcolor": line.colour, "solidity": 0.2}
+    elif chart.kind == "lines" and len(line.x) <= FEW:
+        trace.mode = "lines+markers"
+    if len(chart.lines) > NAMED + 1:
+        trace.line.width = 1.4
+    return trace
+
+
+# ---- drawn in a file
+
+
+def to_png(chart: Chart) -> bytes:
+    """The chart as a file for papers and slides."""
+    with rc_context({"text.parse_math": False, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+        file = io.BytesIO()
+        to_matplotlib(chart).savefig(file, format="png", dpi=160)
+        return file.getvalue()
+
+
+def to_matplotlib(chart: Chart) -> Figure:
+    """The chart to be printed."""
+    height = 4.2 if chart.rows == 1 else 1.2 + 1.9 * chart.rows
+    figure = Figure(figsize=(8, height), layout="constrained")
+    figure.suptitle(chart.title)
+    every_axes = figure.subplots(chart.rows, chart.columns, sharex=True, squeeze=False).flatten()
+    for axes, panel in zip(every_axes, chart.panels, strict=False):
+        axes.set_title(panel.title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(chart.x_title)
+        axes.set_ylabel(chart.y_title)
+        _draw(axes, chart, panel)
+        if chart.kind != "points":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if chart.is_log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+        else:
+            axes.set_ylim(bottom=0)
+    for axes in every_axes[len(chart.panels) :]:
+        axes.remove()
+    if len(chart.names) > 1:
+        first = {line.label: line for line in reversed(chart.lines)}
+        handles = [_handle(chart, first[name]) for name in chart.names]
+        figure.legend(handles, chart.names, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _draw(axes: Axes, chart: Chart, panel: Panel) -> None:
+    if chart.kind == "stack":
+        looks: dict[str, Any] = {
+            "colors": [line.colour for line in panel.lines],
+            "hatch": [line.texture.hatch for line in panel.lines],
+        }
+        y = np.stack([line.y for line in panel.lines])
+        axes.stackplot(panel.lines[0].x, y, **looks, edgecolor="white", linewidth=0, step="post")
+        axes.margins(x=0)
+        return
+    for line in panel.lines:
+        if line.names:
+            axes.plot(line.x, line.y, linestyle="", marker=line.texture.marker, color=line.colour)
+        else:
+            drawstyle = "steps-post" if chart.kind == "steps" else "default"
+            marker = "." if chart.kind == "lines" and len(line.x) <= FEW else ""
+            looks = {"color": line.colour, "linestyle": line.texture.linestyle, "linewidth": 1.3}
+            axes.plot(line.x, line.y, **looks, drawstyle=drawstyle, marker=marker)
+
+
+def _handle(chart: Chart, line: Line) -> Line2D | Patch:
+    """What stands in the legend."""
+    if chart.kind == "stack":
+        return Patch(facecolor=line.colour, hatch=line.texture.hatch, edgecolor="white", linewidth=0)
+    if line.names:
+        return Line2D([], [], color=line.colour, marker=line.texture.marker, linestyle="")
+    return Line2D([], [], color=line.colour, linestyle=line.texture.linestyle)

@@ -1,0 +1,388 @@
+"""The page of a report: one HTML file that needs no network and no server, and a PNG of each figure beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from adapt_recipes.report.figures import NAMED, Chart, charts, to_plotly, to_png
+from adapt_recipes.report.read import Run, read_run
+from adapt_recipes.report.tables import (
+    COUNTERS,
+    Group,
+    Spread,
+    all_tokens_to_reach,
+    counters,
+    differing_settings,
+    final_losses,
+    final_mean,
+    final_worst,
+    group_runs,
+    on_shared_tasks,
+    spread,
+    task_results,
+)
+
+PLOTLY_CONFIG = {"displayModeBar": False, "responsive": True}  # on a phone the bar covers names
+SECTIONS = {  # of figures, by where they stand on the page
+    "mixture": ("probabilities_stacked", "probabilities", "share_against_probability"),
+    "losses": ("worst_and_mean_loss", "validation_loss_by_task"),
+    "costs": ("mixture_time", "speed", "learning_rate"),
+}
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Write a page on one run, or one that compares several, and the figures in a folder beside it.
+
+    Args:
+        folders: run directories, of finished and unfinished runs.
+        out: the page. Default: ``report.html`` in the run directory, or of several runs in the current folder.
+
+    Returns:
+        What was written: the page, then the figures.
+
+    Raises:
+        ValueError: a folder holds no run, a file of it cannot be understood, or the runs share no task.
+        OSError: the report cannot be written.
+    """
+    runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    if out is None:
+        out = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out}: has to be the name of a page, and end in .html")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder")
+    page, made = render(runs)
+    figures = {out.with_name(f"{out.stem}_figures") / f"{chart.name}.png": to_png(chart) for chart in made}
+    for path, content in {**figures, out: page.encode()}.items():  # the page last: where it is, all is
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return [out, *figures]
+
+
+def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
+    """The page, and the figures on it.
+
+    Raises:
+        ValueError: the runs share no task.
+    """
+    runs, notes = on_shared_tasks(runs)
+    groups = group_runs(runs)
+    notes += [f"{_called(run, runs)} {run.ended}." for run in runs if run.ended and len(runs) > 1]
+    notes += [f"{_called(run, runs)}: {note}." for run in runs for note in run.notes]
+    if len(groups) > NAMED:
+        notes.append(f"The figures show the {NAMED} strategies of the lowest worst loss; the tables show all.")
+    made = charts(groups)
+    drawn = {
+        chart.name: Markup(
+            to_plotly(chart).to_html(
+                config=PLOTLY_CONFIG, include_plotlyjs=False, full_html=False, default_height="100%", div_id=chart.name
+            )
+        )
+        for chart in made
+    }
+    template = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    tables = [_task_table(runs[0])] if len(runs) == 1 else _comparison_tables(groups)
+    page = template.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).render(
+        title=_title(runs, groups),
+        headline=_headline(runs[0]) if len(runs) == 1 else _comparison(groups),
+        notes=notes,
+        is_comparison=len(runs) > 1,
+        tables=tables,
+        sections={
+            key: [(c, drawn[c.name]) for name in names for c in made if c.name == name]
+            for key, names in SECTIONS.items()
+        },
+        counters=_counter_table(groups),
+        settings=_setting_table(groups) if len(groups) > 1 else None,
+        configs=[
+            (_called(run, runs), yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=120))
+            for run in runs
+            if run.config
+        ],
+        plotly_js=Markup(get_plotlyjs()),
+        tables_js=base64.b64encode(files("itables").joinpath("html/dt_bundle.js").read_bytes()).decode(),
+        versions={package: version(package) for package in ("plotly", "itables")},
+    )
+    return page, made
+
+
+# ---- in words
+
+
+def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    tasks = _number(len(runs[0].tasks), "task")
+    if len(runs) == 1:
+        seed = "" if runs[0].seed is None else f", seed {runs[0].seed}"
+        return f"{runs[0].strategy} on {tasks}{seed}"
+    what = _number(len(groups), "way") + " to mix" if len(groups) > 1 else groups[0].name
+    return f"{what} {tasks}" if len(groups) > 1 else f"{what} on {tasks}, {len(runs)} runs"
+
+
+def _called(run: Run, runs: Sequence[Run]) -> str:
+    """The name of the run's folder, or its path where that is the name of several."""
+    return run.name if sum(other.name == run.name for other in runs) == 1 else str(run.folder)
+
+
+def _headline(run: Run) -> list[str]:
+    """What happened in a run."""
+    counts = counters(run)
+    spent = f"{run.spent:,} supervised tokens in {_number(counts['steps'], 'step')} and {_time(counts['seconds'])}"
+    said = [f"The run spent {spent}." if not run.ended else f"The run {run.ended}. It spent {spent}."]
+    if len(run.worst):
+        task = run.tasks[int(np.nanargmax(final_losses(run)))] if math.isfinite(run.worst[-1]) else ""
+        said.append(
+            f"The worst validation loss went from {_loss(run.worst[0])} to {_loss(run.worst[-1])} nats ({task}), the "
+            f"mean from {_loss(run.mean[0])} to {_loss(run.mean[-1])}."
+        )
+    read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens besides"
+    if run.num_updates:
+        share = 100 * counts["mixture_seconds"] / counts["seconds"]
+        said.append(f"{_number(run.num_updates, 'mixture update')} took {share:.1f}% of the time; {read}.")
+    else:
+        said.append(f"The mixture was fixed; {read}.")
+    return said
+
+
+def _comparison(groups: Sequence[Group]) -> list[str]:
+    """What came out of several runs."""
+    finished = [group for group in groups if group.is_finished]
+    if not finished:
+        return [f"None of the {sum(len(group.runs) for group in groups)} runs is finished."]
+    best, worst = finished[0], final_worst(finished[0])
+    if len(finished) == 1:
+        return [f"{best.name} ends with a worst validation loss of {_range(worst)} nats{_over(best)}."]
+    second, others = finished[1], final_worst(finished[1])
+    said = [
+        f"{best.name} ends with the lowest worst validation loss of {len(finished)} strategies: {_range(worst)} nats"
+        f"{_over(best)}. Next is {second.name}, with {_range(others)}{_over(second)}."
+    ]
+    if len(best.runs) == 1 or len(second.runs) == 1:
+        said.append("With one seed of a strategy, this may be chance.")
+    else:
+        said.append("Their ranges do not overlap." if worst.high < others.low else "Their ranges over seeds overlap.")
+    reached = spread(all_tokens_to_reach(best, second))
+    if not math.isnan(reached.mean):
+        budget = spread(run.spent for run in second.runs).mean
+        said.append(
+            f"It reaches the worst loss {second.name} ends with after {reached.mean:,.0f} supervised tokens, "
+            f"{reached.mean / budget:.0%} of the {budget:,.0f} which that took."
+        )
+    results = task_results(groups)
+    won = sum(result.winner == 0 for result in results)
+    said.append(f"It has the lowest loss on {won} of {_number(len(results), 'task')}.")
+    return said
+
+
+def _over(group: Group) -> str:
+    return f" over {_number(len(group.runs), 'seed')}" if len(group.runs) > 1 else ""
+
+
+def _range(values: Spread) -> str:
+    return (
+        f"{_loss(values.mean)} ({_loss(values.low)} to {_loss(values.high)})"
+        if values.low < values.high
+        else _loss(values.mean)
+    )
+
+
+def _number(count: float, what: str) -> str:
+    return f"{_count(count)} {what}{'' if count == 1 else 's'}"
+
+
+def _count(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:,.0f}"
+
+
+def _loss(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4f}"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1%}"
+
+
+def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "–"
+    for length, unit in ((7200, "h"), (120, "min")):
+        if seconds >= length:
+            return f"{seconds / (length / 2):,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+# ---- in tables
+
+
+class Cell(NamedTuple):
+    text: str
+    order: float | str
+    """what the column is sorted by"""
+    detail: str = ""
+    """a range"""
+    is_best: bool = False
+
+
+class Table(NamedTuple):
+    name: str
+    title: str
+    caption: str
+    columns: list[str]
+    """the first holds names, the others numbers"""
+    rows: list[list[Cell]]
+
+
+def _name(text: str, detail: str = "") -> Cell:
+    return Cell(text, text, detail)
+
+
+def _cell(values: float | Spread, say: Callable[[float], str] = _loss, *, is_best: bool = False) -> Cell:
+    """A number, or a mean with its range."""
+    if not isinstance(values, Spread):
+        values = Spread(values, values, values)
+    detail = f"{say(values.low)} to {say(values.high)}" if values.low < values.high else ""
+    return Cell(say(values.mean), math.inf if math.isnan(values.mean) else values.mean, detail, is_best)
+
+
+def _task_table(run: Run) -> Table:
+    p = run.mixtures.probabilities
+    tokens = run.steps.task_tokens[-1] if run.spent else np.zeros(len(run.tasks))
+    before = run.validations.losses[0] if len(run.validations.losses) else final_losses(run)
+    after = final_losses(run)
+    rows = [
+        [
+            _name(task),
+            _cell(p[0, i]),
+            _cell(p[-1, i]),
+            _cell(tokens[i], _count),
+            _cell(tokens[i] / max(run.spent, 1), _percent),
+            _cell(before[i]),
+            _cell(after[i]),
+            _cell(after[i] - before[i]),
+        ]
+        for i, task in enumerate(run.tasks)
+    ]
+    columns = ["task", "p at first", "p at last", "tokens", "share", "loss at first", "loss at last", "change"]
+    caption = (
+        "Each task's probability, supervised tokens and validation loss (nats a supervised token). Whether the mixture "
+        "helped shows beside another run: tune report RUN OTHER_RUN."
+    )
+    return Table("tasks", "What each task got, and what came of it", caption, columns, rows)
+
+
+def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
+    """Strategies; the tokens each needs to be as good as another; tasks."""
+    results = task_results(groups)
+    several = any(len(group.runs) > 1 for group in groups)
+    mean = "Means over seeds, with the range below. " if several else ""
+    worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
+    finished = [i for i, group in enumerate(groups) if group.is_finished]
+    rows = []
+    for i, group in enumerate(groups):
+        counts = [counters(run) for run in group.runs]
+        share = spread(count["mixture_seconds"] / count["seconds"] for count in counts)
+        rows.append(
+            [
+                _name(group.name, f"seed{'s' if len(group.runs) > 1 else ''} {group.seeds}" if group.seeds else ""),
+                _cell(worst[i], is_best=i in finished and worst[i].mean == min(worst[j].mean for j in finished)),
+                _cell(means[i], is_best=i in finished and means[i].mean == min(means[j].mean for j in finished)),
+                _cell(sum(result.winner == i for result in results), _count),
+                _cell(spread(run.spent for run in group.runs), _count),
+                _cell(spread(count["probe_tokens"] for count in counts), _count),
+                _cell(spread(count["seconds"] for count in counts), _time),
+                _cell(share, _percent),
+            ]
+        )
+    columns = [
+        "strategy",
+        "worst loss",
+        "mean loss",
+        "tasks won",
+        "tokens spent",
+        "probe tokens",
+        "time",
+        "mixture time",
+    ]
+    strategies = Table(
+        "strategies",
+        "Strategies",
+        f"{mean}Validation losses at the end, in nats a supervised token: the highest of any task, and the unweighted "
+        "mean. Supervised tokens are spent on training; probe tokens are what probes and validations read besides. "
+        "A click on a heading sorts.",
+        columns,
+        rows,
+    )
+    reach = Table(
+        "tokens_to_reach",
+        "Supervised tokens to be as good as another",
+        f"{mean}How many supervised tokens the strategy of the row spent until a validation first found its worst loss "
+        "at or below the one that the strategy of the column ends with"
+        + (", for the same seed where both have it." if several else "."),
+        ["strategy", *(group.name for group in groups)],
+        [[_name(group.name), *(_reached(group, target) for target in groups)] for group in groups],
+    )
+    tasks = Table(
+        "winners",
+        "Tasks",
+        f"{mean}Each task's validation loss at the end. The lowest of finished runs is marked"
+        + (", and clear where even its worst seed is below every other's best." if several else "."),
+        ["task", "lowest", *(group.name for group in groups)],
+        [
+            [
+                _name(result.task),
+                _name(
+                    "–" if result.winner is None else groups[result.winner].name,
+                    "clear" if several and result.is_clear else "",
+                ),
+                *(_cell(losses, is_best=i == result.winner) for i, losses in enumerate(result.losses)),
+            ]
+            for result in results
+        ],
+    )
+    return [strategies, reach, tasks] if len(groups) > 1 else [strategies, tasks]
+
+
+def _reached(group: Group, target: Group) -> Cell:
+    tokens = all_tokens_to_reach(group, target)
+    missing = sum(map(math.isnan, tokens))
+    if not missing:
+        return _cell(spread(tokens), _count)
+    return Cell("never" if missing == len(tokens) else f"{len(tokens) - missing} of {len(tokens)}", math.inf)
+
+
+def _counter_table(groups: Sequence[Group]) -> Table:
+    counts = [[counters(run) for run in group.runs] for group in groups]
+    rows = []
+    for key, explanation in COUNTERS.items():
+        say = _time if key.endswith("seconds") else _count
+        rows.append([_name(key, explanation), *(_cell(spread(count[key] for count in runs), say) for runs in counts)])
+    caption = "As in summary.json; of a run that is not finished, what its log says."
+    return Table("counters", "Tokens, steps and time", caption, ["", *(group.name for group in groups)], rows)
+
+
+def _setting_table(groups: Sequence[Group]) -> Table:
+    rows = [
+        [_name(key), *(_name("–" if value is None else str(value)) for value in values)]
+        for key, values in differing_settings(groups).items()
+    ]
+    return Table(
+        "settings", "What differs", "Keys of the configs that are not the same.", ["", *(g.name for g in groups)], rows
+    )

@@ -1,0 +1,280 @@
+"""A run directory, read into arrays: finished, interrupted, killed or still going on.
+
+What a log counts are totals, so most of its lines can be passed over: of the steps and of the mixture updates some
+hundreds are parsed, evenly spread and with the last one. Validations are all parsed, for tables count on each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from adapt_recipes.runlog import LOG, RESOLVED, SUMMARY, holds_run
+
+Array = NDArray[np.float64]
+
+POINTS = 400  # of an event as many lines are kept, up to twice as many
+THINNED = ("step", "mixture")
+
+
+class Steps(NamedTuple):
+    """Training steps. All but the learning rate are totals since the run began."""
+
+    step: Array
+    supervised_tokens: Array
+    tokens: Array
+    computed_tokens: Array
+    seconds: Array
+    lr: Array
+    task_tokens: Array
+    """(steps, tasks)"""
+
+
+class Mixtures(NamedTuple):
+    """The starting probabilities and those of every mixture update, each used from there on."""
+
+    step: Array
+    supervised_tokens: Array
+    probe_tokens: Array
+    mixture_seconds: Array
+    probabilities: Array
+    """(updates, tasks)"""
+
+
+class Validations(NamedTuple):
+    """Validations on the whole split."""
+
+    supervised_tokens: Array
+    losses: Array
+    """(validations, tasks), nats a supervised token; NaN for tasks left out of the objective"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run directory says."""
+
+    folder: Path
+    config: dict[str, Any]
+    """``resolved.yaml``"""
+    summary: dict[str, Any]
+    """``summary.json``; empty while the run is not finished"""
+    ended: str
+    """how the run ended, in words; empty when it finished"""
+    notes: tuple[str, ...]
+    """what a reader has to know about what was read"""
+    tasks: tuple[str, ...]
+    num_updates: int
+    steps: Steps
+    mixtures: Mixtures
+    validations: Validations
+
+    @property
+    def strategy(self) -> str:
+        """The config's ``strategy``; without a config the name of the folder."""
+        return str(self.config.get("strategy", self.name))
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.folder.resolve().name
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed")
+
+    @property
+    def spent(self) -> int:
+        """Supervised tokens spent."""
+        return int(self.steps.supervised_tokens[-1]) if len(self.steps.step) else 0
+
+    @property
+    def worst(self) -> Array:
+        """(validations,): the highest loss of any task."""
+        losses = self.validations.losses
+        return np.where(np.isnan(self.mean), np.nan, np.where(np.isnan(losses), -np.inf, losses).max(axis=1))
+
+    @property
+    def mean(self) -> Array:
+        """(validations,): the mean loss over tasks, unweighted."""
+        losses = self.validations.losses
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no task is measured
+            return np.nansum(losses, axis=1) / np.isfinite(losses).sum(axis=1)
+
+    def only(self, tasks: Sequence[str]) -> Run:
+        """The same run seen on some of its tasks, in that order."""
+        columns = [self.tasks.index(task) for task in tasks]
+        return replace(
+            self,
+            tasks=tuple(tasks),
+            steps=self.steps._replace(task_tokens=self.steps.task_tokens[:, columns]),
+            mixtures=self.mixtures._replace(probabilities=self.mixtures.probabilities[:, columns]),
+            validations=self.validations._replace(losses=self.validations.losses[:, columns]),
+        )
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ValueError: it holds no run, or a file in it cannot be understood; names the file, and the line of a log.
+    """
+    if not (folder / LOG).is_file():
+        raise ValueError(_no_run(folder))
+    lines, notes = _read_log(folder / LOG)
+    config = _read_mapping(folder / RESOLVED, yaml.safe_load) if (folder / RESOLVED).exists() else {}
+    summary = _read_mapping(folder / SUMMARY, json.loads) if (folder / SUMMARY).exists() else {}
+    if not config:
+        notes.append(f"there is no {RESOLVED}: its strategy and seed are not known")
+    if "mixture" not in lines:
+        raise ValueError(f"{folder / LOG}: the run has not begun, no line says with which probabilities")
+
+    def column(event: str, *keys: str) -> dict[str, Array]:
+        """The values of some keys on all lines of an event."""
+        return {key: _array([line.number(key) for line in lines.get(event, [])]) for key in keys}
+
+    tasks = lines["mixture"][0].tasks("probabilities")
+
+    def by_task(event: str, key: str) -> Array:
+        rows = [line.by_task(key, tasks) for line in lines.get(event, [])]
+        return _array(rows).reshape(len(rows), len(tasks))
+
+    steps = column("step", "step", "supervised_tokens", "tokens", "computed_tokens", "seconds", "lr")
+    mixtures = column("mixture", "step", "supervised_tokens", "probe_tokens", "mixture_seconds")
+    return Run(
+        folder=folder,
+        config=config,
+        summary=summary,
+        ended=_how_it_ended(lines, is_finished=bool(summary)),
+        notes=tuple(notes),
+        tasks=tasks,
+        num_updates=lines["mixture"][-1].count - 1,
+        steps=Steps(**steps, task_tokens=by_task("step", "task_tokens")),
+        mixtures=Mixtures(**mixtures, probabilities=by_task("mixture", "probabilities")),
+        validations=Validations(**column("validation", "supervised_tokens"), losses=by_task("validation", "losses")),
+    )
+
+
+class _Line:
+    """A line of the log, the ``count``-th of its event, parsed when it is first asked for."""
+
+    def __init__(self, path: Path, line_number: int, count: int, text: bytes) -> None:
+        self.line_number = line_number
+        self.count = count
+        self._where = f"{path}, line {line_number}"
+        self._text = text
+        self._values: dict[str, Any] | None = None
+
+    def value(self, key: str) -> Any:
+        if self._values is None:
+            self._values = _parse(self._text)
+        if self._values is None:
+            raise ValueError(f"{self._where}: is not a JSON object")
+        if key not in self._values:
+            raise ValueError(f"{self._where}: has no '{key}'")
+        return self._values[key]
+
+    def number(self, key: str) -> float | None:
+        value = self.value(key)
+        if not _is_number(value):
+            raise ValueError(f"{self._where}: '{key}' has to be a number")
+        return value
+
+    def tasks(self, key: str) -> tuple[str, ...]:
+        values = self.value(key)
+        if not isinstance(values, dict) or not values:
+            raise ValueError(f"{self._where}: '{key}' has to be a mapping of tasks to numbers")
+        return tuple(values)
+
+    def by_task(self, key: str, tasks: Sequence[str]) -> list[float | None]:
+        if set(self.tasks(key)) != set(tasks):
+            raise ValueError(f"{self._where}: '{key}' has to have the tasks that the log begins with")
+        values = [self.value(key)[task] for task in tasks]
+        if not all(map(_is_number, values)):
+            raise ValueError(f"{self._where}: '{key}' has to be a mapping of tasks to numbers")
+        return values
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _read_log(path: Path) -> tuple[dict[str, list[_Line]], list[str]]:
+    """The lines of each event, most of ``THINNED`` passed over, and what there is to say about the file."""
+    kept: dict[str, list[_Line]] = {}
+    last: dict[str, _Line] = {}
+    every = dict.fromkeys(THINNED, 1)
+    prefixes = {event: f'{{"event": "{event}"'.encode() for event in THINNED}
+    notes = []
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            is_whole = text.endswith(b"\n") or _parse(text) is not None
+            if not is_whole:
+                notes.append(f"{LOG} ends in the middle of line {number}, and is read up to there")
+                break
+            event = next((event for event, prefix in prefixes.items() if text.startswith(prefix)), None)
+            if event is None:
+                event = str(_Line(path, number, 0, text).value("event"))
+            count = last[event].count + 1 if event in last else 1
+            last[event] = _Line(path, number, count, text)
+            if (count - 1) % every.get(event, 1) == 0:
+                lines = kept.setdefault(event, [])
+                lines.append(last[event])
+                if event in THINNED and len(lines) == 2 * POINTS:
+                    del lines[1::2]
+                    every[event] *= 2
+    for event, lines in kept.items():
+        if lines[-1] is not last[event]:
+            lines.append(last[event])
+    return kept, notes
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """The JSON object a line holds; None where it does not."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _read_mapping(path: Path, parse: Any) -> dict[str, Any]:
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: has to be a mapping of keys to values")
+    return values
+
+
+def _array(values: list[Any]) -> Array:
+    return np.array(values, dtype=np.float64)  # null becomes NaN
+
+
+def _how_it_ended(lines: dict[str, list[_Line]], *, is_finished: bool) -> str:
+    if is_finished:
+        return ""
+    ends, resumes = lines.get("end", []), lines.get("resume", [])
+    if not ends or (resumes and resumes[-1].line_number > ends[-1].line_number):
+        return "was killed, or is still going on"
+    reason = ends[-1].value("reason")
+    if reason == "finished":
+        return f"spent its budget, but has no {SUMMARY}"
+    return f"ended in an error: {ends[-1].value('message')}" if reason == "error" else f"was {reason}"
+
+
+def _no_run(folder: Path) -> str:
+    """Why a folder cannot be read, and where runs lie that may have been meant."""
+    if not folder.is_dir():
+        return f"{folder}: " + ("is no folder" if folder.exists() else "there is no such folder")
+    if holds_run(folder):
+        return f"{folder}: the run has no {LOG}"
+    inside = sum((child / LOG).is_file() for child in folder.iterdir())
+    return f"{folder}: holds no run" + (f" itself, but {inside} of its folders do: give {folder}/*/" if inside else "")

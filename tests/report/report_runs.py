@@ -1,0 +1,124 @@
+"""Run directories as recipes write them, without a model: the same writer, numbers from a generator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapt_recipes.runlog import RunLog, write_resolved, write_summary
+
+Loss = Callable[[int, float], float]
+
+
+def write_run(
+    folder: Path,
+    *,
+    strategy: str = "adapt",
+    seed: int = 0,
+    tasks: Sequence[str] = ("one", "two", "three"),
+    steps: int = 20,
+    update_every: int = 5,
+    validate_every: int = 10,
+    loss: Loss | None = None,
+    finished: bool = True,
+    resolved: dict[str, Any] | None = None,
+) -> Path:
+    """Write a run.
+
+    Args:
+        update_every: 0 is a fixed mixture.
+        loss: of a task by its index, at a share of the run in [0, 1]; NaN for a task that is not measured.
+        finished: false leaves the log where a kill after its last step would.
+        resolved: keys of the config besides the usual ones.
+    """
+    generator = np.random.default_rng([seed, len(strategy), len(tasks)])
+    loss = loss or (lambda task, share: float((task + 1) * np.exp(-3 * share) + generator.uniform(0, 0.1)))
+    folder.mkdir(parents=True)
+    config = {"strategy": strategy, "seed": seed, "output_dir": str(folder), **(resolved or {})}
+    write_resolved(folder, config)
+    log = RunLog(folder)
+    spent = np.zeros(len(tasks), dtype=np.int64)
+    p = np.full(len(tasks), 1 / len(tasks))
+    seconds = mixture_seconds = validation_seconds = 0.0
+    probe_tokens = updates = 0
+    losses: dict[str, float] = {}
+
+    def by_task(values: Any) -> dict[str, Any]:
+        return dict(zip(tasks, values, strict=True))
+
+    def totals() -> dict[str, int]:
+        total = int(spent.sum())
+        return {"supervised_tokens": total, "tokens": 3 * total, "computed_tokens": 4 * total}
+
+    def mixture(step: int, **signals: Any) -> None:
+        log.write(
+            "mixture",
+            step=step,
+            supervised_tokens=int(spent.sum()),
+            probe_tokens=probe_tokens,
+            mixture_seconds=mixture_seconds,
+            probabilities=by_task(p.tolist()),
+            **signals,
+        )
+
+    def validate(step: int) -> None:
+        nonlocal losses, validation_seconds, seconds, probe_tokens
+        losses = by_task(loss(i, step / steps) for i in range(len(tasks)))
+        validation_seconds, seconds, probe_tokens = validation_seconds + 0.5, seconds + 0.5, probe_tokens + 10
+        log.write("validation", step=step, supervised_tokens=int(spent.sum()), losses=losses)
+
+    mixture(0)
+    validate(0)
+    first = dict(losses)
+    for step in range(1, steps + 1):
+        spent += generator.multinomial(64, p)
+        seconds += generator.uniform(0.1, 0.2)
+        values = {"loss": 2.0, "lr": 1e-3 * (1 - step / steps), "grad_norm": 1.0}
+        by = {"task_tokens": by_task(spent.tolist()), "task_losses": {tasks[0]: 2.0}}
+        log.write("step", step=step, **values, **totals(), **by, seconds=seconds)
+        if update_every and step % update_every == 0 and step < steps:
+            p = np.exp(generator.normal(size=len(tasks)))
+            p /= p.sum()
+            mixture_seconds, seconds, probe_tokens = mixture_seconds + 0.3, seconds + 0.3, probe_tokens + 5
+            updates += 1
+            mixture(step, gradient_dots=by_task(p.tolist()), objective=-1.0)
+        if step % validate_every == 0 and (finished or step < steps):
+            validate(step)
+    if finished:
+        if steps % validate_every:
+            validate(steps)
+        log.write("end", reason="finished", step=steps, seconds=seconds)
+        measured = [value for value in losses.values() if value == value]
+        summary = {
+            "strategy": strategy,
+            "seed": seed,
+            "budget_tokens": int(spent.sum()),
+            **totals(),
+            "unique_supervised_tokens": int(spent.sum()) - 1,
+            "probe_tokens": probe_tokens,
+            "probe_total_tokens": 3 * probe_tokens,
+            "task_tokens": by_task(spent.tolist()),
+            "probabilities": by_task(p.tolist()),
+            "validation_losses": losses,
+            "initial_validation_losses": first,
+            "worst_validation_loss": max(measured),
+            "mean_validation_loss": sum(measured) / len(measured),
+            "seconds": seconds,
+            "mixture_seconds": mixture_seconds,
+            "validation_seconds": validation_seconds,
+            "steps": steps,
+            "mixture_updates": updates,
+        }
+        write_summary(folder, summary)
+    log.close()
+    return folder
+
+
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of one event, read plainly."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["event"] == name]

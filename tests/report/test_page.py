@@ -1,0 +1,391 @@
+"""The page says what the runs did, needs nothing beside itself, and is written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_runs import events, write_run
+
+import tune_cli_ext
+from adapt_recipes.report import write_report
+from adapt_recipes.report.page import render
+from adapt_recipes.report.read import read_run
+
+ROOT = Path(__file__).parents[2]
+
+
+class Page(HTMLParser):
+    """The tables of a page by the id of their heading, as rows of texts, and all its text outside of scripts."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.tables: dict[str, list[list[str]]] = {}
+        self.text = ""
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._heading = self._inside = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "h3" and (name := dict(attrs).get("id")):
+            self._heading = name
+        if tag == "tr":
+            self.tables.setdefault(self._heading, []).append([])
+        if tag in ("td", "th"):
+            self.tables[self._heading][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th", "table", "script", "style"):
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in ("script", "style"):
+            return
+        self.text += data
+        if self._inside in ("td", "th", "small"):
+            self.tables[self._heading][-1][-1] += data
+
+    def rows(self, name: str) -> dict[str, list[str]]:
+        """Texts of a table by its first column, in which what the cell details is left out."""
+        return {row[0].split(" ")[0]: row[1:] for row in self.tables[name][1:]}
+
+
+def page_of(*folders: Path) -> Page:
+    return Page(render([read_run(folder) for folder in folders])[0])
+
+
+def loss(value: float) -> str:
+    return f"{value:.4f}"
+
+
+# ---- one run
+
+
+def test_a_page_on_one_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", seed=4)
+    summary = json.loads((folder / "summary.json").read_text())
+    page = page_of(folder)
+    assert "adapt on 3 tasks, seed 4" in page.text
+    worst_task = max(summary["validation_losses"], key=summary["validation_losses"].get)
+    first = summary["initial_validation_losses"].values()
+    for said in [
+        f"The run spent {summary['supervised_tokens']:,} supervised tokens in 20 steps and {summary['seconds']:.1f} s.",
+        f"The worst validation loss went from {loss(max(first))} to {loss(summary['worst_validation_loss'])} nats "
+        f"({worst_task}), the mean from {loss(sum(first) / 3)} to {loss(summary['mean_validation_loss'])}.",
+        f"3 mixture updates took {summary['mixture_seconds'] / summary['seconds']:.1%} of the time; probes and "
+        f"validations read {summary['probe_tokens']} supervised tokens besides.",
+    ]:
+        assert said in page.text
+    p = [update["probabilities"] for update in events(folder, "mixture")]
+    for task, row in page.rows("tasks").items():
+        before, after = summary["initial_validation_losses"][task], summary["validation_losses"][task]
+        tokens = summary["task_tokens"][task]
+        expected = [loss(p[0][task]), loss(p[-1][task]), f"{tokens:,}", f"{tokens / summary['supervised_tokens']:.1%}"]
+        assert row == [*expected, loss(before), loss(after), loss(after - before)]
+    counters = page.rows("counters")
+    for key in ("budget_tokens", "supervised_tokens", "tokens", "computed_tokens", "probe_tokens", "steps"):
+        assert counters[key] == [f"{summary[key]:,}"]
+    assert counters["seconds"] == [f"{summary['seconds']:.1f} s"]
+    assert "strategy: adapt" in page.text and 'class="notes"' not in page.source
+    assert all(f'id="{name}"' in page.source for name in ("probabilities", "speed", "learning_rate"))
+
+
+def test_a_fixed_mixture(tmp_path: Path) -> None:
+    assert "The mixture was fixed; probes" in page_of(write_run(tmp_path / "run", update_every=0)).text
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", finished=False)
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"event": "st')
+    page = page_of(folder)
+    assert "The run was killed, or is still going on. It spent 1,280 supervised tokens in 20 steps" in page.text
+    lines = (folder / "log.jsonl").read_text().count("\n")
+    assert f"run: log.jsonl ends in the middle of line {lines + 1}, and is read up to there." in page.text
+    assert page.rows("counters")["budget_tokens"] == ["–"]
+
+
+def test_a_run_of_which_only_the_beginning_is_there(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", finished=False)
+    log = folder / "log.jsonl"
+    whole = log.read_bytes().splitlines(keepends=True)
+    for count in range(1, 6):
+        log.write_bytes(b"".join(whole[:count]))
+        page = page_of(folder)
+        assert "It spent" in page.text and "nan" not in page.text.lower()
+
+
+def test_a_real_run_from_end_to_end(real_run: Path, tmp_path: Path) -> None:
+    summary = json.loads((real_run / "summary.json").read_text())
+    page, *figures = write_report([real_run], tmp_path / "page.html")
+    assert len(figures) == 8 and all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+    assert f"to {loss(summary['worst_validation_loss'])} nats" in page.read_text()
+
+
+# ---- several
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Two strategies over two seeds: adapt ends better and is faster, uniform is better at one task."""
+    home = tmp_path_factory.mktemp("runs")
+    ends = {"adapt": [0.2, 0.2, 0.3], "uniform": [0.1, 1.0, 2.0]}
+    return {
+        strategy: [
+            write_run(
+                home / f"{strategy}_{seed}",
+                strategy=strategy,
+                seed=seed,
+                update_every=5 if strategy == "adapt" else 0,
+                validate_every=5,
+                loss=lambda task, share, seed=seed, end=end: 4 - (4 - end[task] - 0.05 * seed) * share,
+            )
+            for seed in (0, 1)
+        ]
+        for strategy, end in ends.items()
+    }
+
+
+def test_a_comparison(folders: dict[str, list[Path]]) -> None:
+    page = page_of(*folders["uniform"], *folders["adapt"])
+    summaries = {
+        strategy: [json.loads((folder / "summary.json").read_text()) for folder in runs]
+        for strategy, runs in folders.items()
+    }
+    assert "2 ways to mix 3 tasks" in page.text
+    # From 4 to 0.3 at a constant pace, it is above 2 after half of the tokens and below at the next validation.
+    for said in [
+        "adapt ends with the lowest worst validation loss of 2 strategies: 0.3250 (0.3000 to 0.3500) nats over 2 "
+        "seeds. Next is uniform, with 2.0250 (2.0000 to 2.0500) over 2 seeds.",
+        "Their ranges do not overlap.",
+        "It reaches the worst loss uniform ends with after 960 supervised tokens, 75% of the 1,280 which that took.",
+        "It has the lowest loss on 2 of 3 tasks.",
+    ]:
+        assert said in page.text
+    strategies = page.tables["strategies"][1:]
+    assert [row[0] for row in strategies] == ["adapt seeds 0, 1", "uniform seeds 0, 1"]
+    for row, strategy in zip(strategies, ("adapt", "uniform"), strict=True):
+        runs = summaries[strategy]
+        worst = [run["worst_validation_loss"] for run in runs]
+        means = [run["mean_validation_loss"] for run in runs]
+        for cell, values in ((row[1], worst), (row[2], means)):
+            assert cell == f"{loss(sum(values) / 2)} {loss(min(values))} to {loss(max(values))}"
+        assert row[4] == "1,280" and row[5] == str(runs[0]["probe_tokens"])
+        seconds = sorted(run["seconds"] for run in runs)
+        assert row[6] == f"{sum(seconds) / 2:.1f} s {seconds[0]:.1f} s to {seconds[1]:.1f} s"
+        shares = [run["mixture_seconds"] / run["seconds"] for run in runs]
+        assert row[7].split(" ")[0] == f"{sum(shares) / 2:.1%}"
+    assert [row[3] for row in strategies] == ["2", "1"]
+    assert page.tables["tokens_to_reach"][1:] == [["adapt", "1,280", "960"], ["uniform", "never", "1,280"]]
+    one, two, three = page.tables["winners"][1:]
+    assert one[:2] == ["one", "uniform clear"] and three[:2] == ["three", "adapt clear"]
+    assert two == ["two", "adapt clear", "0.2250 0.2000 to 0.2500", "1.0250 1.0000 to 1.0500"]
+    settings = page.rows("settings")
+    assert settings == {"strategy": ["adapt", "uniform"]}
+    assert page.text.count("/resolved.yaml") == 4
+
+
+def test_some_seeds_reach_a_loss_and_others_do_not(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"a_{seed}", strategy="a", seed=seed, loss=lambda t, s: 1.0) for seed in (0, 1)]
+    folders += [
+        write_run(tmp_path / f"b_{seed}", strategy="b", seed=seed, loss=lambda t, s, seed=seed: 0.5 + seed)
+        for seed in (0, 1)
+    ]
+    assert page_of(*folders).tables["tokens_to_reach"][1:] == [["a", "0", "1 of 2"], ["b", "1 of 2", "0"]]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "gap", "said"),
+    [(1, 1.0, "With one seed of a strategy, this may be chance."), (2, 0.05, "Their ranges over seeds overlap.")],
+)
+def test_what_may_be_chance_is_called_so(tmp_path: Path, seeds: int, gap: float, said: str) -> None:
+    folders = [
+        write_run(
+            tmp_path / f"{name}_{seed}",
+            strategy=name,
+            seed=seed,
+            loss=lambda task, share, seed=seed, more=more: 1 + 0.1 * seed + more,
+        )
+        for name, more in (("a", 0.0), ("b", gap))
+        for seed in range(seeds)
+    ]
+    assert said in page_of(*folders).text
+
+
+def test_one_strategy_over_seeds(folders: dict[str, list[Path]]) -> None:
+    page = page_of(*folders["adapt"])
+    assert "adapt on 3 tasks, 2 runs" in page.text
+    assert "adapt ends with a worst validation loss of 0.3250 (0.3000 to 0.3500) nats over 2 seeds." in page.text
+    assert "settings" not in page.tables and "tokens_to_reach" not in page.tables
+
+
+def test_runs_that_go_on_beside_one_that_is_finished(tmp_path: Path, folders: dict[str, list[Path]]) -> None:
+    going = write_run(tmp_path / "going", strategy="dro", finished=False, loss=lambda task, share: 0.01)
+    page = page_of(folders["adapt"][0], going)
+    assert "going was killed, or is still going on." in page.text
+    assert page.text.count("adapt ends with a worst validation loss of 0.3000 nats.") == 1
+    assert [row[0] for row in page.tables["strategies"][1:]] == ["adapt seed 0", "dro, unfinished seed 0"]
+    other = write_run(tmp_path / "other", strategy="adapt", finished=False)
+    assert "None of the 2 runs is finished." in page_of(going, other).text
+
+
+def test_runs_over_different_tasks(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", strategy="a", tasks=["x", "y"])
+    other = write_run(tmp_path / "b", strategy="b", tasks=["y", "z"])
+    page = page_of(one, other)
+    assert "They are compared on the 1 they share; left out: x, z." in page.text
+    assert list(page.rows("winners")) == ["y"]
+
+
+def test_folders_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name / "run", strategy=name, finished=False) for name in ("a", "b")]
+    text = page_of(*folders).text
+    assert all(f"{folder} was killed" in text and f"{folder}/resolved.yaml" in text for folder in folders)
+
+
+# ---- the file
+
+
+def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "img") or attributes.get("href") == "data:,"
+        assert "src" not in attributes, tag
+    style = re.search("<style>(.*?)</style>", page.source, re.DOTALL)
+    assert style and "url(" not in style[1] and "@import" not in style[1]
+    for tag in ("table", "figure", "details", "thead", "tbody"):
+        assert page.source.count(f"<{tag}") > 0
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    hostile = "</script><img src=x onerror=alert(1)>&"
+    folder = write_run(tmp_path / "run", strategy=hostile, tasks=[hostile, "other"])
+    page = page_of(folder, write_run(tmp_path / "b", strategy="b", tasks=[hostile, "other"]))
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert hostile in page.text
+
+
+def test_the_page_lies_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", strategy="uniform")
+    assert write_report([Path("one")])[0] == Path("one/report.html")
+    assert write_report([Path("one"), other])[0] == Path("report.html")
+    page, *figures = write_report([one, Path("one"), tmp_path / "other" / ".." / "one"], Path("new/folder/page.html"))
+    assert "adapt on 3 tasks, seed 0" in page.read_text(), "the same folder thrice is one run"
+    assert page == Path("new/folder/page.html")
+    assert {figure.parent for figure in figures} == {Path("new/folder/page_figures")}
+    assert sorted(path.name for path in Path("new/folder").rglob("*") if path.is_file()) == sorted(
+        ["page.html", *(figure.name for figure in figures)]
+    )
+
+
+def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run")
+    before = sorted(folder.iterdir())
+    for others, said in [
+        ([tmp_path / "gone"], "no such folder"),
+        ([write_run(tmp_path / "b", tasks=["x"])], "in common"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            write_report([folder, *others], folder / "new" / "page.html")
+    for out, said in [("page.txt", "end in .html"), ("folder.html", "is a folder")]:
+        (tmp_path / "folder.html").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=said):
+            write_report([folder], tmp_path / out)
+    assert sorted(folder.iterdir()) == before
+
+    def full(path: Path, content: bytes) -> int:
+        os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 3)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report([folder], folder / "page.html")
+    assert {path for path in folder.rglob("*") if path.is_file()} == set(before)
+
+
+# ---- the command
+
+
+def report(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """(exit status, output) of `tune report`."""
+    parser = argparse.ArgumentParser()
+    tune_cli_ext._add_report(parser.add_subparsers())
+    status = 0
+    try:
+        args = parser.parse_args(["report", *map(str, words)])
+        args.func(args)
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run")
+    assert report(capsys, folder) == (0, f"{folder}/report.html\n8 figures in {folder}/report_figures/\n")
+    out = tmp_path / "page.html"
+    assert report(capsys, folder, "--out", out) == (0, f"{out}\n8 figures in {tmp_path}/page_figures/\n")
+
+
+def test_errors_are_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = write_run(tmp_path / "run"), write_run(tmp_path / "other", tasks=["x"])
+    broken = write_run(tmp_path / "broken")
+    (broken / "log.jsonl").write_text('{"event": "mixture"}\nnonsense\n')
+    (tmp_path / "file").touch()
+    for words, said in [
+        ([tmp_path / "gone"], "gone: there is no such folder"),
+        ([tmp_path], f"holds no run itself, but 3 of its folders do: give {tmp_path}/*/"),
+        ([folder, other], "have no task in common"),
+        ([broken], "log.jsonl, line 2: is not a JSON object"),
+        ([folder, "--out", "page"], "--out page: has to be the name of a page, and end in .html"),
+        ([folder, "--out", tmp_path / "file" / "page.html"], "Not a directory"),
+    ]:
+        status, output = report(capsys, *words)
+        assert status == 2 and output.startswith("tune report: error: ") and said in output, output
+        assert output.count("\n") == 1
+    status, output = report(capsys)
+    assert status == 2 and "RUN" in output
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("adapt_recipes.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    status, output = report(capsys, write_run(tmp_path / "run"))
+    assert (status, output) == (2, "tune report: error: it needs the package 'plotly'; pip install plotly\n")
+
+
+def test_tune_has_the_command(tmp_path: Path) -> None:
+    """Torchtune's own command line, in a process of its own."""
+    folder = write_run(tmp_path / "run")
+    program = "import runpy, sys\nfor sys.argv in (['tune', '--help'], ['tune', 'report', 'run']):\n    "
+    program += (
+        "try: runpy.run_module('tune_cli_ext', run_name='__main__')\n    except SystemExit as exit: print(exit.code)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^    report +Show a run", done.stdout, re.MULTILINE)
+    assert re.search(r"^    cat  ", done.stdout, re.MULTILINE), "and has not lost its last"
+    assert done.stdout.endswith("run/report.html\n8 figures in run/report_figures/\nNone\n")
+    assert math.isclose((folder / "report.html").stat().st_size, 5.7e6, rel_tol=0.1), (
+        "4.8 MB of plotly, 0.8 of DataTables"
+    )
