@@ -115,9 +115,9 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         checkpoints = self._together(functools.partial(_whole_checkpoints, self.checkpoints_dir))[0]
         for step, folder in sorted(checkpoints.items(), reverse=True):
-            reasons = self._together(functools.partial(self._damage, folder))
-            if reason := next(filter(None, reasons), None):
-                damaged[step] = reason
+            reasons = [reason for reason in self._together(functools.partial(self._damage, folder)) if reason]
+            if reasons:  # another process may have stumbled over what one has seen to be damaged
+                damaged[step] = min(reasons, key=lambda reason: not reason.endswith("is not what was written"))
                 continue
             self._damaged = list(damaged)
             if damaged and self._rank == 0:
