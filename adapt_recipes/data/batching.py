@@ -121,6 +121,7 @@ def _rounds(lengths: np.ndarray, max_tokens: int, num_parts: int) -> Iterator[li
         if best[start] == never:
             continue
         bounds = lengths[start] * np.arange(min(max(1, max_tokens // lengths[start]), num - start) + 1)
+        bounds = np.append(bounds, -1)
         edges = _edges(lengths, rest, start, bounds, max_tokens, num_parts)
         rows = np.diff(edges, axis=0)
         sizes = rows * lengths[np.minimum(edges[:-1], num - 1)]
@@ -143,13 +144,16 @@ def _edges(
 ) -> np.ndarray:
     """(num_parts + 1, num_bounds): between which places the parts of a round lie, for each bound on a part's tokens.
 
-    A part takes as many rows as make no more tokens, and one at least. Bound 0: its share of what is left.
+    A part takes as many rows as make no more tokens, and one at least. Bound -1: as many as its share of what is left
+    needs; 0: and one more where that is a whole number.
     """
     edges = np.full((num_parts + 1, len(bounds)), start)
     for part in range(num_parts):
         place = edges[part]
         width = lengths[np.minimum(place, len(lengths) - 1)]
-        limits = np.where(bounds > 0, np.minimum(bounds, max_tokens), rest[place] // (num_parts - part) + width)
+        limits = np.where(
+            bounds > 0, np.minimum(bounds, max_tokens), rest[place] // (num_parts - part) + width + bounds
+        )
         edges[part + 1] = np.minimum(place + np.maximum(limits // width, 1), len(lengths))
     return edges
 

@@ -34,6 +34,7 @@ NEEDED = (  # of a recipe's Config
     "batch_size",
     "micro_batch_tokens",
     "activation_checkpointing",
+    "loss_chunk_tokens",
 )
 
 

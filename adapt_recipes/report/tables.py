@@ -21,6 +21,7 @@ NOT_COMPARED = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "async_checkpointing",
 )
 
 COUNTERS = {

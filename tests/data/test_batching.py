@@ -154,6 +154,11 @@ def test_nothing_is_dealt_to_several_processes() -> None:
     assert deal([], max_tokens=10, world_size=3)[1] == [[], [], []]
 
 
+def test_too_few_rows_to_fill_all_are_computed_at_once() -> None:
+    _, each = deal([10] * 5, max_tokens=100, world_size=4)
+    assert [[len(batch.rows) for batch in batches] for batches in each] == [[2], [1], [1], [1]]
+
+
 def test_long_rows_alone_and_short_rows_together() -> None:
     """Equal tokens, not equal numbers of examples."""
     _, each = deal([48] + [4] * 12, max_tokens=100, world_size=2)

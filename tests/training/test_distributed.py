@@ -195,9 +195,10 @@ INFINITE, FINE = torch.tensor([1.0, torch.nan]).double(), torch.ones(2).double()
 def not_finite() -> dict[str, str]:
     """On one process or as one of two: they have to say the same."""
     batches, other = batches_of(*FATAL_LOSS), batches_of([1], [9], [1], [1])
+    apart = batches_of([1, 2, 3], [1])  # of two processes, each has one task
     mine = INFINITE if rank() == world_size() - 1 else FINE  # a gradient's shard, say
     every: Any = {"model": Fatal(), "batches": batches, "tasks": TASKS, "step": 7}
-    some: Any = {"batches": batches_of([1], [1], [1]), "task_names": "ab", "step": 7}
+    some: Any = {"batches": apart, "task_names": "ab", "step": 7}
     return {
         "loss": look_for(*FATAL_LOSS),
         "gradient": look_for([1, 2, 3], [1, 2], [1, 8], [8], [1]),
@@ -207,7 +208,9 @@ def not_finite() -> dict[str, str]:
         "named": said(lambda: nonfinite.check_finite(**every | {"batches": other}, values=[mine])),
         "dots": said(lambda: nonfinite.check_dots(INFINITE, **some)),
         "no such task": said(lambda: nonfinite.check_dots(INFINITE, **some | {"batches": batches_of([1])})),
-        "reward": said(lambda: nonfinite.check_rewards(INFINITE, **some | {"batches": [batches]}, reward="Mine")),
+        "reward": said(
+            lambda: nonfinite.check_rewards(INFINITE, **some | {"batches": [apart, batches]}, reward="Mine")
+        ),
     }
 
 

@@ -25,6 +25,7 @@ CASES: dict[str, Told] = {
     "one by one": {0: {3: [signal.SIGINT]}, 1: {4: [signal.SIGINT]}},
     "each its own": {0: {3: [signal.SIGINT]}, 1: {3: [signal.SIGTERM]}},
     "twice": {0: {3: [signal.SIGTERM, signal.SIGTERM]}, 1: {3: [signal.SIGTERM, signal.SIGTERM]}},
+    "one after the other": {0: {3: [signal.SIGINT, signal.SIGTERM]}},
     "nobody": {},
 }
 
@@ -70,10 +71,21 @@ def one_is_gone(folder: Path) -> None:
         (folder / "saved").touch()
 
 
+def ends_in_an_error(folder: Path) -> None:
+    """The launcher tells it to stop while it is about to say what is wrong."""
+    with processes("cpu", batch_size=2):
+        try:
+            with StopSignals():
+                raise ValueError("wrong")
+        except ValueError as error:
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError(f"{error}, and said") from error
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[group.Ended]]:
     folder = tmp_path_factory.mktemp("group")
-    ended = group.run((stopped, one_does_not_answer, one_is_gone), folder)
+    ended = group.run((stopped, one_does_not_answer, one_is_gone, ends_in_an_error), folder)
     assert not list(folder.rglob("saved*")), "nothing is saved that not all have agreed on"
     return ended
 
@@ -87,6 +99,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[group.Ende
         ("one by one", (3, 130, [3])),
         ("each its own", (3, 143, [3])),
         ("twice", (3, 143, [3])),
+        ("one after the other", (3, 130, [3])),
         ("nobody", (9, 0, [])),
     ],
 )
@@ -109,6 +122,11 @@ def test_who_was_told_to_stop_does_not_wait_for_ever(
     )
     assert said in first.err.splitlines() and "Traceback" not in first.err
     assert first.seconds < 60
+
+
+def test_an_error_is_said_though_the_launcher_would_end_it(ended: dict[str, list[group.Ended]]) -> None:
+    for each in ended["ends_in_an_error"]:
+        assert each.status == 2 and "error: wrong, and said" in each.err.splitlines()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
