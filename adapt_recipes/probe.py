@@ -25,6 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from adapt_recipes.training.distributed import summed, world_size
+from adapt_recipes.training.sharding import local
+
 IGNORE_INDEX = -100  # the label of a position that does not count, torch's own default
 
 
@@ -60,7 +63,7 @@ def task_losses(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> T
         (num_tasks,) float64 on the CPU, nats a supervised token; NaN for a task without a supervised token.
     """
     with _measuring(model):
-        return _loss_sums(model, batches, num_tasks) / num_supervised(model, batches, num_tasks)
+        return _loss_sums(model, batches, num_tasks) / num_supervised(batches, num_tasks)
 
 
 def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -> list[Tensor]:
@@ -76,12 +79,11 @@ def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -
     """
     assert weights.isfinite().all(), f"weights {weights.tolist()}"
     parameters = _trainable(model)
-    num_processes = dist.get_world_size() if dist.is_initialized() else 1
     # Gradients are averaged over processes, and the means here are over all of them.
-    token_weights = num_processes * weights / num_supervised(model, batches, len(weights))
+    token_weights = world_size() * weights / num_supervised(batches, len(weights))
     chosen = [(weights != 0)[batch.tasks.cpu()] for batch in batches]
     # A forward of one process is a forward of all of them, or FSDP2 waits for ever.
-    num_wanting = _over_processes(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64), model)
+    num_wanting = summed(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64))
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -99,11 +101,11 @@ def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -
     finally:
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
-    if num_processes > 1:
+    if world_size() > 1:
         for part in gradient:
             if not isinstance(part, DTensor):  # FSDP2 has averaged its own
                 dist.all_reduce(part)
-                part /= num_processes
+                part /= world_size()
     return gradient
 
 
@@ -150,13 +152,13 @@ def gradient_dots(
                 f"dtype: finite differences need fp32 weights, and these are {parameter.dtype}; "
                 "use `bf16` (fp32 weights, bf16 compute) or `fp32`"
             )
-    counts = num_supervised(model, batches, num_tasks)
-    size = norm(direction, model)
+    counts = num_supervised(batches, num_tasks)
+    size = norm(direction)
     assert math.isfinite(size), f"the direction's norm is {size}: the model has diverged"
     if size == 0:
         return torch.zeros(num_tasks, dtype=torch.float64) / counts
     # Weights that are all 0 (LoRA's B alone, at the start) have no scale of their own.
-    eps = min(relative_step * (norm(parameters, model) or 1.0) / size, loss_step / size / size)
+    eps = min(relative_step * (norm(parameters) or 1.0) / size, loss_step / size / size)
     with _measuring(model), _restored(model) as originals:
         _move(parameters, originals, direction, eps)
         above = _loss_sums(model, batches, num_tasks)
@@ -179,12 +181,12 @@ def gradient_dots_by_backward(
     Returns:
         (num_tasks,) float64 on the CPU; NaN for a task without a supervised token.
     """
-    counts = num_supervised(model, batches, num_tasks)
+    counts = num_supervised(batches, num_tasks)
     dots = torch.full((num_tasks,), math.nan, dtype=torch.float64)
     for task in torch.nonzero(counts).flatten().tolist():
         weights = torch.zeros(num_tasks, dtype=torch.float64)
         weights[task] = 1
-        dots[task] = inner(loss_gradient(model, batches, weights), direction, model)
+        dots[task] = inner(loss_gradient(model, batches, weights), direction)
     return dots
 
 
@@ -204,7 +206,7 @@ def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks
     counts = torch.zeros(num_tasks, dtype=torch.float64)
     with _measuring(model):
         for batch in batches:
-            device = _device(model)
+            device = device_of(model)
             hidden = model(batch.tokens.to(device), batch.labels.to(device), "hidden_states").float()
             _reshard(model)
             real = torch.arange(hidden.shape[1], device=device) < batch.lengths.to(device)[:, None]
@@ -214,7 +216,7 @@ def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks
             sums.index_add_(0, batch.tasks.cpu()[kept], means[kept])
             counts += torch.bincount(batch.tasks.cpu()[kept], minlength=num_tasks)
     assert sums is not None, "nothing to read"
-    return _over_processes(sums, model) / _over_processes(counts, model)[:, None]
+    return summed(sums) / summed(counts)[:, None]
 
 
 @torch.no_grad()
@@ -228,14 +230,14 @@ def example_losses(model: nn.Module, batches: Sequence[ExampleBatch]) -> Tensor:
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
-    sums, counts = torch.zeros(2, _num_examples(model, batches), dtype=torch.float64)
+    sums, counts = torch.zeros(2, _num_examples(batches), dtype=torch.float64)
     with _measuring(model):
         for batch in batches:
             losses, rows = _token_losses(model, batch, of=batch.rows)
             _reshard(model)
             sums.index_add_(0, rows, losses.to("cpu", torch.float64))
             counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
-    return _over_processes(sums, model) / _over_processes(counts, model)
+    return summed(sums) / summed(counts)
 
 
 @torch.no_grad()
@@ -260,10 +262,10 @@ def example_uncertainties(
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
-    values = torch.zeros(_num_examples(model, batches), dtype=torch.float64)
+    values = torch.zeros(_num_examples(batches), dtype=torch.float64)
     with _measuring(model, dropout=dropout):
         for batch in [*batches] * passes:
-            device = _device(model)
+            device = device_of(model)
             logits = model(batch.tokens.to(device), batch.labels.to(device), "logits")
             _reshard(model)
             log_p = torch.log_softmax(logits, dim=-1)
@@ -272,17 +274,16 @@ def example_uncertainties(
             rows = _of_supervised(batch.labels, batch.rows)
             for row in rows.unique().tolist():
                 values[row] += measure(p[rows == row], entropy[rows == row])
-    return _over_processes(values, model) / passes
+    return summed(values) / passes
 
 
-def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int, model: nn.Module) -> Tensor:
+def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:
     """The mean over each task's examples of one value an example.
 
     Args:
         values: (num_examples,) float64.
         batches: which examples there are, and of which task.
         num_tasks: tasks in the run.
-        model: says where processes meet.
 
     Returns:
         (num_tasks,) float64 on the CPU; NaN for a task without an example.
@@ -293,10 +294,10 @@ def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int, 
         tasks = batch.tasks.cpu()[kept]
         sums.index_add_(0, tasks, values[batch.rows.cpu()[kept]])
         counts += torch.bincount(tasks, minlength=num_tasks)
-    return _over_processes(sums, model) / _over_processes(counts, model)
+    return summed(sums) / summed(counts)
 
 
-def num_supervised(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
+def num_supervised(batches: Sequence[Batch], num_tasks: int) -> Tensor:
     """How much a task's loss is a mean of.
 
     Returns:
@@ -305,23 +306,23 @@ def num_supervised(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -
     counts = torch.zeros(num_tasks, dtype=torch.int64)
     for batch in batches:
         counts += torch.bincount(_of_supervised(batch.labels, batch.tasks), minlength=num_tasks)
-    return _over_processes(counts.to(torch.float64), model)
+    return summed(counts.to(torch.float64))
 
 
-def inner(left: Sequence[Tensor], right: Sequence[Tensor], model: nn.Module) -> float:
-    """The inner product of two gradients of ``model``, summed in float64, over all shards."""
+def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """The inner product of two gradients, summed in float64, over all shards."""
     sharded, whole = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
             wide = torch.promote_types(a.dtype, torch.float32)  # a product of bf16 would be rounded to bf16
-            product = (_local(a).to(wide) * _local(b)).sum(dtype=torch.float64).cpu()
+            product = (local(a).to(wide) * local(b)).sum(dtype=torch.float64).cpu()
             (sharded if isinstance(a, DTensor) else whole).add_(product)
-    return float(_over_processes(sharded, model) + whole)
+    return float(summed(sharded) + whole)
 
 
-def norm(tensors: Sequence[Tensor], model: nn.Module) -> float:
-    """The length of a gradient of ``model``."""
-    return math.sqrt(inner(tensors, tensors, model))
+def norm(tensors: Sequence[Tensor]) -> float:
+    """The length of a gradient."""
+    return math.sqrt(inner(tensors, tensors))
 
 
 @contextmanager
@@ -344,30 +345,24 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _local(tensor: Tensor) -> Tensor:
-    """This process's shard, sharing its memory; the whole tensor where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
 def _move(parameters: Sequence[Tensor], originals: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> None:
     """``parameters = originals + scale * direction``."""
     for parameter, original, part in zip(parameters, originals, direction, strict=True):
-        torch.add(original, _local(part), alpha=scale, out=_local(parameter))
+        torch.add(original, local(part), alpha=scale, out=local(parameter))
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
     """Yields a copy of the trainable weights (of the shards), and puts them back from it whatever happens."""
     parameters = _trainable(model)
-    originals = [_local(parameter).detach().clone() for parameter in parameters]
+    originals = [local(parameter).detach().clone() for parameter in parameters]
     _reshard(model)
     try:
         yield originals
     finally:
         with torch.no_grad():
             for parameter, original in zip(parameters, originals, strict=True):
-                _local(parameter).copy_(original)
+                local(parameter).copy_(original)
         _reshard(model)
 
 
@@ -375,7 +370,7 @@ def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
 def _measuring(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
     """Eval mode, or with ``dropout`` training mode; afterwards modes and generators are as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    device = _device(model)
+    device = device_of(model)
     accelerators = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
     try:
         model.train(dropout)
@@ -392,7 +387,7 @@ def _token_losses(model: nn.Module, batch: Batch, *, of: Tensor, rows: Tensor | 
     if rows is not None and not rows.all():
         kept = rows.nonzero().flatten()
         tokens, labels, of = tokens[kept.to(tokens.device)], labels[kept.to(labels.device)], of[kept]
-    device = _device(model)
+    device = device_of(model)
     return model(tokens.to(device), labels.to(device)), _of_supervised(labels, of)
 
 
@@ -401,10 +396,10 @@ def _examples(batch: Batch) -> Tensor:
     return (batch.labels.cpu() != IGNORE_INDEX).any(1)
 
 
-def _num_examples(model: nn.Module, batches: Sequence[Batch]) -> int:
+def _num_examples(batches: Sequence[Batch]) -> int:
     """Over all processes."""
     here = sum(int(_examples(batch).sum()) for batch in batches)
-    return int(_over_processes(torch.tensor(float(here), dtype=torch.float64), model))
+    return int(summed(torch.tensor(float(here), dtype=torch.float64)))
 
 
 def _of_supervised(labels: Tensor, of: Tensor) -> Tensor:
@@ -421,19 +416,10 @@ def _loss_sums(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Te
         losses, tasks = _token_losses(model, batch, of=batch.tasks)
         _reshard(model)
         sums.index_add_(0, tasks, losses.to("cpu", torch.float64))  # on the CPU the order of addition is fixed
-    return _over_processes(sums, model)
+    return summed(sums)
 
 
-def _over_processes(values: Tensor, model: nn.Module) -> Tensor:
-    """The sum over processes: a few CPU float64 numbers, the same on every process."""
-    if not dist.is_initialized():
-        return values
-    summed = values.to(_device(model))  # the backend may know the model's device alone
-    dist.all_reduce(summed)
-    return summed.cpu()
-
-
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where it computes: FSDP2 may keep parameters in host memory, but no buffers."""
     return next(chain(model.buffers(), model.parameters())).device
 

@@ -80,7 +80,7 @@ class PerplexityRatio:
     def __call__(self, *, pool: Sequence[probe.ExampleBatch], base_losses: Tensor) -> Tensor:
         """(num_tasks,), above 0; ``base_losses``: (num_examples,), log PPL(y; x, theta_0) of the pool."""
         ratios = (probe.example_losses(self.model, pool) - base_losses).exp()  # (9)
-        rewards = probe.task_means(ratios, pool, self.num_tasks, self.model)  # (10)
+        rewards = probe.task_means(ratios, pool, self.num_tasks)  # (10)
         if self.specialist is not None:
             rewards[self.specialist] *= 2
         return rewards
@@ -105,18 +105,18 @@ class GradientAlignment:
     def __call__(self, *, validation: Sequence[probe.ExampleBatch], train: Sequence[probe.ExampleBatch]) -> Tensor:
         """(num_tasks,), at most 1; N counts the tasks with a validation split. Negative: 0, as in CosineSimilarity."""
         mean: list[Tensor] = []  # of grad L_dev_j / || grad L_dev_j ||, which makes (a) one product a task
-        tasks = _tasks_of(validation, self.num_tasks, self.model)
+        tasks = _tasks_of(validation, self.num_tasks)
         for task in tasks:
             gradient = _task_gradient(self.model, validation, task, self.num_tasks)
-            scale = 1 / (probe.norm(gradient, self.model) or 1.0) / len(tasks)
+            scale = 1 / (probe.norm(gradient) or 1.0) / len(tasks)
             mean = mean or [torch.zeros_like(part) for part in gradient]
             torch._foreach_add_(mean, gradient, alpha=scale)
             del gradient  # before the next one is made
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
-        for task in _tasks_of(train, self.num_tasks, self.model):
+        for task in _tasks_of(train, self.num_tasks):
             gradient = _task_gradient(self.model, train, task, self.num_tasks)
-            size = probe.norm(gradient, self.model)
-            rewards[task] = probe.inner(gradient, mean, self.model) / size if size else 0.0
+            size = probe.norm(gradient)
+            rewards[task] = probe.inner(gradient, mean) / size if size else 0.0
             del gradient
         return rewards.clamp(0, 1)
 
@@ -174,7 +174,7 @@ class Uncertainty:
         values = probe.example_uncertainties(
             self.model, validation, self.measure, passes=self.passes, dropout=self.has_dropout
         )
-        return probe.task_means(values, validation, self.num_tasks, self.model)
+        return probe.task_means(values, validation, self.num_tasks)
 
 
 class GradientNorm:
@@ -194,8 +194,8 @@ class GradientNorm:
     def __call__(self, *, train: Sequence[probe.ExampleBatch]) -> Tensor:
         """(num_tasks,), at least 0."""
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
-        for task in _tasks_of(train, self.num_tasks, self.model):
-            rewards[task] = probe.norm(_task_gradient(self.model, train, task, self.num_tasks), self.model)
+        for task in _tasks_of(train, self.num_tasks):
+            rewards[task] = probe.norm(_task_gradient(self.model, train, task, self.num_tasks))
         return rewards
 
 
@@ -206,9 +206,9 @@ def _task(name: str | None, task_names: Sequence[str]) -> int | None:
     return None if name is None else list(task_names).index(name)
 
 
-def _tasks_of(batches: Sequence[probe.Batch], num_tasks: int, model: nn.Module) -> list[int]:
+def _tasks_of(batches: Sequence[probe.Batch], num_tasks: int) -> list[int]:
     """The tasks that there are examples of."""
-    return probe.num_supervised(model, batches, num_tasks).nonzero().flatten().tolist()
+    return probe.num_supervised(batches, num_tasks).nonzero().flatten().tolist()
 
 
 def _task_gradient(model: nn.Module, batches: Sequence[probe.Batch], task: int, num_tasks: int) -> list[Tensor]:

@@ -31,15 +31,28 @@ def is_finished(folder: Path) -> bool:
 
 
 class RunLog:
-    """``log.jsonl``: one JSON object a line, flushed as it is written.
+    """``log.jsonl``: one JSON object a line, flushed as it is written; and what metric loggers get of it.
 
     Args:
         folder: the run directory.
+        metric_logger: one of torchtune's, which is closed with the log; None: there is none. Of steps it gets the
+            first, the last, and those that ``log_every`` says.
+        log_every: steps; 0: none in between.
+        budget_tokens: supervised tokens, which tell the last step.
         keep_bytes: what a resumed run keeps of the log: its length when the checkpoint was taken. What was written
             after it is written again, so it is cut off first. 0: a new log.
     """
 
-    def __init__(self, folder: Path, *, keep_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_bytes: int = 0,
+        metric_logger: Any = None,
+        log_every: int = 0,
+        budget_tokens: int = 0,
+    ) -> None:
+        self._metric_logger, self._log_every, self._budget_tokens = metric_logger, log_every, budget_tokens
         path = folder / LOG
         if keep_bytes and (not path.exists() or path.stat().st_size < keep_bytes):
             raise ValueError(f"resume: {path} is shorter than it was at the checkpoint; it has been changed since")
@@ -63,10 +76,40 @@ class RunLog:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._file.name)) from error
+        if self._metric_logger and (metrics := self._metrics(event, values)):
+            self._metric_logger.log_dict(metrics, step=values["step"])
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of what could not be written, and `write` has said so
             self._file.close()
+        if self._metric_logger:
+            self._metric_logger.close()
+
+    def _metrics(self, event: str, values: Mapping[str, Any]) -> dict[str, float]:
+        """By the names that docs/watching.md lists."""
+        if event == "step":
+            step, is_last = values["step"], values["supervised_tokens"] == self._budget_tokens
+            if step > 1 and not is_last and not (self._log_every and step % self._log_every == 0):
+                return {}
+            names = ("loss", "lr", "grad_norm", "supervised_tokens", "tokens", "computed_tokens", "seconds")
+            return {name: values[name] for name in names}
+        if event == "mixture":
+            probabilities = {f"p/{task}": p for task, p in values["probabilities"].items()}
+            return probabilities | {n: values[n] for n in ("supervised_tokens", "probe_tokens", "mixture_seconds")}
+        if event == "validation":
+            measured = {f"validation_loss/{task}": loss for task, loss in values["losses"].items() if loss == loss}
+            worst, mean = max(measured.values()), sum(measured.values()) / len(measured)
+            return measured | {"worst_validation_loss": worst, "mean_validation_loss": mean}
+        return {}
+
+
+class Silent:
+    """Stands in for the log on processes that do not write."""
+
+    num_bytes = 0
+
+    def write(self, event: str, **values: Any) -> None: ...
+    def close(self) -> None: ...
 
 
 def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:

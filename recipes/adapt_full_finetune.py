@@ -34,18 +34,9 @@ from adapt_recipes.config import STRICT, Component, Given, command_line, to_dict
 from adapt_recipes.display import Display
 from adapt_recipes.mixture.contract import check_mixture
 from adapt_recipes.models import TokenLosses, check_decoder, huggingface_config, train_adapters_alone
-from adapt_recipes.runlog import RunLog, holds_run, is_finished, write_resolved, write_summary
+from adapt_recipes.runlog import RunLog, Silent, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
-from adapt_recipes.training.distributed import (
-    Silent,
-    check_same,
-    get_device,
-    processes,
-    rank,
-    summed,
-    together,
-    world_size,
-)
+from adapt_recipes.training.distributed import check_same, get_device, processes, rank, summed, together, world_size
 from adapt_recipes.training.interrupt import StopSignals
 from adapt_recipes.training.nonfinite import check_dots, check_finite, raise_nonfinite
 from adapt_recipes.training.resume import check_resume
@@ -219,15 +210,21 @@ class AdaptFullFinetune:
         if saved is not None:
             self._load(saved)
 
-        self.metric_logger = config.metric_logger.build() if config.metric_logger and rank() == 0 else None
-        self.log: Any = Silent()
+        self.log: RunLog | Silent = Silent()
         if rank() == 0:
+            metric_logger = config.metric_logger.build() if config.metric_logger else None
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.log = RunLog(self.output_dir, keep_bytes=saved.shared["log_bytes"] if saved else 0)
+            self.log = RunLog(
+                self.output_dir,
+                keep_bytes=saved.shared["log_bytes"] if saved else 0,
+                metric_logger=metric_logger,
+                log_every=config.log_every,
+                budget_tokens=self.ledger.budget_tokens,
+            )
             write_resolved(self.output_dir, to_dict(config))
         self.checkpoints.clean()
         self.display = Display(self.tasks, budget_tokens=self.ledger.budget_tokens, log_every=config.log_every)
-        for file in filter(None, (self.log, self.metric_logger, self.display)):
+        for file in (self.log, self.display):
             self.open_files.callback(file.close)
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
         p = self.mixture.probabilities()
@@ -361,11 +358,6 @@ class AdaptFullFinetune:
         self.validation_seconds += time.perf_counter() - started
         losses, spent = self._by_task(self.validation_losses), self.ledger.supervised_tokens
         self.log.write("validation", step=self.num_steps, supervised_tokens=spent, losses=losses)
-        if self.metric_logger:
-            measured = {f"validation_loss/{name}": loss for name, loss in losses.items() if loss == loss}
-            worst, mean = max(measured.values()), sum(measured.values()) / len(measured)
-            both = {"worst_validation_loss": worst, "mean_validation_loss": mean}
-            self.metric_logger.log_dict({**measured, **both}, step=self.num_steps)
         self.display.validation(self.validation_losses)
 
     def save(self) -> None:
@@ -484,10 +476,6 @@ class AdaptFullFinetune:
         self.log.write("step", step=step, loss=loss, lr=lr, grad_norm=grad_norm, **totals, **by_task, seconds=seconds)
         drawn = self.sampler.num_drawn
         self.display.step(step, loss, ledger, seconds, task_losses=task_losses, num_drawn=drawn)
-        every = self.config.log_every
-        if self.metric_logger and (step == 1 or ledger.left == 0 or (every and step % every == 0)):
-            values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **totals, "seconds": seconds}
-            self.metric_logger.log_dict(values, step=step)
 
     def _log_mixture(self, signals: dict[str, Any]) -> None:
         """The probabilities used from the next step on, and what led to them."""
@@ -497,9 +485,6 @@ class AdaptFullFinetune:
         totals: dict[str, Any] = {n: getattr(self.ledger, n) for n in ("supervised_tokens", "probe_tokens")}
         totals["mixture_seconds"] = self.mixture_seconds
         self.log.write("mixture", step=self.num_steps, **totals, probabilities=probabilities, **signals)
-        if self.metric_logger:
-            named = {f"p/{name}": p for name, p in probabilities.items()}
-            self.metric_logger.log_dict({**named, **totals}, step=self.num_steps)
 
 
 def main(config: Config) -> int:

@@ -105,7 +105,7 @@ def test_a_measure_is_given_the_likeliest_tokens_and_the_entropies_in_order() ->
 
 def test_task_means_are_over_examples_not_over_tokens() -> None:
     values = torch.linspace(-1, 2, len(EXAMPLES), dtype=torch.float64) ** 3
-    means = probe.task_means(values, batched(EXAMPLES), NUM_TASKS + 1, tiny_model())
+    means = probe.task_means(values, batched(EXAMPLES), NUM_TASKS + 1)
     tasks = torch.tensor([task for task, _ in EXAMPLES])
     torch.testing.assert_close(means[:-1], torch.stack([values[tasks == task].mean() for task in range(NUM_TASKS)]))
     assert means.dtype == torch.float64 and means[-1].isnan()
@@ -115,26 +115,25 @@ def test_supervised_tokens_are_counted_by_task() -> None:
     expected = torch.zeros(NUM_TASKS + 1, dtype=torch.float64)
     for task, example in EXAMPLES:
         expected[task] += (example.labels != IGNORE_INDEX).sum()
-    assert torch.equal(probe.num_supervised(tiny_model(), batched(EXAMPLES), NUM_TASKS + 1), expected)
+    assert torch.equal(probe.num_supervised(batched(EXAMPLES), NUM_TASKS + 1), expected)
 
 
 def test_inner_products_and_norms_are_not_rounded_to_the_gradients_dtype() -> None:
     generator = torch.Generator().manual_seed(0)
-    model = tiny_model()
     left, right = ([torch.randn(shape, generator=generator) for shape in [(300, 40), (7,)]] for _ in range(2))
     expected = sum((a.double() * b.double()).sum().item() for a, b in zip(left, right, strict=True))
-    assert probe.inner(left, right, model) == pytest.approx(expected, rel=1e-6)
-    assert probe.norm(left, model) == pytest.approx(torch.cat([a.flatten() for a in left]).double().norm().item())
+    assert probe.inner(left, right) == pytest.approx(expected, rel=1e-6)
+    assert probe.norm(left) == pytest.approx(torch.cat([a.flatten() for a in left]).double().norm().item())
 
     left, right = [a.bfloat16() for a in left], [b.bfloat16() for b in right]
     expected = sum((a.double() * b.double()).sum().item() for a, b in zip(left, right, strict=True))
-    assert probe.inner(left, right, model) == pytest.approx(expected, rel=1e-6)
+    assert probe.inner(left, right) == pytest.approx(expected, rel=1e-6)
     large = torch.tensor([1e8, 1.0, -1e8])
     for parts in ([large], list(large.split(1))):
         ones = [torch.ones_like(part) for part in parts]
-        assert probe.inner(parts, ones, model) == 1.0, "not lost in a sum of 32 bits"
+        assert probe.inner(parts, ones) == 1.0, "not lost in a sum of 32 bits"
     with pytest.raises(ValueError, match="zip"):
-        probe.inner(left, right[:1], model)
+        probe.inner(left, right[:1])
 
 
 def test_rows_without_a_supervised_label_are_no_examples() -> None:
@@ -145,7 +144,7 @@ def test_rows_without_a_supervised_label_are_no_examples() -> None:
         torch.testing.assert_close(measured(model, [blank, *batches, blank]), measured(model, batches), rtol=0, atol=0)
         assert measured(model, [blank]).isnan().all(), name  # of no example there is nothing to say
     values = probe.example_losses(model, batches)
-    without, beside = (probe.task_means(values, each, NUM_TASKS, model) for each in (batches, [blank, *batches]))
+    without, beside = (probe.task_means(values, each, NUM_TASKS) for each in (batches, [blank, *batches]))
     assert torch.equal(without, beside)
 
 

@@ -160,13 +160,6 @@ def check_same(values: Mapping[str, Any], *, advice: str) -> None:
                 raise ValueError(f"{', '.join(keys)}: not the same on process {number} as on process 0; {advice}")
 
 
-class Silent:
-    """Stands in on the other processes for what the first one alone writes to: takes every call and does nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **named: None
-
-
 class _SaidByTheFirst(ValueError):
     """An error that process 0 raises as well, and says."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_recipes.data import Task
+from adapt_recipes.probe import device_of
 from adapt_recipes.training.distributed import gathered, together
 from adapt_recipes.training.sharding import local
 
@@ -35,7 +36,7 @@ def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence
         for i, row in enumerate(batch.rows.tolist())
         if row >= 0
     ]
-    device = next(chain(model.buffers(), model.parameters())).device  # as ``probe`` has it
+    device = device_of(model)
     with together():
         # Each process computes every example, so that all see the same and take part in every forward.
         for row, tokens, labels in sorted(chain(*gathered(mine)), key=lambda example: example[0]):
