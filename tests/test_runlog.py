@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from adapt_recipes.runlog import RunLog, holds_run, is_finished, write_resolved, write_summary
+from adapt_recipes.runlog import RunLog, Silent, holds_run, is_finished, write_resolved, write_summary
 
 
 def test_lines_are_json_and_there_at_once(tmp_path: Path) -> None:
@@ -57,3 +57,12 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     assert is_finished(tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == {"losses": [1.5]}
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_silent_stand_in_takes_every_call() -> None:
+    """All that a recipe asks of the log."""
+    silent = Silent()
+    silent.write("step", loss=1.0)
+    silent.close()
+    public = {name for name in vars(RunLog) if not name.startswith("_")}
+    assert public <= {*vars(Silent)} and silent.num_bytes == 0
