@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@echo "Results: $$(sed -n 's/^output_dir: *\([^ ]*\).*/\1/p' $(DEMO))/"
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

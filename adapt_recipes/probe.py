@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from adapt_recipes.training.distributed import summed, world_size
-from adapt_recipes.training.sharding import local
+from adapt_recipes.training.sharding import device_of, local
 
 IGNORE_INDEX = -100  # the label of a position that does not count, torch's own default
 
@@ -417,11 +416,6 @@ def _loss_sums(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Te
         _reshard(model)
         sums.index_add_(0, tasks, losses.to("cpu", torch.float64))  # on the CPU the order of addition is fixed
     return summed(sums)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where it computes: FSDP2 may keep parameters in host memory, but no buffers."""
-    return next(chain(model.buffers(), model.parameters())).device
 
 
 def _reshard(model: nn.Module) -> None:

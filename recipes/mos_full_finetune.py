@@ -29,6 +29,7 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from adapt_recipes import data, probe
+from adapt_recipes.base_losses import base_losses
 from adapt_recipes.budget import BudgetConfig, Ledger
 from adapt_recipes.config import STRICT, Component, Given, command_line, to_dict
 from adapt_recipes.display import Display
@@ -36,7 +37,6 @@ from adapt_recipes.mixture.contract import check_mixture, check_reward
 from adapt_recipes.models import TokenLosses, check_decoder, huggingface_config, train_adapters_alone
 from adapt_recipes.runlog import RunLog, Silent, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
-from adapt_recipes.training.base_losses import base_losses
 from adapt_recipes.training.distributed import check_same, get_device, processes, rank, summed, together, world_size
 from adapt_recipes.training.interrupt import StopSignals
 from adapt_recipes.training.nonfinite import check_finite, check_rewards, raise_nonfinite

@@ -129,7 +129,8 @@ def peak(run: Callable[[], object], recipe: Any) -> int:
 
 
 def peak_of_tensors(run: Callable[[], object], recipe: Any) -> int:
-    """The same without what an operation allocates for itself: on the CPU, and there alone, FSDP2's own copy twice."""
+    """The same without what an operation allocates for itself. The profiler sees nothing that gloo's threads free, as
+    they do now and then with what they have sent: on several processes it would count that for ever."""
     states = [value for state in recipe.optimizer.state.values() for value in state.values()]
     with LiveBytes() as live:
         for tensor in [*recipe.model.parameters(), *recipe.model.buffers(), *filter(torch.is_tensor, states)]:
@@ -200,9 +201,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     if os.environ["RANK"] == "0":
         write_tasks(folder / "tasks")
     with processes("cpu", batch_size=8):
-        # Where activations are few, what kernels of the CPU take for FSDP2 is not little beside them.
-        few = {name: "activation_checkpointing" in CASES[name].changes for name in ON_TWO}
-        return {name: measured(name, folder, peak_of_tensors if few[name] else peak) for name in ON_TWO}
+        return {name: measured(name, folder, peak_of_tensors) for name in ON_TWO}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +216,7 @@ def test_on_two_processes(name: str, ended: tuple[Path, list[group.Ended]]) -> N
     assert first.status == second.status == 0, first.err + second.err
     found = max(first.result[name], second.result[name], key=lambda each: each["before"] + each["step"])
     memory, _ = reckoned(name, folder, found["shape"], num_processes=2)
-    assert_close(memory, found, within=0.04)
+    assert_close(memory, found)
 
 
 def test_what_lives_is_counted_once_and_while_it_lives() -> None:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from adapt_recipes.data import Task
-from adapt_recipes.probe import device_of
 from adapt_recipes.training.distributed import gathered, together
-from adapt_recipes.training.sharding import local
+from adapt_recipes.training.sharding import device_of, local
 
 ADVICE = "look at it, lower optimizer.lr, or set clip_grad_norm; checkpoints are from before this step"
 

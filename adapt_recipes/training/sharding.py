@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,11 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This process's shard, in the same memory; one that has none as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where it computes: FSDP2 may keep parameters in host memory, but no buffers."""
+    return next(chain(model.buffers(), model.parameters())).device
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import alone, batched, tiny_examples, tiny_model
 
+from adapt_recipes import base_losses as module
+from adapt_recipes.base_losses import base_losses
 from adapt_recipes.data import IGNORE_INDEX, MicroBatch
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.training import base_losses as module
-from adapt_recipes.training.base_losses import base_losses
 
 EXAMPLES = tiny_examples(seed=4)
 
@@ -76,6 +76,11 @@ def other_number_of_threads(model: TokenLosses, pool: list[MicroBatch], patch: A
     patch.setattr(torch, "get_num_threads", lambda: 17)
 
 
+def compiled(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
+    """As ``compile: true`` does it, but for the compiler: its sums are rounded in another order."""
+    model.decoder.layers[0].compile(backend="eager")  # type: ignore[index, union-attr, operator]
+
+
 def other_torch(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
     patch.setattr(torch, "__version__", "2.99.0")
 
@@ -90,6 +95,7 @@ def other_torch(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
         other_precision,
         other_weights_dtype,
         other_number_of_threads,
+        compiled,
         other_torch,
     ],
     ids=lambda change: change.__name__,

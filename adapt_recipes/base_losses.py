@@ -26,8 +26,8 @@ def base_losses(model: TokenLosses, pool: Sequence[MicroBatch], *, cache_dir: Pa
         model: before the first step.
         pool: micro-batches of all examples.
         cache_dir: folder of the cache. An entry's name is a hash of all that the losses depend on: weights, settings of
-            the modules, examples, precision, device, number of threads and torch's version. It is written beside and
-            renamed.
+            the modules, which of them are compiled, examples, precision, device, number of threads and torch's
+            version. It is written beside and renamed.
 
     Returns:
         (num_examples,) float64, nats a supervised token, in the order in which the examples were batched.
@@ -63,7 +63,8 @@ def _key(model: TokenLosses, pool: Sequence[MicroBatch]) -> str:
         (name, type(module).__qualname__, [pair for pair in vars(module).items() if isinstance(pair[1], int | float)])
         for name, module in model.named_modules()
     ]
-    how = (model.compute_dtype, device, torch.get_num_threads(), torch.__version__, settings, *weights)
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    how = (model.compute_dtype, device, torch.get_num_threads(), torch.__version__, settings, compiled, *weights)
     digest = blake2b(" ".join(map(str, how)).encode(), digest_size=16)
     for tensor in (*weights.values(), *(part for batch in pool for part in (batch.tokens, batch.labels, batch.rows))):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
