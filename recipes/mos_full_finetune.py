@@ -33,7 +33,7 @@ from adapt_recipes.base_losses import base_losses
 from adapt_recipes.budget import BudgetConfig, Ledger
 from adapt_recipes.config import STRICT, Component, Given, command_line, to_dict
 from adapt_recipes.display import Display
-from adapt_recipes.mixture.contract import check_mixture, check_reward
+from adapt_recipes.mixture.contract import check_mixture, check_reward, check_update
 from adapt_recipes.models import TokenLosses, check_decoder, huggingface_config, train_adapters_alone
 from adapt_recipes.runlog import RunLog, Silent, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
@@ -337,6 +337,7 @@ class MosFullFinetune:
             check_rewards(rewards, read.values(), task_names=self.task_names, step=self.num_steps, reward=name)
         with together():
             logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)  # (11), then (6)
+            check_update(self.mixture, logged, num_tasks=len(self.tasks))
         probabilities = self._by_task(self.mixture.probabilities())
         check_same({"mixture": probabilities}, advice="it may depend on nothing but what it is given")
         self.window_losses.zero_()

@@ -1,8 +1,9 @@
-"""What a recipe relies on in a mixture and in a reward component, checked before a run starts."""
+"""What a recipe relies on in a mixture and in a reward component, checked before a run starts and at every update."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from adapt_recipes.errors import nearest
 
 METHODS = ("probabilities", "update", "state_dict", "load_state_dict")
 READS = ("train", "validation", "pool")
+LOGGED = ("event", "step", "supervised_tokens", "probe_tokens", "mixture_seconds", "probabilities")  # with what is told
 
 
 def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str) -> None:
@@ -38,14 +40,47 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
         if signal not in measurable:
             can = ", ".join(measurable) or "nothing"
             raise ValueError(f"{name} observes '{signal}', which {recipe} does not measure; it measures {can}")
+    if observes:
+        signals = ["task_tokens", *observes]
+        try:
+            inspect.signature(mixture.update).bind(**dict.fromkeys(signals))
+        except TypeError as error:
+            raise ValueError(f"{name}.update cannot take {', '.join(signals)} by name: {error}") from error
+    _check_probabilities(mixture, num_tasks=num_tasks)
+
+
+def check_update(mixture: Any, logged: Any, *, num_tasks: int) -> None:
+    """Refuse what an update has made of a mixture, or what it wants to log.
+
+    Args:
+        mixture: just updated.
+        logged: what its ``update`` has returned.
+        num_tasks: tasks in the run.
+
+    Raises:
+        ValueError: it names what is wrong.
+    """
+    _check_probabilities(mixture, num_tasks=num_tasks)
+    name = f"mixture: {type(mixture).__name__}.update"
+    if not isinstance(logged, Mapping):
+        raise ValueError(f"{name} has to return a dict of tensors to log, which may be empty, not {logged!r}")
+    for key, value in logged.items():
+        if not isinstance(value, torch.Tensor) or value.shape not in ((), (num_tasks,)):
+            raise ValueError(f"{name} returned as '{key}' no tensor of shape () or ({num_tasks},): {value!r}")
+        if key in (*LOGGED, *mixture.observes):
+            raise ValueError(f"{name} returned '{key}', which is logged already; give it another name")
+
+
+def _check_probabilities(mixture: Any, *, num_tasks: int) -> None:
     p = mixture.probabilities()
-    valid = (
-        isinstance(p, torch.Tensor) and p.dtype == torch.float64 and p.shape == (num_tasks,) and p.device.type == "cpu"
-    )
-    if not valid or not (p >= 0).all() or abs(float(p.sum()) - 1) > 1e-9:
-        raise ValueError(
-            f"{name}.probabilities() has to be ({num_tasks},) float64 on the CPU, sum to 1 and hold none below 0"
-        )
+    needs = f"mixture: {type(mixture).__name__}.probabilities() has to be ({num_tasks},) float64 on the CPU, sum to 1 "
+    needs += "and hold none below 0"
+    if not isinstance(p, torch.Tensor):
+        raise ValueError(f"{needs}; it is a {type(p).__name__}")
+    if p.dtype != torch.float64 or p.shape != (num_tasks,) or p.device.type != "cpu":
+        raise ValueError(f"{needs}; it is {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')} on {p.device}")
+    if not (p >= 0).all() or abs(float(p.sum()) - 1) > 1e-9:
+        raise ValueError(f"{needs}; it sums to {float(p.sum()):.12g}, and its lowest is {float(p.min()):g}")
 
 
 def check_reward(reward: Any, mixture: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_recipes.mixture import Adapt
-from adapt_recipes.mixture.contract import check_mixture, check_reward
+from adapt_recipes.mixture.contract import check_mixture, check_reward, check_update
 from adapt_recipes.rewards import CosineSimilarity, GradientAlignment, GradientNorm, PerplexityRatio, Uncertainty
 
 LEARNS, DOES_NOT = SimpleNamespace(observes=("train_losses", "rewards")), SimpleNamespace(observes=("train_losses",))
@@ -140,13 +140,60 @@ def test_a_mixture_that_will_not_do_is_named(mixture: Any, message: str) -> None
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize(
-    "p",
-    [(1.0,), (0.5, 0.4), (1.5, -0.5), (float("nan"), 1.0), torch.tensor([0.5, 0.5]), torch.ones(1, 2).double() / 2],
-    ids=str,
-)
-def test_probabilities_that_are_none_are_refused(p: Any) -> None:
-    message = "mixture: Fixed.probabilities() has to be (2,) float64 on the CPU, sum to 1 and hold none below 0"
+BAD = [  # what is no mixture of two tasks, and what is said of it
+    ((1.0,), "it is (1,) float64 on cpu"),
+    ((0.5, 0.4), "it sums to 0.9, and its lowest is 0.4"),
+    ((1.5, -0.5), "it sums to 1, and its lowest is -0.5"),
+    ((float("nan"), 1.0), "it sums to nan, and its lowest is nan"),
+    (torch.tensor([0.5, 0.5]), "it is (2,) float32 on cpu"),
+    (torch.ones(1, 2).double() / 2, "it is (1, 2) float64 on cpu"),
+    (torch.ones(2, dtype=torch.float64, device="meta"), "it is (2,) float64 on meta"),
+    ([0.5, 0.5], "it is a list"),
+]
+
+
+@pytest.mark.parametrize(("p", "found"), BAD, ids=str)
+def test_probabilities_that_are_none_are_refused(p: Any, found: str) -> None:
+    """At the start and after an update."""
+    needs = "probabilities() has to be (2,) float64 on the CPU, sum to 1 and hold none below 0"
     with pytest.raises(ValueError) as error:
         check_mixture(Fixed(p), (), num_tasks=2, recipe="r")
-    assert str(error.value) == message
+    assert str(error.value) == f"mixture: Fixed.{needs}; {found}"
+    with pytest.raises(ValueError) as error:
+        check_update(Learned(p), {}, num_tasks=2)
+    assert str(error.value) == f"mixture: Learned.{needs}; {found}"
+
+
+def test_an_update_that_will_do() -> None:
+    check_update(Learned(), {}, num_tasks=2)
+    check_update(Learned(), {"z": torch.tensor(1.0), "scores": torch.full((2,), torch.nan)}, num_tasks=2)
+
+
+@pytest.mark.parametrize(
+    ("logged", "message"),
+    [
+        (None, "has to return a dict of tensors to log, which may be empty, not None"),
+        ({"z": 1.0}, "returned as 'z' no tensor of shape () or (2,): 1.0"),
+        ({"z": torch.zeros(1)}, "returned as 'z' no tensor of shape () or (2,): tensor([0.])"),
+        ({"step": torch.zeros(2)}, "returned 'step', which is logged already; give it another name"),
+        ({"rewards": torch.zeros(2)}, "returned 'rewards', which is logged already; give it another name"),
+    ],
+    ids=str,
+)
+def test_what_an_update_may_not_log(logged: Any, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_update(Learned(), logged, num_tasks=2)
+    assert str(error.value) == f"mixture: Learned.update {message}"
+
+
+def test_an_update_that_does_not_take_what_it_is_given() -> None:
+    class Other(Fixed):
+        observes = ("rewards",)
+
+        def update(self, *, rewards: Tensor) -> dict[str, Tensor]:
+            return {}
+
+    with pytest.raises(ValueError) as error:
+        check_mixture(Other(), ["rewards"], num_tasks=2, recipe="r")
+    cannot = "mixture: Other.update cannot take task_tokens, rewards by name"
+    assert str(error.value) == f"{cannot}: got an unexpected keyword argument 'task_tokens'"

@@ -353,6 +353,27 @@ class Listed(Given):
         return self.rewards
 
 
+class Drifting:
+    observes = ("train_losses",)
+
+    def __init__(self, *, task_names, num_supervised_tokens, budget_tokens, becomes, logs=None):
+        self.p = torch.full((len(task_names),), 1 / len(task_names), dtype=torch.float64)
+        self.becomes, self.logs = torch.tensor(becomes, dtype=torch.float64), logs
+
+    def probabilities(self):
+        return self.p
+
+    def update(self, *, task_tokens, **signals):
+        self.p = self.becomes
+        return {"own": self.logs} if self.logs else {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
 def infinite(**arguments):
     decoder = llama3_2(**arguments)
     decoder.tok_embeddings.weight.data[ord("Z")] = float("inf")
@@ -613,6 +634,26 @@ def test_what_is_no_reward(refusal: Refusal, reward: str, message: str) -> None:
     tasks = planted(20 * "B", "B", "mixture_update_every=2")
     said = refusal(f"reward={{_component_: mine.{reward}}}", *tasks, config=COSSIM, writes=True)
     assert message in said
+    assert_died(said, step=2)
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize("config", [PLANNED, COSSIM])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("becomes: [.nan, .5]", "Drifting.probabilities() has to be (2,) float64 on the CPU, sum to 1 and hold none"),
+        ("becomes: [.5, .4]", "below 0; it sums to 0.9, and its lowest is 0.4"),
+        ("becomes: [1]", "Drifting.probabilities() has to be (2,) float64 on the CPU"),
+        ("becomes: [.5, .5], logs: 3", "Drifting.update returned as 'own' no tensor of shape () or (2,): 3"),
+    ],
+)
+def test_a_mixture_that_an_update_makes_none(refusal: Refusal, config: str, arguments: str, message: str) -> None:
+    mixture = f"mixture={{_component_: mine.Drifting, {arguments}}}"
+    without = ["reward=null"] if config == COSSIM else []
+    tasks = planted(20 * "B", "B", "mixture_update_every=2")
+    said = refusal(mixture, *without, *tasks, config=config, writes=True)
+    assert said.startswith("mixture: ") and message in said
     assert_died(said, step=2)
 
 
