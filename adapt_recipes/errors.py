@@ -27,7 +27,8 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """
     allowed = list(allowed)
     close = (
-        get_close_matches(word, [name for name in allowed if _one_slip_apart(word, name)], n=1, cutoff=0.1)
+        [name for name in allowed if name.lower() == word.lower()]
+        or get_close_matches(word, [name for name in allowed if _one_slip_apart(word, name)], n=1, cutoff=0.1)
         or get_close_matches(word, allowed, n=1)
         or [name for name in allowed if name == "".join(part[:1] for part in word.split("_"))]  # learning_rate for lr
     )

@@ -2,7 +2,8 @@
 
 MoS (Mixture-of-Skills, arXiv 2406.08811) and the methods that it is compared with. With a batch B_i of task i:
 
-    (7)  z_i = mean over (x, y) in B_i of the mean over all tokens of x and y of the top layer's hidden states
+    (7)  z_i = mean over (x, y) in B_i of the mean over all tokens of x and y of the top layer's hidden states (here:
+         of all that the model reads in training, which is all but the last, as a rule the one that ends the answer)
     (8)  R(i) = (1/N) sum_n cos(z_i, z_n)                          how much i has in common with the others, transfer
     (9)  r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)           theta_0: the base model; response tokens only
     (10) R(i) = mean over (x, y) in B_i of r(x, y)                 how hard i still is, difficulty
@@ -13,8 +14,9 @@ MoS (Mixture-of-Skills, arXiv 2406.08811) and the methods that it is compared wi
 A reward is built with ``task_names`` and ``model``, and called with the batches that it ``reads``, by name, a name as
 often as it is read: ``train`` (training examples, others at every update), ``validation`` (always the same) or ``pool``
 (training examples, always the same, and with it ``base_losses``, what they had before the first step). It returns
-(num_tasks,) float64 on the CPU; NaN for a task that could not be measured. One of your own is such a class. For
-``tune plan`` it says how many ``gradients`` of all weights it has at a time; 0: it computes forwards alone.
+(num_tasks,) float64 on the CPU; NaN for a task without an example in what it reads. One of your own is such a class.
+For ``tune plan`` it says how many ``gradients`` of all weights it has at a time; 0: it computes forwards alone. What a
+reader of the run should know stands in ``note``, where there is one: it is said at the start, and in the log.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ class GradientAlignment:
 
 
 # MultiUAT's measures of how unsure a model is of an answer. p: the probability of the likeliest token at each of the
-# answer's positions, entropy: of all tokens there. The higher, the less sure.
+# answer's positions, entropy: of all tokens there. The higher, the less sure. The variance of an answer of one token is
+# 0: where all answers are, VarTP and ComEV teach a scorer nothing.
 MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "PreTP": lambda p, entropy: 1 - p.prod(),
     "ExpTP": lambda p, entropy: 1 - p.mean(),
@@ -166,8 +169,9 @@ class Uncertainty:
         self.passes = passes or (30 if self.has_dropout else 1)
         self.reads = ("validation",) * self.passes
         self.num_tasks, self.model = len(task_names), model
-        if not self.has_dropout:
-            print("reward: the model has no dropout: uncertainty is that of one pass without")
+        self.note = "the model has no dropout: uncertainty is that of one pass without"
+        if self.has_dropout:
+            self.note = f"uncertainty is the mean over {self.passes} passes with dropout"
 
     def __call__(self, *, validation: Sequence[probe.ExampleBatch]) -> Tensor:
         """(num_tasks,), at least 0 (PreTP and ExpTP at most 1); NaN for a task without a validation split."""

@@ -232,6 +232,9 @@ class MosFullFinetune:
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
         p = self.mixture.probabilities()
         self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where)
+        if saved is None and (note := getattr(self.reward, "note", None)):
+            self.log.write("note", step=0, text=note)
+            self.display.say(f"reward: {note}")
         if warning := checkpoint.too_slow_to_stop(self.model):
             self.display.say(warning)
         if saved is not None:
@@ -348,7 +351,7 @@ class MosFullFinetune:
 
     def measure_base_model(self) -> None:
         """What rewards on the pool are relative to, (9). Read from the cache it is booked all the same."""
-        if self.reward is not None and "pool" in self.reward.reads:
+        if self.reward is not None and "pool" in self.reward.reads and self.config.mixture_update_every:
             started, folder = time.perf_counter(), self.config.tasks.cache_folder
             self.base_losses = base_losses(self.model, self._read(self.pool), cache_dir=folder)
             if not self.base_losses.isfinite().all():

@@ -375,10 +375,10 @@ def test_other_masks_at_every_update() -> None:
 
 @pytest.mark.parametrize("passes", [None, 1])
 @pytest.mark.parametrize("none", [{}, {"lora_dropout": 0.0}], ids=["whole model", "adapters"])
-def test_without_dropout_one_pass_will_do(none, passes, capsys) -> None:
+def test_without_dropout_one_pass_will_do(none, passes) -> None:
     reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), passes=passes)
     assert reward.reads == ("validation",)
-    assert capsys.readouterr().out == "reward: the model has no dropout: uncertainty is that of one pass without\n"
+    assert reward.note == "the model has no dropout: uncertainty is that of one pass without"
 
 
 def test_any_dropout_module_with_a_rate_is_dropout() -> None:
@@ -386,7 +386,8 @@ def test_any_dropout_module_with_a_rate_is_dropout() -> None:
     model.drop = nn.Dropout(0.0)
     assert len(Uncertainty(task_names=NAMES, model=model).reads) == 1
     model.drop.p = 0.1
-    assert len(Uncertainty(task_names=NAMES, model=model).reads) == 30
+    reward = Uncertainty(task_names=NAMES, model=model)
+    assert len(reward.reads) == 30 and reward.note == "uncertainty is the mean over 30 passes with dropout"
 
 
 @pytest.mark.parametrize(

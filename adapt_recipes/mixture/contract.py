@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,10 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
             raise ValueError(f"{name} needs `{method}`, because it observes {observes or 'nothing'}")
     for signal in observes:
         if signal not in measurable:
-            can = ", ".join(measurable) or "nothing"
-            raise ValueError(f"{name} observes '{signal}', which {recipe} does not measure; it measures {can}")
+            can = nearest(signal, measurable) if measurable else "; it measures nothing"
+            raise ValueError(f"{name} observes '{signal}', which {recipe} does not measure{can}")
     if observes:
-        signals = ["task_tokens", *observes]
-        try:
-            inspect.signature(mixture.update).bind(**dict.fromkeys(signals))
-        except TypeError as error:
-            raise ValueError(f"{name}.update cannot take {', '.join(signals)} by name: {error}") from error
+        _check_takes(f"{name}.update", mixture.update, ["task_tokens", *observes])
     _check_probabilities(mixture, num_tasks=num_tasks)
 
 
@@ -69,6 +65,13 @@ def check_update(mixture: Any, logged: Any, *, num_tasks: int) -> None:
             raise ValueError(f"{name} returned as '{key}' no tensor of shape () or ({num_tasks},): {value!r}")
         if key in (*LOGGED, *mixture.observes):
             raise ValueError(f"{name} returned '{key}', which is logged already; give it another name")
+
+
+def _check_takes(name: str, function: Callable[..., Any], given: Sequence[str]) -> None:
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(given))
+    except TypeError as error:
+        raise ValueError(f"{name} cannot take {', '.join(given)} by name: {error}") from error
 
 
 def _check_probabilities(mixture: Any, *, num_tasks: int) -> None:
@@ -109,3 +112,5 @@ def check_reward(reward: Any, mixture: Any) -> None:
     for read in reads:
         if read not in READS:
             raise ValueError(f"{name} reads {read!r}{nearest(str(read), READS)}")
+    given = [*dict.fromkeys(reads), *(["base_losses"] if "pool" in reads else [])]
+    _check_takes(f"{name}.__call__", reward, given)

@@ -59,6 +59,7 @@ class Reference:
         self, reference: str | Mapping[str, float] | None, *, task_names: Sequence[str], budget_tokens: int
     ) -> None:
         num_tasks = len(task_names)
+        self.task_names = list(task_names)
         self.word = reference if isinstance(reference, str) and reference in WORDS else None
         self.losses = torch.zeros(num_tasks, dtype=torch.float64)  # what losses are counted from
         self._state: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ class Reference:
             self._state = ("losses", "curve_tokens", "curve_losses")
         elif reference is not None:
             self.losses = torch.tensor(_given(reference, task_names), dtype=torch.float64)
+            self._state = ("losses",)  # to know them again: a file may change between a run and its resume
 
     def excess(self, losses: Tensor) -> Tensor:
         """The losses less the reference.
@@ -110,7 +112,14 @@ class Reference:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another reference or number of tasks."""
+        given = self.losses
         load_state(self, self._state, {name.removeprefix("reference_"): value for name, value in state.items()})
+        if self.word is None and not torch.equal(self.losses, given):
+            changed = [name for name, same in zip(self.task_names, self.losses == given, strict=True) if not same]
+            raise ValueError(
+                f"resume: mixture.reference: the loss given for the task {changed[0]!r} changed since the run began; "
+                "put it back, or take another output_dir"
+            )
 
 
 def lowest_asymptote(tokens: Tensor, losses: Tensor, speeds: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from adapt_recipes.errors import nearest
+from adapt_recipes.errors import nearest, warn
 from adapt_recipes.mixture import static
 from adapt_recipes.mixture.common import floored, number
 
@@ -55,7 +55,9 @@ class Scorer:
         form: ``paper``: (6) (the paper's). ``policy_gradient``: sum_i p(i) R(i) grad log p(i) in its place (ours).
         optimizer: ``sgd``: (6) as it is written. ``adam``: its gradient through Adam, which ignores the rewards' size.
         learning_rate: gamma of (6), >= 0 (the paper's 1e-4). With ``sgd`` a task's score moves by some
-            15 gamma (R(i) - p(i) sum R) an update: in a short run, 1e-4 leaves the mixture where it was.
+            15 gamma (R(i) - p(i) sum R) an update: in a short run, 1e-4 leaves the mixture where it was. Too large for
+            the rewards, as .05 for gradient norms that sum to 50, it jumps across the fixed point, ever further: the
+            mixture swings from task to task, and a warning says so. ``adam`` does not care how large rewards are.
         ema: beta of (11), 0 < ema < 1 (the paper's 0.9); null: rewards are not averaged. A first reward is taken whole.
         floor: the part of the mixture spread evenly over the accessible tasks, 0 <= floor < 1 (the paper's 0: none).
         seed: of the hidden layer's first weights. The global generator is neither used nor changed.
@@ -85,6 +87,8 @@ class Scorer:
         for key, value, allowed in words:
             if value not in list(allowed):
                 raise ValueError(f"mixture.{key}: {value!r}{nearest(str(value), allowed)}")
+        if prior == "temperature" and temperature is None:
+            raise ValueError("missing key 'mixture.temperature', for mixture.prior: temperature; a number > 0")
         if prior != "temperature" and temperature is not None:
             raise ValueError(f"mixture.temperature is for mixture.prior: temperature, not for {prior}")
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -103,6 +107,7 @@ class Scorer:
         ).probabilities()
         self.accessible = self.prior > 0
         self.averaged_rewards = torch.full_like(self.prior, math.nan)  # R of (11); NaN: never measured
+        self._warned = False
 
         num_tasks = len(self.task_names)
         hidden = skip_init(nn.Linear, num_tasks, HIDDEN_UNITS, dtype=torch.float64)  # draws nothing
@@ -165,6 +170,13 @@ class Scorer:
             self.optimizer.zero_grad()
             expected.sum().backward()
             self.optimizer.step()  # (6)
+            if self._overshoots(R) and not self._warned:
+                self._warned = True
+                rate, total = self.optimizer.param_groups[0]["lr"], float(R.sum())
+                warn(
+                    f"mixture.learning_rate: {rate:g} is too large for rewards that sum to {total:.3g}: the mixture "
+                    "swings instead of settling; take less, or optimizer: adam"
+                )
         return {"averaged_rewards": self.averaged_rewards.clone()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,6 +196,19 @@ class Scorer:
         self.averaged_rewards = state["averaged_rewards"]
         self.psi.load_state_dict(state["psi"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _overshoots(self, R: Tensor) -> bool:
+        """Whether (6) with ``sgd`` ends no nearer to its fixed point p = R / sum R than it began, to first order.
+
+        An update multiplies what the scores lack there by 1 - gamma c (sum R) (diag p - p p^T), c = 1 + |hidden|^2.
+        """
+        if self.form != "paper" or not isinstance(self.optimizer, torch.optim.SGD) or R.sum() == 0:
+            return False
+        p = R / R.sum()
+        with torch.no_grad():
+            c = 1 + self.psi[:2](self.accessible.to(torch.float64)).square().sum()
+        steepest = torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p)).max()
+        return bool(self.optimizer.param_groups[0]["lr"] * c * R.sum() * steepest > 2)
 
     def _scores(self) -> Tensor:
         """z of (b): (num_tasks,), with a gradient to psi."""

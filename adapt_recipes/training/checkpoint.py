@@ -449,7 +449,7 @@ def config_differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: C
     return [
         key
         for key in old | new
-        if old.get(key, missing) != new.get(key, missing)
+        if not _equal(old.get(key, missing), new.get(key, missing))
         and not any(key == prefix or key.startswith(f"{prefix}.") for prefix in free)
     ]
 
@@ -460,6 +460,11 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """``==``, but NaN is NaN."""
+    return one == other or (one != one and other != other)
 
 
 def _whole_checkpoints(checkpoints_dir: Path) -> dict[int, Path]:

@@ -153,9 +153,9 @@ def check_same(values: Mapping[str, Any], *, advice: str) -> None:
     Raises:
         ValueError: it names the keys that differ, dotted.
     """
-    everyone = gathered(values)
-    for number, others in enumerate(everyone):
-        if keys := config_differences(everyone[0], others, ()):
+    first, *rest = gathered(values)
+    for number, others in enumerate(rest, start=1):
+        if keys := config_differences(first, others, ()):
             with together():
                 raise ValueError(f"{', '.join(keys)}: not the same on process {number} as on process 0; {advice}")
 

@@ -105,10 +105,12 @@ def check_rewards(
     is_tensor = isinstance(rewards, Tensor)
     measured = [sum(gathered(_num_examples(each)), Counter()) for each in batches]
     with together():
-        if not is_tensor or rewards.shape != (N,) or rewards.dtype != torch.float64 or rewards.device.type != "cpu":
+        fits = is_tensor and rewards.shape == (N,) and rewards.dtype == torch.float64 and rewards.device.type == "cpu"
+        if not fits or rewards.requires_grad:
             given = (
                 f"{tuple(rewards.shape)} {rewards.dtype} on {rewards.device}" if is_tensor else type(rewards).__name__
             )
+            given += " with a gradient" if is_tensor and rewards.requires_grad else ""
             raise ValueError(f"reward: {reward} has to give ({N},) float64 on the CPU, not {given}")
         for task in range(N):
             may_be_nan = not all(task in tasks for tasks in measured)

@@ -23,6 +23,11 @@ class Mine:
         raise AssertionError("a reward is not called to be checked")
 
 
+class Reading(Mine):
+    def __call__(self, **batches: Any) -> Tensor:  # type: ignore[override]
+        raise AssertionError
+
+
 class NoCall:
     reads = ("train",)
 
@@ -32,13 +37,15 @@ class NoReads:
         raise AssertionError
 
 
-def reads(what: Any) -> Mine:
-    reward = Mine()
+def reads(what: Any, kind: type[Mine] = Mine) -> Mine:
+    reward = kind()
     reward.reads = what
     return reward
 
 
-@pytest.mark.parametrize("reward", [Mine(), reads(("validation",) * 30), reads(("pool", "validation", "train"))])
+@pytest.mark.parametrize(
+    "reward", [Mine(), reads(("validation",) * 30, Reading), reads(("pool", "validation", "train"), Reading)]
+)
 def test_a_reward_that_will_do(reward: Mine) -> None:
     check_reward(reward, LEARNS)
 
@@ -129,8 +136,12 @@ def test_a_mixture_that_will_do() -> None:
             "mixture: Changed needs `objective_weights`, because it observes ('gradient_dots',)",
         ),
         (
+            observing(("reward",)),
+            "mixture: Changed observes 'reward', which r does not measure; did you mean 'rewards'?",
+        ),
+        (
             observing(("rewards", "losses")),
-            "mixture: Changed observes 'losses', which r does not measure; it measures rewards, gradient_dots",
+            "mixture: Changed observes 'losses', which r does not measure; allowed: rewards, gradient_dots",
         ),
     ],
 )
@@ -197,3 +208,10 @@ def test_an_update_that_does_not_take_what_it_is_given() -> None:
         check_mixture(Other(), ["rewards"], num_tasks=2, recipe="r")
     cannot = "mixture: Other.update cannot take task_tokens, rewards by name"
     assert str(error.value) == f"{cannot}: got an unexpected keyword argument 'task_tokens'"
+
+
+def test_a_reward_that_does_not_take_what_it_is_given() -> None:
+    with pytest.raises(ValueError) as error:
+        check_reward(reads(("pool", "pool", "train")), LEARNS)
+    cannot = "reward: Mine.__call__ cannot take pool, train, base_losses by name"
+    assert str(error.value) == f"{cannot}: got an unexpected keyword argument 'pool'"

@@ -162,6 +162,12 @@ def test_the_state_carries_everything(reference) -> None:
     assert torch.equal(resumed.losses, straight.losses)
 
 
+def test_given_losses_that_changed_since_are_refused() -> None:
+    state = make({"a": 0.5, "b": 1.0}).state_dict()
+    with pytest.raises(ValueError, match="^resume: mixture.reference: the loss given for the task 'b' changed since"):
+        make({"a": 0.5, "b": 1.5}).load_state_dict(state)
+
+
 # ---------------------------------------------------------------------------------------------------------- the others
 
 

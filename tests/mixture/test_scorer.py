@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -148,6 +149,33 @@ def test_the_first_step_is_as_long_as_documented() -> None:
     steps = (scores - scores.mean()) / (rate * (tensor(rewards) - 2.0)).where(tensor([1, 0, 1]) > 0, math.inf)
     assert 13 < steps[0] < 19
     assert 13 < steps[2] < 19
+
+
+@given(rewards=st.lists(st.floats(0.1, 10.0), min_size=2, max_size=8), factor=st.sampled_from([0.8, 1.25]))
+@settings(max_examples=40, deadline=None)
+def test_a_rate_that_overshoots_is_warned_of(rewards, factor) -> None:
+    """Near the fixed point, where the bound is exact, what is missing shrinks below it and grows above it."""
+    p = tensor(rewards) / sum(rewards)
+    hidden = make([1] * len(rewards)).psi[:2](torch.ones(len(rewards), dtype=torch.float64)).detach()
+    values, vectors = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
+    rate = factor * 2 / float((1 + hidden.square().sum()) * sum(rewards) * values[-1])
+    mixture = make([1] * len(rewards), learning_rate=rate, ema=None)
+    with torch.no_grad():
+        mixture.psi[2].bias.copy_(p.log() + 1e-6 * vectors[:, -1])
+    missing = [(mixture.probabilities() - p).norm()]
+    with mock.patch("adapt_recipes.mixture.scorer.warn") as warn:
+        for _ in range(6):
+            update(mixture, rewards)
+            missing.append((mixture.probabilities() - p).norm())
+    assert (missing[-1] > missing[0]) == (factor > 1) == warn.called
+    assert warn.call_count <= 1
+
+
+@pytest.mark.parametrize("arguments", [{"optimizer": "adam"}, {"form": "policy_gradient"}, {"learning_rate": 0.0}])
+def test_no_warning_where_there_is_no_such_bound(arguments, capsys) -> None:
+    update(make([1, 1, 1], **{"learning_rate": 1.0} | arguments), [50.0, 60.0, 1.0])
+    update(make([1, 1, 1], learning_rate=1.0), [0.0, 0.0, 0.0])
+    assert capsys.readouterr().err == ""
 
 
 # -------------------------------------------------------------------------------------------------------- the rewards
@@ -317,7 +345,7 @@ def test_keeps_the_contract() -> None:
     [
         ({"prior": "proportionl"}, "mixture.prior: 'proportionl'; did you mean 'proportional'?"),
         ({"prior": None}, "mixture.prior: None; allowed: uniform, proportional, temperature"),
-        ({"prior": "temperature"}, "mixture.temperature must be a number > 0, not None"),
+        ({"prior": "temperature"}, "missing key 'mixture.temperature', for mixture.prior: temperature; a number > 0"),
         ({"prior": "temperature", "temperature": 0}, "mixture.temperature must be a number > 0, not 0"),
         ({"temperature": 10}, "mixture.temperature is for mixture.prior: temperature, not for uniform"),
         ({"form": "policy-gradient"}, "mixture.form: 'policy-gradient'; did you mean 'policy_gradient'?"),

@@ -258,12 +258,12 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.rewards"
         (
             COSSIM,
             ["mixture={_component_: adapt_recipes.mixture.Adapt}", "~reward"],
-            "mixture: Adapt observes 'gradient_dots', which mos_full_finetune does not measure; it measures ",
+            "mixture: Adapt observes 'gradient_dots', which mos_full_finetune does not measure; allowed: ",
         ),
         (
             PLANNED,
             [f"mixture={{_component_: {SCORER}}}"],
-            "mixture: Scorer observes 'rewards', which adapt_full_finetune does not measure; it measures ",
+            "mixture: Scorer observes 'rewards', which adapt_full_finetune does not measure; allowed: ",
         ),
         (
             UNIFORM,
@@ -348,6 +348,11 @@ class Single(Given):
         return torch.tensor(self.rewards, dtype=torch.float32)
 
 
+class Attached(Given):
+    def __call__(self, *, train):
+        return torch.tensor(self.rewards, dtype=torch.float64, requires_grad=True)
+
+
 class Listed(Given):
     def __call__(self, *, train):
         return self.rewards
@@ -418,6 +423,7 @@ def test_a_component_that_raises(refusal: Refusal, start: Start, capsys: pytest.
     assert refusal("model=mine.value_error") == "model: not today"
     assert refusal("optimizer.lr=-1") == "optimizer: Invalid learning rate: -1"
     assert refusal("mixture.floor=2") == "mixture.floor must be a finite number >= 0 and < 1, not 2"
+    assert refusal("mixture.floor=.nan") == "mixture.floor must be a finite number >= 0 and < 1, not nan"
 
 
 @pytest.mark.usefixtures("mine")
@@ -622,6 +628,7 @@ def assert_died(said: str, *, step: int) -> None:
     [
         ("Given, rewards: [1]", "reward: Given has to give (2,) float64 on the CPU, not (1,) torch.float64 on cpu"),
         ("Single, rewards: [1, 1]", "Single has to give (2,) float64 on the CPU, not (2,) torch.float32 on cpu"),
+        ("Attached, rewards: [1, 1]", "not (2,) torch.float64 on cpu with a gradient"),
         ("Listed, rewards: [1, 1]", "reward: Listed has to give (2,) float64 on the CPU, not list"),
         ("Given, rewards: [1, nan]", "step 2: the reward of task 'hard' is nan; "),
         ("Given, rewards: [inf, 1]", "step 2: the reward of task 'easy' is inf; "),

@@ -135,6 +135,13 @@ def test_probe_tokens_are_what_the_reward_reads(watched: Watched) -> None:
     assert summary(watched.folder)["probe_tokens"] == base + sum(updates) + 2 * validation
 
 
+def test_how_uncertainty_is_measured_stands_in_the_log(watched: Watched) -> None:
+    """And is said once: with dropout, as these runs have, or without."""
+    notes = [event for event in events(watched.folder) if event["event"] == "note"]
+    uncertain = {"event": "note", "step": 0, "text": "uncertainty is the mean over 3 passes with dropout"}
+    assert notes == ([uncertain] if watched.strategy == "multiuat" else [])
+
+
 def test_rewards_are_of_these_examples_at_these_weights(watched: Watched) -> None:
     """To the last bit. All tasks have all rewards, but one without a validation split no uncertainty."""
     start, *updates = (event for event in events(watched.folder) if event["event"] == "mixture")
@@ -168,6 +175,18 @@ def test_the_mixture_follows_from_the_rewards_and_the_steps_from_the_mixture(wat
             assert event["task_tokens"] == watched.by_task(had)
     assert int(had.sum()) == BUDGET
     assert len({tuple(mixture.values()) for mixture in mixtures}) == len(mixtures) >= 3, "each update moves it"
+
+
+def test_a_base_model_that_nothing_is_relative_to_is_not_read(runs: Runs, tmp_path: Path) -> None:
+    assert runs.run("mos_diff", tmp_path / "run", mixture_update_every=0) == 0
+    validation = [event for event in events(tmp_path / "run") if event["event"] == "validation"]
+    tasks = data.load_tasks(
+        (config := runs.config("mos_diff", tmp_path)).tasks,
+        tokenizer=config.tokenizer.build(),
+        max_seq_len=config.max_seq_len,
+    )
+    read = len(validation) * num_supervised(data.validation_examples(tasks))
+    assert summary(tmp_path / "run")["probe_tokens"] == read
 
 
 def test_base_losses_from_the_cache_are_booked_all_the_same(runs: Runs, tmp_path: Path) -> None:

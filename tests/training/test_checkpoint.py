@@ -694,5 +694,8 @@ def test_config_differences_are_named() -> None:
         "model.path",
         "tasks",
     ]
+    nan = {"lr": float("nan")}
+    assert config_differences(nan, {"lr": float("nan")}, free=()) == []
+    assert config_differences(nan, {"lr": 1.0}, free=()) == ["lr"]
     assert config_differences({"model_path": 1}, {"model_path": 2}, free=["model"]) == ["model_path"]
     assert config_differences({"model": {"path": "a"}}, {"model": None}, free=[]) == ["model.path", "model"]
