@@ -220,7 +220,8 @@ SCORER = """\
   ema: 0.9"""
 SCORER_UPDATES = {"3ep": (100, 64)}
 SHARES = """\
-of supervised tokens. Of batches, as in the paper and where a reward is learned from, with this command:
+of supervised tokens. Of batches, as the paper draws them and where a reward is learned from, with this command
+(sizes are in supervised tokens there too):
 tune run mos_full_finetune --config yaml/{name}.yaml sampling=dataset"""
 
 MOS = Grid(

@@ -177,10 +177,15 @@ def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, m
     blocks = (ROOT / page).read_text().split("```python\n")[1:]
     (code,) = (block.split("```")[0] for block in blocks if "class Mine" in block)
     (tmp_path / f"{module}.py").write_text(f"import torch\n\n{code}")
-    done = run("tiny_adapt_planned", f"mixture={{_component_: {module}.Mine, {options}}}")
+    mixture = f"mixture={{_component_: {module}.Mine, {options}}}"
+    done = run("tiny_adapt_planned", mixture)
     updates = done.events("mixture")[1:]
     assert done.summary["mixture_updates"] == 2 and all("logits" in update for update in updates)
     assert updates[-1]["probabilities"] != done.log[0]["probabilities"]
+    # Where losses are missing: a task without validation, and tasks that have not been drawn.
+    for i, options in enumerate((["tasks.no_validation=[facts_8]"], ["batch_size=2", "mixture_update_every=1"])):
+        some = run("tiny_adapt_planned", mixture, *options, folder=f"missing {i}")
+        assert some.summary["mixture_updates"] > 1 and min(some.summary["probabilities"].values()) > 0
 
 
 @pytest.mark.parametrize(
