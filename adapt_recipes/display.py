@@ -118,11 +118,16 @@ class Display:
     def plan(self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str) -> None:
         """What is about to happen: each task's share, training split (in supervised tokens) and validation split."""
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
-        table = _table("", "p", "examples", "tokens", "held out", "too long")
+        table = task_table("p", "examples", "tokens", "held out", "too long")
         for task, p, tokens in zip(self._tasks, probabilities.tolist(), available, strict=True):
             held_out = f"{len(task.validation):,}" if task.validation is not None else "-"
             table.add_row(
-                task.name, f"{p:.3f}", f"{len(task.train):,}", f"{tokens:,}", held_out, f"{task.num_dropped:,}"
+                task_name(task.name),
+                f"{p:.3f}",
+                f"{len(task.train):,}",
+                f"{tokens:,}",
+                held_out,
+                f"{task.num_dropped:,}",
             )
         self.console.print(table)
         # p is a share of tokens: a task's share of examples is p over its mean length
@@ -135,12 +140,12 @@ class Display:
 
     def results(self, summary: Mapping[str, Any], *, folder: Path) -> None:
         """The end of a run, from its ``summary.json``."""
-        table = _table("", "p", "tokens", "share", "loss before", "loss after")
+        table = task_table("p", "tokens", "share", "loss before", "loss after")
         for name, p in summary["probabilities"].items():
             tokens = summary["task_tokens"][name]
             losses = (summary[key][name] for key in ("initial_validation_losses", "validation_losses"))
             share = f"{tokens / summary['budget_tokens']:.1%}"
-            table.add_row(name, f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
+            table.add_row(task_name(name), f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
         self.console.print(table)
         self.say(
             f"{summary['strategy']}: validation loss worst {summary['worst_validation_loss']:.4f}, "
@@ -190,8 +195,17 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+def task_table(*columns: str) -> Table:
+    """An empty table of a row a task, in which ``task_name`` is followed by numbers: those are never cut."""
+    table = Table("task", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def task_name(name: str) -> Text:
+    """The first cell of a ``task_table``'s row, which gives way where the terminal is narrow.
+
+    Its column may wrap, as rich shrinks no other, and the text does not.
+    """
+    return Text(name, no_wrap=True, overflow="ellipsis")

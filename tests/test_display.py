@@ -92,6 +92,17 @@ def test_it_stays_readable(num_tasks: int, width: int, height: int) -> None:
     assert "…" not in "".join(lines), "no number is cut"
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_names_in_the_tables_give_way_and_numbers_do_not(width: int, tmp_path: Path) -> None:
+    out = console(width=width)
+    names = [f"A Task Type With a Rather Long Name {i}" for i in range(2)]
+    display = Display([task(name) for name in names], budget_tokens=30, log_every=0, console=out)
+    p = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    rows = [line for line in shown(out).splitlines() if line.strip().startswith("A Task")]
+    assert [row.split()[-5:] for row in rows] == [[f"{each:.3f}", "20", "20", "20", "3"] for each in p.tolist()]
+
+
 def test_the_plan_and_the_results(tmp_path: Path) -> None:
     out = console(width=80)
     display = Display([task("one"), task("two", validated=False)], budget_tokens=30, log_every=0, console=out)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import tune_cli_ext
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.planning import Plan, make_plan
+from adapt_recipes.planning import Plan, make_plan, show
+from adapt_recipes.planning.memory import Memory
+from adapt_recipes.planning.plan import TaskPlan
 
 ROOT = Path(__file__).parents[1]
 KEYS = """
@@ -264,6 +269,55 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     for name, task in plan.tasks.items():
         (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == [name])
         assert row[1:4] == [str(task.examples), "0", str(task.supervised_tokens)]
+
+
+LONG = ["dialogue generation, many turns", "question answering, no context", "summarisation of long articles"]
+
+
+def long_plan(**changes: Any) -> Plan:
+    """Of tasks with names of 30 characters and counts of seven digits."""
+    numbers = {"share": 1.0, "mean_supervised_tokens": 1234.5, "mean_tokens": 2345.6, "probability": 1.0}
+    counts = {"examples": 1_234_567, "dropped": 2_345_678, "supervised_tokens": 345_678_901}
+    tasks = {name[:30]: TaskPlan(**counts, **numbers, passes=10.25) for name in LONG}
+    few = Memory(parameters=10**9, gradients=10**9, optimizer=2 * 10**9, activations=10**9, mixture=0)
+    plan = Plan(
+        tasks=tasks,
+        available_supervised_tokens=61_536,
+        budget_tokens=184_608,
+        steps=1234,
+        tokens=1_234_567,
+        parameters=135_000_000,
+        memory_bytes=few,
+        checkpoint_bytes=1_600_000_000,
+        mixture_updates=0,
+        mixture_cost_steps=0.0,
+        probe_tokens=1000,
+        exact=True,
+        warnings=["task 'dialogue generation, many turn' would be read 10.2 times over, more than 4"],
+    )
+    return replace(plan, **changes)
+
+
+def shown(plan: Plan, *, width: int, num_processes: int = 1) -> str:
+    """On a terminal so wide, without its colours."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, highlight=False)
+    show(plan, num_processes=num_processes, console=console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_names_give_way_and_numbers_do_not(width: int) -> None:
+    lines = shown(long_plan(), width=width).splitlines()
+    rows = [line for line in lines if line.rstrip().endswith("! 10.2")]
+    means = "  100.0%   1,234.5   2,345.6" if width >= 100 else ""
+    numbers = f" 1,234,567  2,345,678  345,678,901{means}    1.000  ! 10.2"
+    assert len(rows) == len(LONG) and max(map(len, rows)) <= width
+    for name, row in zip(LONG, rows, strict=True):
+        assert row.rstrip().endswith(numbers)
+        assert row.split("1,234,567")[0].strip().rstrip("…") in name
+        assert name[:16] in row and (width < 120 or name[:30] in row)
+    (header,) = (line for line in lines if "examples" in line)
+    assert ("sup./ex." in header) == bool(means) and "…" not in header
 
 
 def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from adapt_recipes import data
+from adapt_recipes.display import task_name, task_table
 from adapt_recipes.mixture.contract import check_mixture, check_reward
 from adapt_recipes.planning.memory import Memory, Shape, build_model, reckon_memory
 from adapt_recipes.planning.update import Pass, Source, Update, update_of
 from adapt_recipes.training import precision
 
 MANY_PASSES = 4  # over a task; what comes after is worth ever less (Muennighoff et al., arXiv 2305.16264)
+WIDE = 100  # columns of a terminal; with fewer there is no room for names beside all of a table's numbers, and
+WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")  # go: they follow from others
 NEEDED = (  # of a recipe's Config
     "seed",
     "dtype",
@@ -199,24 +200,10 @@ def show(plan: Plan, *, num_processes: int, console: Console | None = None) -> N
     """What ``tune plan`` prints for people; on standard output unless told otherwise."""
     # A pipe or a file has no width; there the table is as wide as it needs to be.
     console = console or (Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200))
-    table = Table(box=SIMPLE_HEAD)
-    for i, column in enumerate(
-        ("", "examples", "dropped", "supervised", "share", "mean", "of", "p at the start", "passes")
-    ):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    columns = _COLUMNS if console.width >= WIDE else {k: v for k, v in _COLUMNS.items() if k not in WIDE_ONLY}
+    table = task_table(*columns)
     for name, task in plan.tasks.items():
-        mark = " !" if task.passes > MANY_PASSES or task.passes == 0 else ""
-        table.add_row(
-            name,
-            f"{task.examples:,}",
-            f"{task.dropped:,}",
-            f"{task.supervised_tokens:,}",
-            f"{task.share:.1%}",
-            f"{task.mean_supervised_tokens:,.1f}",
-            f"{task.mean_tokens:,.1f}",
-            f"{task.probability:.3f}",
-            f"{task.passes:.3g}{mark}",
-        )
+        table.add_row(task_name(name), *(cell(task) for cell in columns.values()))
     console.print(table)
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
@@ -234,6 +221,22 @@ def show(plan: Plan, *, num_processes: int, console: Console | None = None) -> N
         lines.append("the mixture is learned: steps and passes are those of its starting probabilities")
     for line in (*lines, *(f"warning: {each}" for each in plan.warnings)):
         console.print(line, soft_wrap=True, markup=False)
+
+
+_COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
+    "examples": lambda task: f"{task.examples:,}",
+    "dropped": lambda task: f"{task.dropped:,}",
+    "sup. tokens": lambda task: f"{task.supervised_tokens:,}",
+    "share": lambda task: f"{task.share:.1%}",
+    "sup./ex.": lambda task: f"{task.mean_supervised_tokens:,.1f}",
+    "tok./ex.": lambda task: f"{task.mean_tokens:,.1f}",
+    "start p": lambda task: f"{task.probability:.3f}",
+    "passes": lambda task: f"{'! ' if _is_odd(task) else ''}{task.passes:.3g}",
+}
+
+
+def _is_odd(task: TaskPlan) -> bool:
+    return task.passes == 0 or task.passes > MANY_PASSES
 
 
 def _check_mixture(mixture: Any, config: Any, *, num_tasks: int) -> None:
