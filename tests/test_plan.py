@@ -25,7 +25,8 @@ from adapt_recipes.planning.plan import TaskPlan
 
 ROOT = Path(__file__).parents[1]
 KEYS = """
-    tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
+    recipe strategy device dtype
+    tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes disk_bytes
     mixture_updates mixture_cost_steps probe_tokens exact warnings
 """
 TASK_KEYS = "examples dropped supervised_tokens share mean_supervised_tokens mean_tokens probability passes"
@@ -263,7 +264,8 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert f"in about {plan.steps} steps that read {plan.tokens} tokens" in out
     assert f"memory of each of 2 processes: {plan.memory_bytes.total / 1e6:.1f} MB (parameters" in out
-    assert f"mixture: {plan.mixture_updates} updates, which cost about {plan.mixture_cost_steps:.1f} steps" in out
+    assert f"mixture: {plan.mixture_updates} updates; costs as much as about {plan.mixture_cost_steps:.1f} steps" in out
+    assert out.startswith("adapt_full_finetune: strategy adapt, on cpu in fp32\n")
     assert f"read about {plan.probe_tokens} supervised tokens more" in out
     assert "starting probabilities" in out and "\nwarning: probes and validation would read" in out
     for name, task in plan.tasks.items():
@@ -281,6 +283,10 @@ def long_plan(**changes: Any) -> Plan:
     tasks = {name[:30]: TaskPlan(**counts, **numbers, passes=10.25) for name in LONG}
     few = Memory(parameters=10**9, gradients=10**9, optimizer=2 * 10**9, activations=10**9, mixture=0)
     plan = Plan(
+        recipe="sft_full_finetune",
+        strategy="uniform",
+        device=None,
+        dtype="bf16",
         tasks=tasks,
         available_supervised_tokens=61_536,
         budget_tokens=184_608,
@@ -289,6 +295,7 @@ def long_plan(**changes: Any) -> Plan:
         parameters=135_000_000,
         memory_bytes=few,
         checkpoint_bytes=1_600_000_000,
+        disk_bytes=3_200_000_000,
         mixture_updates=0,
         mixture_cost_steps=0.0,
         probe_tokens=1000,
@@ -318,6 +325,47 @@ def test_names_give_way_and_numbers_do_not(width: int) -> None:
         assert name[:16] in row and (width < 120 or name[:30] in row)
     (header,) = (line for line in lines if "examples" in line)
     assert ("sup./ex." in header) == bool(means) and "…" not in header
+
+
+def test_what_is_said_of_a_plan() -> None:
+    lines = shown(long_plan(), width=300).splitlines()
+    assert lines[0] == "sft_full_finetune: strategy uniform, on the best device there is in bf16"
+    table_ends = lines.index("! read more than 4 times, or never")
+    assert lines[table_ends + 1 :] == [
+        "budget: 184,608 supervised tokens (3.0 times the 61,536 there are), in 1,234 steps that read 1,234,567 tokens",
+        "model: 135,000,000 parameters",
+        "disk: a checkpoint takes 1.6 GB, and up to 3.2 GB are taken while one is saved (keep_checkpoints + 1 of them)",
+        "memory of the process: 5.0 GB (parameters 1.0 GB, gradients 1.0 GB, optimizer 2.0 GB, activations 1.0 GB, "
+        "mixture 0.0 MB), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
+        "mixture: fixed",
+        "probes and validation read 1,000 supervised tokens more",
+        "warning: task 'dialogue generation, many turn' would be read 10.2 times over, more than 4",
+    ]
+    learned = {"exact": False, "mixture_updates": 1, "mixture_cost_steps": 1.0, "steps": 1, "budget_tokens": 6154}
+    lines = shown(long_plan(**learned, tasks={}, warnings=[]), width=300).splitlines()
+    assert "mixture: 1 update; costs as much as about 1.0 steps (50.0% of the time)" in lines
+    assert any(
+        "6,154 supervised tokens (10.0% of the 61,536 there are), in about 1 step that" in line for line in lines
+    )
+    assert lines[-1] == "the mixture is learned: steps and passes assume that it stays at its starting probabilities"
+    assert not any(line.startswith("!") for line in lines), "no legend of a mark that is not there"
+
+
+def test_warnings_have_a_colour() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard", highlight=False)
+    show(long_plan(), num_processes=1, console=console)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[33mwarning: task" in out and "\x1b[33m! read more" in out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None, highlight=False)
+    show(long_plan(), num_processes=1, console=console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert (max(map(len, lines)) <= 80) == terminal
+    words = set(" ".join(shown(long_plan(), width=300).splitlines()).split())
+    assert all(word in words for line in lines for word in line.split() if "…" not in word and "─" not in word)
 
 
 def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
@@ -358,7 +406,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         (["gone.py", *plain("adapt")], "no recipe of ours 'gone.py'"),
         (["plain.py", *plain("adapt")], "plain.py has no class Config"),
         (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
-        (["small.py", "--config", "small.yaml"], "has no 'dtype', without which there is no plan"),
+        (["small.py", "--config", "small.yaml"], "has no 'strategy', without which there is no plan"),
         (["adapt_full_finetune", "--config", "tiny_adapd"], "neither a file nor a known name"),
         (["adapt_full_finetune", *plain("adapt", "sede=1")], "unknown key 'sede'; did you mean 'seed'?"),
         (["adapt_full_finetune", *plain("adapt", "tasks.path=nowhere")], "nowhere"),

@@ -22,8 +22,11 @@ from adapt_recipes.training import precision
 MANY_PASSES = 4  # over a task; what comes after is worth ever less (Muennighoff et al., arXiv 2305.16264)
 WIDE = 100  # columns of a terminal; with fewer there is no room for names beside all of a table's numbers, and
 WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")  # go: they follow from others
+WARNING = "yellow"
 NEEDED = (  # of a recipe's Config
+    "strategy",
     "seed",
+    "device",
     "dtype",
     "model",
     "tokenizer",
@@ -36,6 +39,7 @@ NEEDED = (  # of a recipe's Config
     "micro_batch_tokens",
     "activation_checkpointing",
     "loss_chunk_tokens",
+    "keep_checkpoints",
 )
 
 
@@ -68,6 +72,8 @@ class Plan:
     """What a run would do. Counts of tokens are what its ``summary.json`` would say.
 
     Attributes:
+        recipe: its name.
+        strategy, device, dtype: of the config; ``device`` is None where the run would take the best there is.
         tasks: by name.
         available_supervised_tokens: of all tasks.
         budget_tokens: supervised tokens to spend.
@@ -76,6 +82,7 @@ class Plan:
         parameters: of the model, a tied head counted once.
         memory_bytes: of one process.
         checkpoint_bytes: of one checkpoint, all processes together.
+        disk_bytes: of checkpoints at most: while one is written, those that it takes the place of are still there.
         mixture_updates: how many.
         mixture_cost_steps: what they take in all, in training steps: counting passes over tokens, a forward is 1/3.
         probe_tokens: supervised tokens that probes and validation read.
@@ -84,6 +91,10 @@ class Plan:
         warnings: in a line each.
     """
 
+    recipe: str
+    strategy: str
+    device: str | None
+    dtype: str
     tasks: dict[str, TaskPlan]
     available_supervised_tokens: int
     budget_tokens: int
@@ -92,6 +103,7 @@ class Plan:
     parameters: int
     memory_bytes: Memory
     checkpoint_bytes: int
+    disk_bytes: int
     mixture_updates: int
     mixture_cost_steps: float
     probe_tokens: int
@@ -178,6 +190,10 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
         )
     }
     found = Plan(
+        recipe=sys.modules[type(config).__module__].__name__,
+        strategy=config.strategy,
+        device=config.device,
+        dtype=config.dtype,
         tasks=task_plans,
         available_supervised_tokens=int(available.sum()),
         budget_tokens=budget_tokens,
@@ -186,6 +202,7 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
         parameters=size.parameters,
         memory_bytes=memory,
         checkpoint_bytes=size.checkpoint_bytes,
+        disk_bytes=(config.keep_checkpoints + 1) * size.checkpoint_bytes,
         mixture_updates=num_updates,
         mixture_cost_steps=cost,
         probe_tokens=probe_tokens,
@@ -200,27 +217,44 @@ def show(plan: Plan, *, num_processes: int, console: Console | None = None) -> N
     """What ``tune plan`` prints for people; on standard output unless told otherwise."""
     # A pipe or a file has no width; there the table is as wide as it needs to be.
     console = console or (Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200))
+    soft_wrap = not console.is_terminal  # a terminal gets lines broken between words, a pipe gets them whole
     columns = _COLUMNS if console.width >= WIDE else {k: v for k, v in _COLUMNS.items() if k not in WIDE_ONLY}
     table = task_table(*columns)
     for name, task in plan.tasks.items():
         table.add_row(task_name(name), *(cell(task) for cell in columns.values()))
+    device = plan.device or "the best device there is"
+    console.print(
+        f"{plan.recipe}: strategy {plan.strategy}, on {device} in {plan.dtype}", markup=False, soft_wrap=soft_wrap
+    )
     console.print(table)
+    if any(map(_is_odd, plan.tasks.values())):
+        console.print(f"! read more than {MANY_PASSES} times, or never", style=WARNING)
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
+    times, available = plan.budget_tokens / plan.available_supervised_tokens, f"{plan.available_supervised_tokens:,}"
+    mixture, cost = "fixed", plan.mixture_cost_steps
+    if plan.mixture_updates:
+        mixture = _count(plan.mixture_updates, "update")
+    if cost:  # also without updates: a reward may be relative to the base model
+        mixture += f"; costs as much as {about}{cost:,.1f} steps ({cost / (plan.steps + cost):.1%} of the time)"
     lines = [
-        f"budget: {plan.budget_tokens:,} of {plan.available_supervised_tokens:,} supervised tokens, in {about}"
-        f"{plan.steps:,} steps that read {plan.tokens:,} tokens",
-        f"model: {plan.parameters:,} parameters; a checkpoint takes {_size(plan.checkpoint_bytes)} on disk",
-        f"memory of {where}: {_size(memory.total)} ({parts}), and what kernels and the device take",
-        f"mixture: {plan.mixture_updates:,} updates, which cost {about}{plan.mixture_cost_steps:,.1f} steps "
-        f"({plan.mixture_cost_steps / (plan.steps + plan.mixture_cost_steps):.1%} of the time)",
-        f"probes and validation read {about}{plan.probe_tokens:,} supervised tokens more",
+        f"budget: {_count(plan.budget_tokens, 'supervised token')} "
+        f"({f'{times:.1f} times' if times > 1 else f'{times:.1%} of'} the {available} there are), "
+        f"in {about}{_count(plan.steps, 'step')} that read {_count(plan.tokens, 'token')}",
+        f"model: {_count(plan.parameters, 'parameter')}",
+        f"disk: a checkpoint takes {_size(plan.checkpoint_bytes)}, and up to {_size(plan.disk_bytes)} are taken while "
+        "one is saved (keep_checkpoints + 1 of them)",
+        f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
+        f"mixture: {mixture}",
+        f"probes and validation read {about}{_count(plan.probe_tokens, 'supervised token')} more",
     ]
     if not plan.exact:
-        lines.append("the mixture is learned: steps and passes are those of its starting probabilities")
-    for line in (*lines, *(f"warning: {each}" for each in plan.warnings)):
-        console.print(line, soft_wrap=True, markup=False)
+        lines.append("the mixture is learned: steps and passes assume that it stays at its starting probabilities")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=soft_wrap)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style=WARNING, markup=False, soft_wrap=soft_wrap)
 
 
 _COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
@@ -342,6 +376,10 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
             f"reward: {type(reward).__name__} does not say how many `gradients` it keeps: taken for 0, forwards alone"
         )
     return warnings
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _size(num_bytes: int) -> str:
