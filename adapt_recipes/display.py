@@ -78,8 +78,8 @@ class Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Lines above the live view."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        """Lines above the live view, which a terminal gets broken between words and a pipe gets whole."""
+        self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False)
 
     def mixture(self, probabilities: Tensor, seconds: float) -> None:
         """The mixture that is used from now on, and the seconds that all its updates have taken."""

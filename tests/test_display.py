@@ -74,6 +74,14 @@ def test_a_live_view_on_a_terminal() -> None:
     assert rows["two"] == ["0.250", "↓", "0.0%", "-", "-", "0", "0.00"]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> None:
+    out, text = console(width=20, terminal=terminal), "supervised tokens of all tasks together"
+    Display([task("one")], budget_tokens=20, log_every=1, console=out).say(text)
+    lines = [line.rstrip() for line in shown(out).splitlines()]
+    assert lines == (["supervised tokens of", "all tasks together"] if terminal else [text])
+
+
 @pytest.mark.parametrize("num_tasks", [1, 3, 60, 200])
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 40), (200, 50)])
 def test_it_stays_readable(num_tasks: int, width: int, height: int) -> None:
