@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -235,6 +237,29 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [*plan["memory_bytes"]] == ["parameters", "gradients", "optimizer", "activations", "mixture"]
     assert plan == json.loads(json.dumps(make_plan(config_of("multiuat", *words[2:])).to_dict()))
     assert "no dropout" in err  # what components print does not come between
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_being_done_is_said_on_a_terminal_alone(folder: Path, terminal: bool) -> None:
+    """On stderr: what a script reads from stdout stays one JSON object."""
+    words = ["sft_full_finetune", *plain("uniform", *UNEVEN, "budget.tokens=60"), "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    read, write = pty.openpty() if terminal else os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tune_cli_ext", "plan", *words], env=environment, stdout=subprocess.PIPE, stderr=write
+    ) as process:
+        os.close(write)
+        said = b""
+        with contextlib.suppress(OSError):  # how a terminal ends that nobody has open any more
+            while part := os.read(read, 4096):
+                said += part
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read())["steps"] > 0
+    os.close(read)
+    assert (b"reading the recipe" in said) == (b"\x1b" in said) == terminal, said
+    doings: list[str] = []  # the others may be over before they are shown
+    make_plan(config_of("uniform", *UNEVEN, "budget.tokens=60"), say=doings.append)
+    assert doings == ["reading tasks", "drawing examples", "reckoning memory"]
 
 
 def test_processes_share_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:

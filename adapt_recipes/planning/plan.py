@@ -115,12 +115,13 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
+def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], object] = lambda doing: None) -> Plan:
     """Work out what a run would do.
 
     Args:
         config: of a recipe, ours or one written like ours: with the keys ``NEEDED``.
         num_processes: that the run would have.
+        say: is told what is being done, as it may take minutes.
 
     Raises:
         ValueError: the run would be refused, or the config lacks a key.
@@ -131,6 +132,7 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
         raise ValueError(
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )
+    say("reading tasks")
     tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
     names = [task.name for task in tasks]
     available = torch.stack([task.train.num_supervised.sum() for task in tasks])
@@ -152,6 +154,7 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
     precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
 
+    say("drawing examples")
     drawn = _draw(config, tasks, mixture.probabilities(), budget_tokens)
     num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
     reads = _Reads(tasks, count=probe.examples if probe else 0, seed=config.seed)
@@ -165,6 +168,7 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
             probe_tokens += supervised
             cost += each.steps * tokens * drawn.steps / drawn.tokens
 
+    say("reckoning memory")
     in_step, in_reading = _shapes(config, tasks, reads, num_processes)
     memory, size = reckon_memory(
         model,
