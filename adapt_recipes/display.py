@@ -51,10 +51,11 @@ class Display:
         self._validation_losses = [math.nan] * len(tasks)
         self._task_tokens = [0] * len(tasks)
         self._num_drawn = [0] * len(tasks)
+        self._step = 0
         self._line = ""
         self._mixture_seconds = 0.0
         self._progress = Progress(
-            TextColumn("step {task.fields[step]:,}"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
@@ -62,7 +63,7 @@ class Display:
             console=self.console,
             expand=True,
         )
-        self._bar = self._progress.add_task("run", total=budget_tokens, step=0)
+        self._bar = self._progress.add_task("step 0", total=budget_tokens)
         self._live = Live(
             get_renderable=self._view, console=self.console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
         )
@@ -81,14 +82,20 @@ class Display:
         """Lines above the live view, which a terminal gets broken between words and a pipe gets whole."""
         self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False)
 
+    def doing(self, what: str) -> None:
+        """What takes a while: it stands in the place of the step until it is over."""
+        self._progress.update(self._bar, description=what)
+
     def mixture(self, probabilities: Tensor, seconds: float) -> None:
         """The mixture that is used from now on, and the seconds that all its updates have taken."""
         self._probabilities.append(probabilities.tolist())
         self._mixture_seconds = seconds
+        self.doing(f"step {self._step:,}")
 
     def validation(self, losses: Tensor) -> None:
         """What a validation has measured, NaN for tasks it leaves out."""
         self._validation_losses = losses.tolist()
+        self.doing(f"step {self._step:,}")
 
     def step(
         self, step: int, loss: float, ledger: Ledger, seconds: float, *, task_losses: Tensor, num_drawn: Tensor
@@ -105,7 +112,8 @@ class Display:
         elapsed = max(seconds - self._first_step[0], 1e-9)
         speed = (ledger.tokens - self._first_step[1]) / elapsed
         spent, total = ledger.supervised_tokens, self._budget_tokens
-        self._progress.update(self._bar, completed=spent, step=step)
+        self._step = step
+        self._progress.update(self._bar, completed=spent, description=f"step {step:,}")
         self._line = f"loss {loss:.4f}   {speed:,.0f} tokens/s   "
         self._line += f"mixture updates {self._mixture_seconds / max(seconds, 1e-9):.1%} of the time"
         is_due = is_first or spent >= total or (self._log_every and step % self._log_every == 0)

@@ -317,6 +317,7 @@ class MosFullFinetune:
         observes = self.mixture.observes
         if not observes:
             return
+        self.display.doing("updating the mixture")
         started, config = time.perf_counter(), self.config.probe
         signals: dict[str, Tensor] = {}
         if "train_losses" in observes:
@@ -349,6 +350,7 @@ class MosFullFinetune:
     def measure_base_model(self) -> None:
         """What rewards on the pool are relative to, (9). Read from the cache it is booked all the same."""
         if self.reward is not None and "pool" in self.reward.reads:
+            self.display.doing("measuring the base model")
             started, folder = time.perf_counter(), self.config.tasks.cache_folder
             self.base_losses = base_losses(self.model, self._read(self.pool), cache_dir=folder)
             if not self.base_losses.isfinite().all():
@@ -361,6 +363,7 @@ class MosFullFinetune:
 
     def validate(self) -> None:
         """Measure every task on its whole validation split."""
+        self.display.doing("validating")
         started = time.perf_counter()
         self.validation_losses = self._validation_losses(self.validation)
         self.validation_seconds += time.perf_counter() - started

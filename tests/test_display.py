@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+import tune_cli_ext
 from adapt_recipes.budget import Ledger
+from adapt_recipes.config import load
 from adapt_recipes.data import Examples, Task
 from adapt_recipes.display import Display
 
@@ -80,6 +83,42 @@ def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> N
     Display([task("one")], budget_tokens=20, log_every=1, console=out).say(text)
     lines = [line.rstrip() for line in shown(out).splitlines()]
     assert lines == (["supervised tokens of", "all tasks together"] if terminal else [text])
+
+
+def test_it_shows_what_takes_a_while() -> None:
+    out = console(width=80)
+    display = five_steps(out, log_every=0)
+
+    def first_line() -> str:
+        view = console(width=80)
+        view.print(display._view())
+        return shown(view).splitlines()[0]
+
+    assert first_line().startswith("step 5 ")
+    for what, is_over in {
+        "validating": lambda: display.validation(torch.zeros(2)),
+        "updating the mixture": lambda: display.mixture(torch.tensor([0.5, 0.5]), 1.0),
+    }.items():
+        display.doing(what)
+        assert first_line().startswith(f"{what} ") and "━" in first_line()
+        is_over()
+        assert first_line().startswith("step 5 ")
+
+
+@pytest.mark.parametrize("recipe", ["sft", "adapt", "mos"])
+def test_recipes_say_what_takes_a_while(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doings: list[str] = []
+    monkeypatch.setattr(Display, "doing", lambda display, what: doings.append(what))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = {"sft": "uniform", "adapt": "adapt", "mos": "mos_diff"}[recipe]
+    root = Path(__file__).parents[1]
+    schema = tune_cli_ext._schema(str(root / "recipes" / f"{recipe}_full_finetune.py"))
+    few = ["budget.tokens=192", "tasks.num_validation_rows=8", "probe.examples=2", "mixture_update_every=1"]
+    overrides = [f"output_dir={tmp_path / 'run'}", "validate_every=0", *few[: 2 if recipe == "sft" else None]]
+    assert sys.modules[schema.__module__].main(load(schema, root / "yaml" / f"tiny_{config}.yaml", overrides)) == 0
+    slow = [what for what in doings if not what.startswith("step")]
+    assert slow[0] == ("measuring the base model" if recipe == "mos" else "validating") and slow[-1] == "validating"
+    assert ("updating the mixture" in slow) == (recipe != "sft")
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3, 60, 200])
