@@ -58,7 +58,7 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} supervised"),
             TimeRemainingColumn(),
             console=self.console,
             expand=True,
@@ -110,18 +110,19 @@ class Display:
         if self._first_step is None:
             self._first_step = (seconds, ledger.tokens, ledger.supervised_tokens)
         elapsed = max(seconds - self._first_step[0], 1e-9)
-        speed = (ledger.tokens - self._first_step[1]) / elapsed
+        # Of all tokens; after one step alone there is none, as the time before it is not the step's alone.
+        speed = "" if is_first else f"{(ledger.tokens - self._first_step[1]) / elapsed:,.0f} tokens/s"
         spent, total = ledger.supervised_tokens, self._budget_tokens
         self._step = step
         self._progress.update(self._bar, completed=spent, description=f"step {step:,}")
-        self._line = f"loss {loss:.4f}   {speed:,.0f} tokens/s   "
-        self._line += f"mixture updates {self._mixture_seconds / max(seconds, 1e-9):.1%} of the time"
+        updates = f"mixture updates {self._mixture_seconds / max(seconds, 1e-9):.1%} of the time"
+        self._line = "   ".join(filter(None, (f"loss {loss:.4f}", speed, updates)))
         is_due = is_first or spent >= total or (self._log_every and step % self._log_every == 0)
         if is_due and not self.console.is_terminal:
             since = spent - self._first_step[2]
-            left = f", {(total - spent) * elapsed / since:.0f} s left" if since else ""
+            left = f"{(total - spent) * elapsed / since:.0f} s left" if since else ""
             share = f"{spent:,}/{total:,} supervised tokens ({spent / total:.1%})"
-            self.say(f"step {step}: {share}, loss {loss:.4f}, {speed:,.0f} tokens/s{left}")
+            self.say(", ".join(filter(None, (f"step {step}: {share}", f"loss {loss:.4f}", speed, left))))
 
     def plan(self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str) -> None:
         """What is about to happen: each task's share, training split (in supervised tokens) and validation split."""

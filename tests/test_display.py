@@ -53,6 +53,7 @@ def plain(log_every: int) -> list[str]:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = plain(log_every=2)
     assert [line.split(":")[0] for line in lines] == ["step 1", "step 2", "step 4", "step 5"]
+    assert lines[0] == "step 1: 20/100 supervised tokens (20.0%), loss 1.0000", "no speed of 0 tokens/s"
     assert lines[2] == "step 4: 80/100 supervised tokens (80.0%), loss 0.2500, 100 tokens/s, 2 s left"
     assert [line.split(":")[0] for line in plain(log_every=0)] == ["step 1", "step 5"]
     assert not any("\x1b" in line for line in lines)
@@ -69,7 +70,7 @@ def test_a_live_view_on_a_terminal() -> None:
     view = console(width=90)
     view.print(display._view())
     lines = shown(view).splitlines()
-    assert "step 5" in lines[0] and "100%" in lines[0] and "100/100 tokens" in lines[0]
+    assert "step 5" in lines[0] and "100%" in lines[0] and "100/100 supervised" in lines[0]
     assert lines[1] == "loss 0.2000   100 tokens/s   mixture updates 0.0% of the time"
     # p and its direction, share of the tokens, train loss (smoothed), validation loss, examples seen, passes
     rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
