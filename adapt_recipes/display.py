@@ -9,7 +9,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -124,8 +123,13 @@ class Display:
             share = f"{spent:,}/{total:,} supervised tokens ({spent / total:.1%})"
             self.say(", ".join(filter(None, (f"step {step}: {share}", f"loss {loss:.4f}", speed, left))))
 
-    def plan(self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str) -> None:
-        """What is about to happen: each task's share, training split (in supervised tokens) and validation split."""
+    def plan(
+        self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str, one_task: bool = False
+    ) -> None:
+        """What is about to happen: each task's share, training split (in supervised tokens) and validation split.
+
+        With ``one_task`` a step is of one task alone, and ``probabilities`` are of the step to be of a task.
+        """
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
         table = task_table("p", "examples", "tokens", "held out", "too long")
         for task, p, tokens in zip(self._tasks, probabilities.tolist(), available, strict=True):
@@ -139,9 +143,12 @@ class Display:
                 f"{task.num_dropped:,}",
             )
         self.console.print(table)
-        # p is a share of tokens: a task's share of examples is p over its mean length
-        lengths = torch.tensor([tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)])
-        num_steps = max(1, round(ledger.budget_tokens * float((probabilities / lengths).sum()) / batch_size))
+        lengths = probabilities.new_tensor(
+            [tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)]
+        )
+        # Of an example. Where p is a share of tokens, a task's share of examples is p over its mean length.
+        mean = float(probabilities @ lengths if one_task else 1 / (probabilities / lengths).sum())
+        num_steps = max(1, round(ledger.budget_tokens / mean / batch_size))
         self.say(
             f"budget: {ledger.budget_tokens:,} of {sum(available):,} supervised tokens, about {num_steps:,} steps of "
             f"{batch_size} examples, {where}"

@@ -231,7 +231,8 @@ class MosFullFinetune:
             self.open_files.callback(file.close)
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
         p = self.mixture.probabilities()
-        self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where)
+        one_task = config.sampling == "dataset"
+        self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where, one_task=one_task)
         if warning := checkpoint.too_slow_to_stop(self.model):
             self.display.say(warning)
         if saved is not None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,6 +122,16 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
     spent = {name: round(task.passes * task.supervised_tokens) for name, task in plan.tasks.items()}
     assert spent == summary["task_tokens"]
     assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
+
+
+@pytest.mark.parametrize("sampling", ["tokens", "dataset"])
+def test_a_run_knows_about_how_many_steps_it_makes(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it starts, without drawing: to a few per cent where it is long, whether p is of tokens or of steps."""
+    overrides = [f"sampling={sampling}", "budget.passes=9", "batch_size=4"]
+    summary = run(config_of("uniform", *both(UNEVEN, overrides), recipe="mos_full_finetune"))
+    said = re.search(r"about ([\d,]+) steps of 4 examples", capsys.readouterr().out)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == pytest.approx(summary["steps"], rel=0.1)
 
 
 def test_tasks_by_hand() -> None:
