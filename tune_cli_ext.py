@@ -338,7 +338,7 @@ def _plan(words: Sequence[str]) -> None:
             from adapt_recipes.config import load
             from adapt_recipes.planning import make_plan, show
 
-            config = load(schema, config_path, arguments.overrides)
+            config: Any = load(schema, config_path, arguments.overrides)
             plan = make_plan(config, num_processes=num_processes, say=status.update)
     except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
         parser.exit(2, f"tune plan: error: {' '.join(str(error).split())}\n")

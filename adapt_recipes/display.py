@@ -131,16 +131,16 @@ class Display:
         With ``one_task`` a step is of one task alone, and ``probabilities`` are of the step to be of a task.
         """
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
-        table = task_table("p", "examples", "tokens", "held out", "too long")
+        table = task_table("examples", "dropped", "sup. tokens", "held out", "p")
         for task, p, tokens in zip(self._tasks, probabilities.tolist(), available, strict=True):
             held_out = f"{len(task.validation):,}" if task.validation is not None else "-"
             table.add_row(
                 task_name(task.name),
-                f"{p:.3f}",
                 f"{len(task.train):,}",
+                f"{task.num_dropped:,}",
                 f"{tokens:,}",
                 held_out,
-                f"{task.num_dropped:,}",
+                f"{p:.3f}",
             )
         self.console.print(table)
         lengths = probabilities.new_tensor(
@@ -150,13 +150,13 @@ class Display:
         mean = float(probabilities @ lengths if one_task else 1 / (probabilities / lengths).sum())
         num_steps = max(1, round(ledger.budget_tokens / mean / batch_size))
         self.say(
-            f"budget: {ledger.budget_tokens:,} of {sum(available):,} supervised tokens, about {num_steps:,} steps of "
-            f"{batch_size} examples, {where}"
+            f"budget: {of_available(ledger.budget_tokens, sum(available))}, in about {count(num_steps, 'step')} of "
+            f"{count(batch_size, 'example')}, {where}"
         )
 
     def results(self, summary: Mapping[str, Any], *, folder: Path) -> None:
         """The end of a run, from its ``summary.json``."""
-        table = task_table("p", "tokens", "share", "loss before", "loss after")
+        table = task_table("p", "spent", "of budget", "loss before", "loss after")
         for name, p in summary["probabilities"].items():
             tokens = summary["task_tokens"][name]
             losses = (summary[key][name] for key in ("initial_validation_losses", "validation_losses"))
@@ -172,7 +172,7 @@ class Display:
         )
 
     def _view(self) -> RenderableType:
-        """The live view: as many tasks as fit, those with the largest shares; side by side where there is room.
+        """The live view: as many tasks as fit, those with the largest p; side by side where there is room.
 
         Lines of text, because a table of 60 tasks takes rich 50 ms to draw.
         """
@@ -186,7 +186,7 @@ class Display:
         columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
         header = "   ".join([" " * name_width + _HEADER] * len(columns))
         body = ["   ".join(parts) for parts in zip_longest(*columns, fillvalue="")]
-        rest = [f"and {len(rows) - len(shown)} tasks with smaller shares"] if len(shown) < len(rows) else []
+        rest = [f"and {count(len(rows) - len(shown), 'task')} with smaller p"] if len(shown) < len(rows) else []
         return Group(self._progress, Text("\n".join([self._line, header, *body, *rest]), no_wrap=True))
 
     def _rows(self) -> list[tuple[str, float, str]]:
@@ -204,11 +204,23 @@ class Display:
         return rows
 
 
-_HEADER = "      p    share   train   valid      seen  passes"
+_HEADER = "      p    spent   train   valid      seen  passes"
 
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
+
+
+def count(number: int, noun: str) -> str:
+    """With an s where there is not just one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def of_available(num_tokens: int, available: int) -> str:
+    """A budget in supervised tokens beside those there are."""
+    ratio = num_tokens / available
+    part = f"{ratio:.1f} times" if ratio > 1 else f"{ratio:.1%} of"
+    return f"{count(num_tokens, 'supervised token')} ({part} the {available:,} there are)"
 
 
 def task_table(*columns: str) -> Table:

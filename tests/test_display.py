@@ -148,7 +148,7 @@ def test_names_in_the_tables_give_way_and_numbers_do_not(width: int, tmp_path: P
     p = torch.tensor([0.25, 0.75], dtype=torch.float64)
     display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
     rows = [line for line in shown(out).splitlines() if line.strip().startswith("A Task")]
-    assert [row.split()[-5:] for row in rows] == [[f"{each:.3f}", "20", "20", "20", "3"] for each in p.tolist()]
+    assert [row.split()[-5:] for row in rows] == [["20", "3", "20", "20", f"{each:.3f}"] for each in p.tolist()]
 
 
 def test_the_plan_and_the_results(tmp_path: Path) -> None:
@@ -156,9 +156,10 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
     display = Display([task("one"), task("two", validated=False)], budget_tokens=30, log_every=0, console=out)
     p = torch.tensor([0.25, 0.75], dtype=torch.float64)
     display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
-    assert "budget: 30 of 40 supervised tokens, about 6 steps of 5 examples, on cpu" in shown(out)
+    assert "budget: 30 supervised tokens (75.0% of the 40 there are), in about 6 steps of 5" in shown(out)
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
-    assert rows["one"] == ["0.250", "20", "20", "20", "3"] and rows["two"] == ["0.750", "20", "20", "-", "3"]
+    assert rows["task"] == ["examples", "dropped", "sup.", "tokens", "held", "out", "p"], "the words of a plan"
+    assert rows["one"] == ["20", "3", "20", "20", "0.250"] and rows["two"] == ["20", "3", "20", "-", "0.750"]
     summary = {
         "strategy": "uniform",
         "probabilities": {"one": 0.25, "two": 0.75},

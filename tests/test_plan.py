@@ -500,8 +500,8 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
     [
         ("fixed", [*UNEVEN, "mixture.weights={a: 1, b: 1, c: 0, d: 0}", "budget.passes=1"], [
             "task 'a' would be read 10.6 times over, more than 4",
-            "task 'c' would never be read: its share is 0",
-            "task 'd' would never be read: its share is 0",
+            "task 'c' would never be read: its p is 0",
+            "task 'd' would never be read: its p is 0",
         ]),
         ("uniform", both(EVEN, ["budget.tokens=60"]), ["probes and validation would read 108 supervised tokens"]),
         ("exp3", [*EVEN, "mixture_update_every=99"], ["the mixture would not be updated: every 99 steps of 12"]),

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from adapt_recipes import data
-from adapt_recipes.display import task_name, task_table
+from adapt_recipes.display import count, of_available, task_name, task_table
 from adapt_recipes.mixture.contract import check_mixture, check_reward
 from adapt_recipes.planning.memory import Memory, Shape, build_model, reckon_memory
 from adapt_recipes.planning.update import Pass, Source, Update, update_of
@@ -236,22 +236,20 @@ def show(plan: Plan, *, num_processes: int, console: Console | None = None) -> N
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
-    times, available = plan.budget_tokens / plan.available_supervised_tokens, f"{plan.available_supervised_tokens:,}"
     mixture, cost = "fixed", plan.mixture_cost_steps
     if plan.mixture_updates:
-        mixture = _count(plan.mixture_updates, "update")
+        mixture = count(plan.mixture_updates, "update")
     if cost:  # also without updates: a reward may be relative to the base model
         mixture += f"; costs as much as {about}{cost:,.1f} steps ({cost / (plan.steps + cost):.1%} of the time)"
     lines = [
-        f"budget: {_count(plan.budget_tokens, 'supervised token')} "
-        f"({f'{times:.1f} times' if times > 1 else f'{times:.1%} of'} the {available} there are), "
-        f"in {about}{_count(plan.steps, 'step')} that read {_count(plan.tokens, 'token')}",
-        f"model: {_count(plan.parameters, 'parameter')}",
+        f"budget: {of_available(plan.budget_tokens, plan.available_supervised_tokens)}, in {about}"
+        f"{count(plan.steps, 'step')} that read {count(plan.tokens, 'token')}",
+        f"model: {count(plan.parameters, 'parameter')}",
         f"disk: a checkpoint takes {_size(plan.checkpoint_bytes)}, and up to {_size(plan.disk_bytes)} are taken while "
         "one is saved (keep_checkpoints + 1 of them)",
         f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         f"mixture: {mixture}",
-        f"probes and validation read {about}{_count(plan.probe_tokens, 'supervised token')} more",
+        f"probes and validation read {about}{count(plan.probe_tokens, 'supervised token')} more",
     ]
     if not plan.exact:
         lines.append("the mixture is learned: steps and passes assume that it stays at its starting probabilities")
@@ -364,7 +362,7 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
     warnings = []
     for name, task in plan.tasks.items():
         if task.passes == 0:
-            warnings.append(f"task '{name}' would never be read: its share is {task.probability:.3g}")
+            warnings.append(f"task '{name}' would never be read: its p is {task.probability:.3g}")
         elif task.passes > MANY_PASSES:
             warnings.append(f"task '{name}' would be read {task.passes:.3g} times over, more than {MANY_PASSES}")
     if learns and not plan.mixture_updates:
@@ -380,10 +378,6 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
             f"reward: {type(reward).__name__} does not say how many `gradients` it keeps: taken for 0, forwards alone"
         )
     return warnings
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _size(num_bytes: int) -> str:
