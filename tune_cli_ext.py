@@ -308,6 +308,7 @@ def _plan(words: Sequence[str]) -> None:
     import json
 
     from omegaconf.errors import OmegaConfBaseException
+    from rich.console import Console
     from yaml import YAMLError
 
     parser = argparse.ArgumentParser(
@@ -330,19 +331,21 @@ def _plan(words: Sequence[str]) -> None:
         for option in ("nnodes", "nproc_per_node"):
             if getattr(arguments, option) < 1:
                 raise ValueError(f"--{option}: has to be at least 1, not {getattr(arguments, option)}")
-        schema, config_path = _schema(_recipe_file(arguments.recipe)), _config_path(arguments.config)
-        from adapt_recipes.config import load
-        from adapt_recipes.planning import make_plan, show
-
         num_processes = arguments.nnodes * arguments.nproc_per_node
-        with contextlib.redirect_stdout(sys.stderr):  # what components print
-            plan = make_plan(load(schema, config_path, arguments.overrides), num_processes=num_processes)
+        # What components print goes to stderr, and so does what is being done, which is for a terminal alone.
+        with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("reading the recipe") as status:
+            schema, config_path = _schema(_recipe_file(arguments.recipe)), _config_path(arguments.config)
+            from adapt_recipes.config import load
+            from adapt_recipes.planning import make_plan, show
+
+            config: Any = load(schema, config_path, arguments.overrides)
+            plan = make_plan(config, num_processes=num_processes, say=status.update)
     except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
         parser.exit(2, f"tune plan: error: {' '.join(str(error).split())}\n")
     if arguments.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
-        show(plan, num_processes=num_processes)
+        show(plan, config, num_processes=num_processes)
 
 
 def _recipe_file(name_or_path: str) -> str:

@@ -9,7 +9,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -51,18 +50,19 @@ class Display:
         self._validation_losses = [math.nan] * len(tasks)
         self._task_tokens = [0] * len(tasks)
         self._num_drawn = [0] * len(tasks)
+        self._step = 0
         self._line = ""
         self._mixture_seconds = 0.0
         self._progress = Progress(
-            TextColumn("step {task.fields[step]:,}"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} supervised"),
             TimeRemainingColumn(),
             console=self.console,
             expand=True,
         )
-        self._bar = self._progress.add_task("run", total=budget_tokens, step=0)
+        self._bar = self._progress.add_task("step 0", total=budget_tokens)
         self._live = Live(
             get_renderable=self._view, console=self.console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
         )
@@ -78,17 +78,23 @@ class Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Lines above the live view."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        """Lines above the live view, which a terminal gets broken between words and a pipe gets whole."""
+        self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False)
+
+    def doing(self, what: str) -> None:
+        """What takes a while: it stands in the place of the step until it is over."""
+        self._progress.update(self._bar, description=what)
 
     def mixture(self, probabilities: Tensor, seconds: float) -> None:
         """The mixture that is used from now on, and the seconds that all its updates have taken."""
         self._probabilities.append(probabilities.tolist())
         self._mixture_seconds = seconds
+        self.doing(f"step {self._step:,}")
 
     def validation(self, losses: Tensor) -> None:
         """What a validation has measured, NaN for tasks it leaves out."""
         self._validation_losses = losses.tolist()
+        self.doing(f"step {self._step:,}")
 
     def step(
         self, step: int, loss: float, ledger: Ledger, seconds: float, *, task_losses: Tensor, num_drawn: Tensor
@@ -103,44 +109,59 @@ class Display:
         if self._first_step is None:
             self._first_step = (seconds, ledger.tokens, ledger.supervised_tokens)
         elapsed = max(seconds - self._first_step[0], 1e-9)
-        speed = (ledger.tokens - self._first_step[1]) / elapsed
+        # Of all tokens; after one step alone there is none, as the time before it is not the step's alone.
+        speed = "" if is_first else f"{(ledger.tokens - self._first_step[1]) / elapsed:,.0f} tokens/s"
         spent, total = ledger.supervised_tokens, self._budget_tokens
-        self._progress.update(self._bar, completed=spent, step=step)
-        self._line = f"loss {loss:.4f}   {speed:,.0f} tokens/s   "
-        self._line += f"mixture updates {self._mixture_seconds / max(seconds, 1e-9):.1%} of the time"
+        self._step = step
+        self._progress.update(self._bar, completed=spent, description=f"step {step:,}")
+        updates = f"mixture updates {self._mixture_seconds / max(seconds, 1e-9):.1%} of the time"
+        self._line = "   ".join(filter(None, (f"loss {loss:.4f}", speed, updates)))
         is_due = is_first or spent >= total or (self._log_every and step % self._log_every == 0)
         if is_due and not self.console.is_terminal:
             since = spent - self._first_step[2]
-            left = f", {(total - spent) * elapsed / since:.0f} s left" if since else ""
+            left = f"{(total - spent) * elapsed / since:.0f} s left" if since else ""
             share = f"{spent:,}/{total:,} supervised tokens ({spent / total:.1%})"
-            self.say(f"step {step}: {share}, loss {loss:.4f}, {speed:,.0f} tokens/s{left}")
+            self.say(", ".join(filter(None, (f"step {step}: {share}", f"loss {loss:.4f}", speed, left))))
 
-    def plan(self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str) -> None:
-        """What is about to happen: each task's share, training split (in supervised tokens) and validation split."""
+    def plan(
+        self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str, one_task: bool = False
+    ) -> None:
+        """What is about to happen: each task's share, training split (in supervised tokens) and validation split.
+
+        With ``one_task`` a step is of one task alone, and ``probabilities`` are of the step to be of a task.
+        """
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
-        table = _table("", "p", "examples", "tokens", "held out", "too long")
+        table = task_table("examples", "dropped", "sup. tokens", "held out", "p")
         for task, p, tokens in zip(self._tasks, probabilities.tolist(), available, strict=True):
             held_out = f"{len(task.validation):,}" if task.validation is not None else "-"
             table.add_row(
-                task.name, f"{p:.3f}", f"{len(task.train):,}", f"{tokens:,}", held_out, f"{task.num_dropped:,}"
+                task_name(task.name),
+                f"{len(task.train):,}",
+                f"{task.num_dropped:,}",
+                f"{tokens:,}",
+                held_out,
+                f"{p:.3f}",
             )
         self.console.print(table)
-        # p is a share of tokens: a task's share of examples is p over its mean length
-        lengths = torch.tensor([tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)])
-        num_steps = max(1, round(ledger.budget_tokens * float((probabilities / lengths).sum()) / batch_size))
+        lengths = probabilities.new_tensor(
+            [tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)]
+        )
+        # Of an example. Where p is a share of tokens, a task's share of examples is p over its mean length.
+        mean = float(probabilities @ lengths if one_task else 1 / (probabilities / lengths).sum())
+        num_steps = max(1, round(ledger.budget_tokens / mean / batch_size))
         self.say(
-            f"budget: {ledger.budget_tokens:,} of {sum(available):,} supervised tokens, about {num_steps:,} steps of "
-            f"{batch_size} examples, {where}"
+            f"budget: {of_available(ledger.budget_tokens, sum(available))}, in about {count(num_steps, 'step')} of "
+            f"{count(batch_size, 'example')}, {where}"
         )
 
     def results(self, summary: Mapping[str, Any], *, folder: Path) -> None:
         """The end of a run, from its ``summary.json``."""
-        table = _table("", "p", "tokens", "share", "loss before", "loss after")
+        table = task_table("p", "spent", "of budget", "loss before", "loss after")
         for name, p in summary["probabilities"].items():
             tokens = summary["task_tokens"][name]
             losses = (summary[key][name] for key in ("initial_validation_losses", "validation_losses"))
             share = f"{tokens / summary['budget_tokens']:.1%}"
-            table.add_row(name, f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
+            table.add_row(task_name(name), f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
         self.console.print(table)
         self.say(
             f"{summary['strategy']}: validation loss worst {summary['worst_validation_loss']:.4f}, "
@@ -151,7 +172,7 @@ class Display:
         )
 
     def _view(self) -> RenderableType:
-        """The live view: as many tasks as fit, those with the largest shares; side by side where there is room.
+        """The live view: as many tasks as fit, those with the largest p; side by side where there is room.
 
         Lines of text, because a table of 60 tasks takes rich 50 ms to draw.
         """
@@ -165,7 +186,7 @@ class Display:
         columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
         header = "   ".join([" " * name_width + _HEADER] * len(columns))
         body = ["   ".join(parts) for parts in zip_longest(*columns, fillvalue="")]
-        rest = [f"and {len(rows) - len(shown)} tasks with smaller shares"] if len(shown) < len(rows) else []
+        rest = [f"and {count(len(rows) - len(shown), 'task')} with smaller p"] if len(shown) < len(rows) else []
         return Group(self._progress, Text("\n".join([self._line, header, *body, *rest]), no_wrap=True))
 
     def _rows(self) -> list[tuple[str, float, str]]:
@@ -183,15 +204,36 @@ class Display:
         return rows
 
 
-_HEADER = "      p    share   train   valid      seen  passes"
+_HEADER = "      p    spent   train   valid      seen  passes"
 
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+def count(number: int, noun: str) -> str:
+    """With an s where there is not just one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def of_available(num_tokens: int, available: int) -> str:
+    """A budget in supervised tokens beside those there are."""
+    ratio = num_tokens / available
+    part = f"{ratio:.1f} times" if ratio > 1 else f"{ratio:.1%} of"
+    return f"{count(num_tokens, 'supervised token')} ({part} the {available:,} there are)"
+
+
+def task_table(*columns: str) -> Table:
+    """An empty table of a row a task, in which ``task_name`` is followed by numbers: those are never cut."""
+    table = Table("task", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def task_name(name: str) -> Text:
+    """The first cell of a ``task_table``'s row, which gives way where the terminal is narrow.
+
+    Its column may wrap, as rich shrinks no other, and the text does not.
+    """
+    return Text(name, no_wrap=True, overflow="ellipsis")

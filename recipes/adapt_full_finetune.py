@@ -312,6 +312,7 @@ class AdaptFullFinetune:
         observes, num_tasks = self.mixture.observes, len(self.tasks)
         if not observes:
             return
+        self.display.doing("updating the mixture")
         started, config = time.perf_counter(), self.config.probe
         signals: dict[str, Tensor] = {}
         if "train_losses" in observes:
@@ -354,6 +355,7 @@ class AdaptFullFinetune:
 
     def validate(self) -> None:
         """Measure every task on its whole validation split."""
+        self.display.doing("validating")
         started = time.perf_counter()
         self.validation_losses = self._validation_losses(self.validation)
         self.validation_seconds += time.perf_counter() - started

@@ -231,7 +231,8 @@ class MosFullFinetune:
             self.open_files.callback(file.close)
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
         p = self.mixture.probabilities()
-        self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where)
+        one_task = config.sampling == "dataset"
+        self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where, one_task=one_task)
         if saved is None and (note := getattr(self.reward, "note", None)):
             self.log.write("note", step=0, text=note)
             self.display.say(f"reward: {note}")
@@ -320,6 +321,7 @@ class MosFullFinetune:
         observes = self.mixture.observes
         if not observes:
             return
+        self.display.doing("updating the mixture")
         started, config = time.perf_counter(), self.config.probe
         signals: dict[str, Tensor] = {}
         if "train_losses" in observes:
@@ -352,6 +354,7 @@ class MosFullFinetune:
     def measure_base_model(self) -> None:
         """What rewards on the pool are relative to, (9). Read from the cache it is booked all the same."""
         if self.reward is not None and "pool" in self.reward.reads and self.config.mixture_update_every:
+            self.display.doing("measuring the base model")
             started, folder = time.perf_counter(), self.config.tasks.cache_folder
             self.base_losses = base_losses(self.model, self._read(self.pool), cache_dir=folder)
             if not self.base_losses.isfinite().all():
@@ -364,6 +367,7 @@ class MosFullFinetune:
 
     def validate(self) -> None:
         """Measure every task on its whole validation split."""
+        self.display.doing("validating")
         started = time.perf_counter()
         self.validation_losses = self._validation_losses(self.validation)
         self.validation_seconds += time.perf_counter() - started

@@ -281,6 +281,7 @@ class SFTFullFinetune:
 
     def validate(self) -> None:
         """Measure every task on its whole validation split."""
+        self.display.doing("validating")
         started = time.perf_counter()
         self.validation_losses = self._validation_losses(self.validation)
         self.validation_seconds += time.perf_counter() - started

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+import tune_cli_ext
 from adapt_recipes.budget import Ledger
+from adapt_recipes.config import load
 from adapt_recipes.data import Examples, Task
 from adapt_recipes.display import Display
 
@@ -50,6 +53,7 @@ def plain(log_every: int) -> list[str]:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = plain(log_every=2)
     assert [line.split(":")[0] for line in lines] == ["step 1", "step 2", "step 4", "step 5"]
+    assert lines[0] == "step 1: 20/100 supervised tokens (20.0%), loss 1.0000", "no speed of 0 tokens/s"
     assert lines[2] == "step 4: 80/100 supervised tokens (80.0%), loss 0.2500, 100 tokens/s, 2 s left"
     assert [line.split(":")[0] for line in plain(log_every=0)] == ["step 1", "step 5"]
     assert not any("\x1b" in line for line in lines)
@@ -66,12 +70,56 @@ def test_a_live_view_on_a_terminal() -> None:
     view = console(width=90)
     view.print(display._view())
     lines = shown(view).splitlines()
-    assert "step 5" in lines[0] and "100%" in lines[0] and "100/100 tokens" in lines[0]
+    assert "step 5" in lines[0] and "100%" in lines[0] and "100/100 supervised" in lines[0]
     assert lines[1] == "loss 0.2000   100 tokens/s   mixture updates 0.0% of the time"
     # p and its direction, share of the tokens, train loss (smoothed), validation loss, examples seen, passes
     rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
     assert rows["one"] == ["0.750", "↑", "100.0%", "0.762", "0.500", "100", "5.00"]
     assert rows["two"] == ["0.250", "↓", "0.0%", "-", "-", "0", "0.00"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> None:
+    out, text = console(width=20, terminal=terminal), "supervised tokens of all tasks together"
+    Display([task("one")], budget_tokens=20, log_every=1, console=out).say(text)
+    lines = [line.rstrip() for line in shown(out).splitlines()]
+    assert lines == (["supervised tokens of", "all tasks together"] if terminal else [text])
+
+
+def test_it_shows_what_takes_a_while() -> None:
+    out = console(width=80)
+    display = five_steps(out, log_every=0)
+
+    def first_line() -> str:
+        view = console(width=80)
+        view.print(display._view())
+        return shown(view).splitlines()[0]
+
+    assert first_line().startswith("step 5 ")
+    for what, is_over in {
+        "validating": lambda: display.validation(torch.zeros(2)),
+        "updating the mixture": lambda: display.mixture(torch.tensor([0.5, 0.5]), 1.0),
+    }.items():
+        display.doing(what)
+        assert first_line().startswith(f"{what} ") and "━" in first_line()
+        is_over()
+        assert first_line().startswith("step 5 ")
+
+
+@pytest.mark.parametrize("recipe", ["sft", "adapt", "mos"])
+def test_recipes_say_what_takes_a_while(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doings: list[str] = []
+    monkeypatch.setattr(Display, "doing", lambda display, what: doings.append(what))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = {"sft": "uniform", "adapt": "adapt", "mos": "mos_diff"}[recipe]
+    root = Path(__file__).parents[1]
+    schema = tune_cli_ext._schema(str(root / "recipes" / f"{recipe}_full_finetune.py"))
+    few = ["budget.tokens=192", "tasks.num_validation_rows=8", "probe.examples=2", "mixture_update_every=1"]
+    overrides = [f"output_dir={tmp_path / 'run'}", "validate_every=0", *few[: 2 if recipe == "sft" else None]]
+    assert sys.modules[schema.__module__].main(load(schema, root / "yaml" / f"tiny_{config}.yaml", overrides)) == 0
+    slow = [what for what in doings if not what.startswith("step")]
+    assert slow[0] == ("measuring the base model" if recipe == "mos" else "validating") and slow[-1] == "validating"
+    assert ("updating the mixture" in slow) == (recipe != "sft")
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3, 60, 200])
@@ -92,14 +140,26 @@ def test_it_stays_readable(num_tasks: int, width: int, height: int) -> None:
     assert "…" not in "".join(lines), "no number is cut"
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_names_in_the_tables_give_way_and_numbers_do_not(width: int, tmp_path: Path) -> None:
+    out = console(width=width)
+    names = [f"A Task Type With a Rather Long Name {i}" for i in range(2)]
+    display = Display([task(name) for name in names], budget_tokens=30, log_every=0, console=out)
+    p = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    rows = [line for line in shown(out).splitlines() if line.strip().startswith("A Task")]
+    assert [row.split()[-5:] for row in rows] == [["20", "3", "20", "20", f"{each:.3f}"] for each in p.tolist()]
+
+
 def test_the_plan_and_the_results(tmp_path: Path) -> None:
     out = console(width=80)
     display = Display([task("one"), task("two", validated=False)], budget_tokens=30, log_every=0, console=out)
     p = torch.tensor([0.25, 0.75], dtype=torch.float64)
     display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
-    assert "budget: 30 of 40 supervised tokens, about 6 steps of 5 examples, on cpu" in shown(out)
+    assert "budget: 30 supervised tokens (75.0% of the 40 there are), in about 6 steps of 5" in shown(out)
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
-    assert rows["one"] == ["0.250", "20", "20", "20", "3"] and rows["two"] == ["0.750", "20", "20", "-", "3"]
+    assert rows["task"] == ["examples", "dropped", "sup.", "tokens", "held", "out", "p"], "the words of a plan"
+    assert rows["one"] == ["20", "3", "20", "20", "0.250"] and rows["two"] == ["20", "3", "20", "-", "0.750"]
     summary = {
         "strategy": "uniform",
         "probabilities": {"one": 0.25, "two": 0.75},

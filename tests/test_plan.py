@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import tune_cli_ext
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.planning import Plan, make_plan
+from adapt_recipes.planning import Plan, make_plan, show
+from adapt_recipes.planning.memory import Memory
+from adapt_recipes.planning.plan import TaskPlan
+from adapt_recipes.rewards import Uncertainty
 
 ROOT = Path(__file__).parents[1]
 KEYS = """
@@ -113,6 +123,16 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
     spent = {name: round(task.passes * task.supervised_tokens) for name, task in plan.tasks.items()}
     assert spent == summary["task_tokens"]
     assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
+
+
+@pytest.mark.parametrize("sampling", ["tokens", "dataset"])
+def test_a_run_knows_about_how_many_steps_it_makes(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it starts, without drawing: to a few per cent where it is long, whether p is of tokens or of steps."""
+    overrides = [f"sampling={sampling}", "budget.passes=9", "batch_size=4"]
+    summary = run(config_of("uniform", *both(UNEVEN, overrides), recipe="mos_full_finetune"))
+    said = re.search(r"about ([\d,]+) steps of 4 examples", capsys.readouterr().out)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == pytest.approx(summary["steps"], rel=0.1)
 
 
 def test_tasks_by_hand() -> None:
@@ -220,7 +240,15 @@ def plain(config: str, *overrides: str) -> list[str]:
     return ["--config", str(ROOT / "yaml" / f"tiny_{config}.yaml"), *both(COMMON, overrides)]
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Uncertainty.__init__
+
+    @wraps(make)
+    def say_so(self: Uncertainty, **given: Any) -> None:
+        print("a component is made")
+        make(self, **given)
+
+    monkeypatch.setattr(Uncertainty, "__init__", say_so)
     words = plain("multiuat", *EVEN, "mixture_update_every=3", "probe.examples=2")
     status, out, err = command(capsys, "mos_full_finetune", *words, "--json")
     plan = json.loads(out)
@@ -228,7 +256,30 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all([*task] == TASK_KEYS.split() for task in plan["tasks"].values())
     assert [*plan["memory_bytes"]] == ["parameters", "gradients", "optimizer", "activations", "mixture"]
     assert plan == json.loads(json.dumps(make_plan(config_of("multiuat", *words[2:])).to_dict()))
-    assert "no dropout" in err  # what components print does not come between
+    assert "a component is made" in err  # what components print does not come between
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_being_done_is_said_on_a_terminal_alone(folder: Path, terminal: bool) -> None:
+    """On stderr: what a script reads from stdout stays one JSON object."""
+    words = ["sft_full_finetune", *plain("uniform", *UNEVEN, "budget.tokens=60"), "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    read, write = pty.openpty() if terminal else os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tune_cli_ext", "plan", *words], env=environment, stdout=subprocess.PIPE, stderr=write
+    ) as process:
+        os.close(write)
+        said = b""
+        with contextlib.suppress(OSError):  # how a terminal ends that nobody has open any more
+            while part := os.read(read, 4096):
+                said += part
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read())["steps"] > 0
+    os.close(read)
+    assert (b"reading the recipe" in said) == (b"\x1b" in said) == terminal, said
+    doings: list[str] = []  # the others may be over before they are shown
+    make_plan(config_of("uniform", *UNEVEN, "budget.tokens=60"), say=doings.append)
+    assert doings == ["reading tasks", "drawing examples", "reckoning memory"]
 
 
 def test_processes_share_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,12 +309,110 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert f"in about {plan.steps} steps that read {plan.tokens} tokens" in out
     assert f"memory of each of 2 processes: {plan.memory_bytes.total / 1e6:.1f} MB (parameters" in out
-    assert f"mixture: {plan.mixture_updates} updates, which cost about {plan.mixture_cost_steps:.1f} steps" in out
+    assert f"mixture: {plan.mixture_updates} updates; costs as much as about {plan.mixture_cost_steps:.1f} steps" in out
+    assert out.startswith("adapt_full_finetune: strategy adapt, on cpu in fp32\n")
     assert f"read about {plan.probe_tokens} supervised tokens more" in out
     assert "starting probabilities" in out and "\nwarning: probes and validation would read" in out
     for name, task in plan.tasks.items():
         (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == [name])
         assert row[1:4] == [str(task.examples), "0", str(task.supervised_tokens)]
+
+
+LONG = ["dialogue generation, many turns", "question answering, no context", "summarisation of long articles"]
+
+
+class LongConfig:
+    """As far as it is shown."""
+
+    __module__ = "sft_full_finetune"
+    strategy, device, dtype, keep_checkpoints = "uniform", None, "bf16", 1
+
+
+def long_plan(**changes: Any) -> Plan:
+    """Of tasks with names of 30 characters and counts of seven digits."""
+    numbers = {"share": 1.0, "mean_supervised_tokens": 1234.5, "mean_tokens": 2345.6, "probability": 1.0}
+    counts = {"examples": 1_234_567, "dropped": 2_345_678, "supervised_tokens": 345_678_901}
+    tasks = {name[:30]: TaskPlan(**counts, **numbers, passes=10.25) for name in LONG}
+    few = Memory(parameters=10**9, gradients=10**9, optimizer=2 * 10**9, activations=10**9, mixture=0)
+    plan = Plan(
+        tasks=tasks,
+        available_supervised_tokens=61_536,
+        budget_tokens=184_608,
+        steps=1234,
+        tokens=1_234_567,
+        parameters=135_000_000,
+        memory_bytes=few,
+        checkpoint_bytes=1_600_000_000,
+        mixture_updates=0,
+        mixture_cost_steps=0.0,
+        probe_tokens=1000,
+        exact=True,
+        warnings=["task 'dialogue generation, many turn' would be read 10.2 times over, more than 4"],
+    )
+    return replace(plan, **changes)
+
+
+def shown(plan: Plan, *, width: int, num_processes: int = 1) -> str:
+    """On a terminal so wide, without its colours."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, highlight=False)
+    show(plan, LongConfig(), num_processes=num_processes, console=console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_names_give_way_and_numbers_do_not(width: int) -> None:
+    lines = shown(long_plan(), width=width).splitlines()
+    rows = [line for line in lines if line.rstrip().endswith("! 10.2")]
+    means = "  100.0%   1,234.5   2,345.6" if width >= 100 else ""
+    numbers = f" 1,234,567  2,345,678  345,678,901{means}    1.000  ! 10.2"
+    assert len(rows) == len(LONG) and max(map(len, rows)) <= width
+    for name, row in zip(LONG, rows, strict=True):
+        assert row.rstrip().endswith(numbers)
+        assert row.split("1,234,567")[0].strip().rstrip("…") in name
+        assert name[:16] in row and (width < 120 or name[:30] in row)
+    (header,) = (line for line in lines if "examples" in line)
+    assert ("sup./ex." in header) == bool(means) and "…" not in header
+
+
+def test_what_is_said_of_a_plan() -> None:
+    lines = shown(long_plan(), width=300).splitlines()
+    assert lines[0] == "sft_full_finetune: strategy uniform, on the best device there is in bf16"
+    table_ends = lines.index("! read more than 4 times, or never")
+    assert lines[table_ends + 1 :] == [
+        "budget: 184,608 supervised tokens (3.0 times the 61,536 there are), in 1,234 steps that read 1,234,567 tokens",
+        "model: 135,000,000 parameters",
+        "disk: a checkpoint takes 1.6 GB; while one is saved there are keep_checkpoints + 1, 3.2 GB",
+        "memory of the process: 5.0 GB (parameters 1.0 GB, gradients 1.0 GB, optimizer 2.0 GB, activations 1.0 GB, "
+        "mixture 0.0 MB), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
+        "mixture: fixed",
+        "probes and validation read 1,000 supervised tokens more",
+        "warning: task 'dialogue generation, many turn' would be read 10.2 times over, more than 4",
+    ]
+    learned = {"exact": False, "mixture_updates": 1, "mixture_cost_steps": 1.0, "steps": 1, "budget_tokens": 6154}
+    lines = shown(long_plan(**learned, tasks={}, warnings=[]), width=300).splitlines()
+    assert "mixture: 1 update; costs as much as about 1.0 steps (50.0% of the time)" in lines
+    assert any(
+        "6,154 supervised tokens (10.0% of the 61,536 there are), in about 1 step that" in line for line in lines
+    )
+    assert lines[-1] == "the mixture is learned: steps and passes assume that it stays at its starting probabilities"
+    assert not any(line.startswith("!") for line in lines), "no legend of a mark that is not there"
+
+
+def test_warnings_have_a_colour() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard", highlight=False)
+    show(long_plan(), LongConfig(), num_processes=1, console=console)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[33mwarning: task" in out and "\x1b[33m! read more" in out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None, highlight=False)
+    show(long_plan(), LongConfig(), num_processes=1, console=console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert (max(map(len, lines)) <= 80) == terminal
+    words = set(" ".join(shown(long_plan(), width=300).splitlines()).split())
+    assert all(word in words for line in lines for word in line.split() if "…" not in word and "─" not in word)
 
 
 def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
@@ -304,7 +453,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         (["gone.py", *plain("adapt")], "no recipe of ours 'gone.py'"),
         (["plain.py", *plain("adapt")], "plain.py has no class Config"),
         (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
-        (["small.py", "--config", "small.yaml"], "has no 'dtype', without which there is no plan"),
+        (["small.py", "--config", "small.yaml"], "has no 'strategy', without which there is no plan"),
         (["adapt_full_finetune", "--config", "tiny_adapd"], "neither a file nor a known name"),
         (["adapt_full_finetune", *plain("adapt", "sede=1")], "unknown key 'sede'; did you mean 'seed'?"),
         (["adapt_full_finetune", *plain("adapt", "tasks.path=nowhere")], "nowhere"),
@@ -362,8 +511,8 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
     [
         ("fixed", [*UNEVEN, "mixture.weights={a: 1, b: 1, c: 0, d: 0}", "budget.passes=1"], [
             "task 'a' would be read 10.6 times over, more than 4",
-            "task 'c' would never be read: its share is 0",
-            "task 'd' would never be read: its share is 0",
+            "task 'c' would never be read: its p is 0",
+            "task 'd' would never be read: its p is 0",
         ]),
         ("uniform", both(EVEN, ["budget.tokens=60"]), ["probes and validation would read 108 supervised tokens"]),
         ("exp3", [*EVEN, "mixture_update_every=99"], ["the mixture would not be updated: every 99 steps of 12"]),

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from adapt_recipes import data
+from adapt_recipes.display import count, of_available, task_name, task_table
 from adapt_recipes.mixture.contract import check_mixture, check_reward
 from adapt_recipes.planning.memory import Memory, Shape, build_model, reckon_memory
 from adapt_recipes.planning.update import Pass, Source, Update, update_of
 from adapt_recipes.training import precision
 
 MANY_PASSES = 4  # over a task; what comes after is worth ever less (Muennighoff et al., arXiv 2305.16264)
+WIDE = 100  # columns of a terminal; with fewer there is no room for names beside all of a table's numbers, and
+WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")  # go: they follow from others
+WARNING = "yellow"
 NEEDED = (  # of a recipe's Config
+    "strategy",
     "seed",
+    "device",
     "dtype",
     "model",
     "tokenizer",
@@ -35,6 +39,7 @@ NEEDED = (  # of a recipe's Config
     "micro_batch_tokens",
     "activation_checkpointing",
     "loss_chunk_tokens",
+    "keep_checkpoints",
 )
 
 
@@ -102,12 +107,13 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
+def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], object] = lambda doing: None) -> Plan:
     """Work out what a run would do.
 
     Args:
         config: of a recipe, ours or one written like ours: with the keys ``NEEDED``.
         num_processes: that the run would have.
+        say: is told what is being done, as it may take minutes.
 
     Raises:
         ValueError: the run would be refused, or the config lacks a key.
@@ -118,6 +124,7 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
         raise ValueError(
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )
+    say("reading tasks")
     tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
     names = [task.name for task in tasks]
     available = torch.stack([task.train.num_supervised.sum() for task in tasks])
@@ -139,6 +146,7 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
     precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
 
+    say("drawing examples")
     drawn = _draw(config, tasks, mixture.probabilities(), budget_tokens)
     num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
     reads = _Reads(tasks, count=probe.examples if probe else 0, seed=config.seed)
@@ -154,6 +162,7 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
             probe_tokens += supervised
             cost += each.steps * tokens * drawn.steps / drawn.tokens
 
+    say("reckoning memory")
     in_step, in_reading = _shapes(config, tasks, reads, num_processes)
     memory, size = reckon_memory(
         model,
@@ -197,45 +206,62 @@ def make_plan(config: Any, *, num_processes: int = 1) -> Plan:
     return found
 
 
-def show(plan: Plan, *, num_processes: int, console: Console | None = None) -> None:
-    """What ``tune plan`` prints for people; on standard output unless told otherwise."""
+def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None = None) -> None:
+    """What ``tune plan`` prints for people, of a plan and its config; on standard output unless told otherwise."""
     # A pipe or a file has no width; there the table is as wide as it needs to be.
     console = console or (Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200))
-    table = Table(box=SIMPLE_HEAD)
-    for i, column in enumerate(
-        ("", "examples", "dropped", "supervised", "share", "mean", "of", "p at the start", "passes")
-    ):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    soft_wrap = not console.is_terminal  # a terminal gets lines broken between words, a pipe gets them whole
+    columns = _COLUMNS if console.width >= WIDE else {k: v for k, v in _COLUMNS.items() if k not in WIDE_ONLY}
+    table = task_table(*columns)
     for name, task in plan.tasks.items():
-        mark = " !" if task.passes > MANY_PASSES or task.passes == 0 else ""
-        table.add_row(
-            name,
-            f"{task.examples:,}",
-            f"{task.dropped:,}",
-            f"{task.supervised_tokens:,}",
-            f"{task.share:.1%}",
-            f"{task.mean_supervised_tokens:,.1f}",
-            f"{task.mean_tokens:,.1f}",
-            f"{task.probability:.3f}",
-            f"{task.passes:.3g}{mark}",
-        )
+        table.add_row(task_name(name), *(cell(task) for cell in columns.values()))
+    recipe, device = type(config).__module__, config.device or "the best device there is"
+    console.print(
+        f"{recipe}: strategy {config.strategy}, on {device} in {config.dtype}", markup=False, soft_wrap=soft_wrap
+    )
     console.print(table)
+    if any(map(_is_odd, plan.tasks.values())):
+        console.print(f"! read more than {MANY_PASSES} times, or never", style=WARNING)
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
+    mixture, cost = "fixed", plan.mixture_cost_steps
+    if plan.mixture_updates:
+        mixture = count(plan.mixture_updates, "update")
+    if cost:  # also without updates: a reward may be relative to the base model
+        mixture += f"; costs as much as {about}{cost:,.1f} steps ({cost / (plan.steps + cost):.1%} of the time)"
     lines = [
-        f"budget: {plan.budget_tokens:,} of {plan.available_supervised_tokens:,} supervised tokens, in {about}"
-        f"{plan.steps:,} steps that read {plan.tokens:,} tokens",
-        f"model: {plan.parameters:,} parameters; a checkpoint takes {_size(plan.checkpoint_bytes)} on disk",
-        f"memory of {where}: {_size(memory.total)} ({parts}), and what kernels and the device take",
-        f"mixture: {plan.mixture_updates:,} updates, which cost {about}{plan.mixture_cost_steps:,.1f} steps "
-        f"({plan.mixture_cost_steps / (plan.steps + plan.mixture_cost_steps):.1%} of the time)",
-        f"probes and validation read {about}{plan.probe_tokens:,} supervised tokens more",
+        f"budget: {of_available(plan.budget_tokens, plan.available_supervised_tokens)}, in {about}"
+        f"{count(plan.steps, 'step')} that read {count(plan.tokens, 'token')}",
+        f"model: {count(plan.parameters, 'parameter')}",
+        f"disk: a checkpoint takes {_size(plan.checkpoint_bytes)}; while one is saved there are keep_checkpoints + 1, "
+        f"{_size((config.keep_checkpoints + 1) * plan.checkpoint_bytes)}",
+        f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
+        f"mixture: {mixture}",
+        f"probes and validation read {about}{count(plan.probe_tokens, 'supervised token')} more",
     ]
     if not plan.exact:
-        lines.append("the mixture is learned: steps and passes are those of its starting probabilities")
-    for line in (*lines, *(f"warning: {each}" for each in plan.warnings)):
-        console.print(line, soft_wrap=True, markup=False)
+        lines.append("the mixture is learned: steps and passes assume that it stays at its starting probabilities")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=soft_wrap)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style=WARNING, markup=False, soft_wrap=soft_wrap)
+
+
+_COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
+    "examples": lambda task: f"{task.examples:,}",
+    "dropped": lambda task: f"{task.dropped:,}",
+    "sup. tokens": lambda task: f"{task.supervised_tokens:,}",
+    "share": lambda task: f"{task.share:.1%}",
+    "sup./ex.": lambda task: f"{task.mean_supervised_tokens:,.1f}",
+    "tok./ex.": lambda task: f"{task.mean_tokens:,.1f}",
+    "start p": lambda task: f"{task.probability:.3f}",
+    "passes": lambda task: f"{'! ' if _is_odd(task) else ''}{task.passes:.3g}",
+}
+
+
+def _is_odd(task: TaskPlan) -> bool:
+    return task.passes == 0 or task.passes > MANY_PASSES
 
 
 def _check_mixture(mixture: Any, config: Any, *, num_tasks: int) -> None:
@@ -325,7 +351,7 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
     warnings = []
     for name, task in plan.tasks.items():
         if task.passes == 0:
-            warnings.append(f"task '{name}' would never be read: its share is {task.probability:.3g}")
+            warnings.append(f"task '{name}' would never be read: its p is {task.probability:.3g}")
         elif task.passes > MANY_PASSES:
             warnings.append(f"task '{name}' would be read {task.passes:.3g} times over, more than {MANY_PASSES}")
     if learns and not plan.mixture_updates:
