@@ -5,6 +5,7 @@ Needs a Chromium of the system (on Debian: apt-get install chromium) and playwri
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import shutil
@@ -118,6 +119,33 @@ def test_every_figure_is_drawn_and_fits(open_page: Open, folders: dict[str, list
         assert plots["width"] > 0.6 * box["width"] and plots["height"] > 100
     names = page.locator("#probabilities .legendtext").all_text_contents()
     assert names == made[1].names and len(names) == (NAMED + 1 if name == "one" else 3)
+
+
+def is_cut(table: Any) -> bool:
+    return table.evaluate("node => node.scrollWidth > node.clientWidth")
+
+
+def test_numbers_of_one_run_fit_on_a_phone(open_page: Open) -> None:
+    counters = open_page("one", "phone").locator("#counters ~ .scroll").first
+    assert not is_cut(counters)
+    first, number = (counters.locator(f"tbody tr:first-child > :nth-child({i})").bounding_box() for i in (1, 2))
+    assert first["width"] > 120 and first["x"] + first["width"] <= number["x"]
+
+
+def test_a_table_that_is_cut_has_a_shadow_until_it_is_scrolled_to_its_end(open_page: Open) -> None:
+    """Beside a row of numbers, in which the last pixels of the box are darker than those of a table that is whole."""
+    image = pytest.importorskip("PIL.Image")
+    page = open_page("several", "phone")
+    table = page.locator("#tokens_to_reach ~ .scroll").first
+    assert is_cut(table)
+
+    def edge() -> int:
+        pixels = image.open(io.BytesIO(table.screenshot())).convert("L")
+        return pixels.getpixel((pixels.width - 1, pixels.height - 4))
+
+    before = edge()
+    table.evaluate("node => { node.scrollLeft = node.scrollWidth }")
+    assert before < 230 and edge() > 250
 
 
 def style(element: Any, name: str) -> str:
