@@ -229,12 +229,8 @@ def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
     tasks = runs[0].tasks
     if len(tasks) <= NAMED:
         return tasks
-    worst = {
-        run.tasks[int(np.nanargmax(run.validations.losses[-1]))]
-        for run in runs
-        if len(run.validations.losses) and np.isfinite(run.validations.losses[-1]).any()
-    }
-    spent = sum(run.steps.task_tokens[-1] for run in runs if len(run.steps.step)) + np.zeros(len(tasks))
+    worst = {run.tasks[int(np.nanargmax(run.final_losses))] for run in runs if np.isfinite(run.final_losses).any()}
+    spent = sum(run.task_tokens for run in runs) + np.zeros(len(tasks))
     ranked = sorted(range(len(tasks)), key=lambda i: (tasks[i] not in worst, -spent[i], i))
     return tuple(tasks[i] for i in sorted(ranked[:NAMED]))
 
@@ -243,9 +239,9 @@ def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _probabilities(run: Run) -> tuple[Array, Array]:
-    """The last probabilities hold up to the last token."""
+    """The last probabilities hold up to the last token of the log."""
     x, p = run.mixtures.supervised_tokens, run.mixtures.probabilities
-    return np.append(x, max(run.spent, x[-1])), np.append(p, p[-1:], axis=0)
+    return np.append(x, max(run.logged, x[-1])), np.append(p, p[-1:], axis=0)
 
 
 def _losses(run: Run) -> tuple[Array, Array]:
@@ -269,7 +265,7 @@ def _mixture_time(run: Run) -> tuple[Array, Array]:
 
 
 def _shares(groups: Sequence[Group], named: Sequence[str]) -> tuple[Line, ...]:
-    points = [(group, run, *_share(run)) for group in groups for run in group.runs if run.spent]
+    points = [(group, run, *_share(run)) for group in groups for run in group.runs if run.logged]
     if not points:
         return ()
     highest = max(float(np.max([asked, given])) for *_, asked, given in points)
@@ -292,7 +288,7 @@ def _share(run: Run) -> tuple[Array, Array]:
     The average is over the updates that were read, which are all of them up to several hundred.
     """
     x, p = _probabilities(run)
-    return np.diff(x) @ p[:-1] / (x[-1] - x[0]), run.steps.task_tokens[-1] / run.spent
+    return np.diff(x) @ p[:-1] / (x[-1] - x[0]), run.steps.task_tokens[-1] / run.logged
 
 
 # ---- and how it is laid out

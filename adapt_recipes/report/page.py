@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from adapt_recipes.report.figures import NAMED, Chart, charts, to_plotly, to_png
-from adapt_recipes.report.read import Run, read_run
+from adapt_recipes.report.read import Run, mean_over_tasks, read_run, worst_over_tasks
 from adapt_recipes.report.tables import (
     COUNTERS,
     Group,
@@ -25,7 +25,6 @@ from adapt_recipes.report.tables import (
     all_tokens_to_reach,
     counters,
     differing_settings,
-    final_losses,
     final_mean,
     final_worst,
     group_runs,
@@ -147,18 +146,23 @@ def _headline(run: Run) -> list[str]:
     counts = counters(run)
     spent = f"{run.spent:,} supervised tokens in {_number(counts['steps'], 'step')} and {_time(counts['seconds'])}"
     said = [f"The run spent {spent}." if not run.ended else f"The run {run.ended}. It spent {spent}."]
-    if len(run.worst):
-        task = run.tasks[int(np.nanargmax(final_losses(run)))] if math.isfinite(run.worst[-1]) else ""
+    before, after = run.initial_losses, run.final_losses
+    if len(run.worst) or run.summary:
+        task = f" ({run.tasks[int(np.nanargmax(after))]})" if np.isfinite(after).any() else ""
+        worst = [_loss(float(worst_over_tasks(losses))) for losses in (before, after)]
+        mean = [_loss(float(mean_over_tasks(losses))) for losses in (before, after)]
         said.append(
-            f"The worst validation loss went from {_loss(run.worst[0])} to {_loss(run.worst[-1])} nats ({task}), the "
-            f"mean from {_loss(run.mean[0])} to {_loss(run.mean[-1])}."
+            f"The worst validation loss went from {worst[0]} to {worst[1]} nats{task}, the mean from {mean[0]} to "
+            f"{mean[1]}."
         )
     read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens besides"
-    if run.num_updates:
+    if counts["mixture_updates"] > 0:
         share = 100 * counts["mixture_seconds"] / counts["seconds"]
-        said.append(f"{_number(run.num_updates, 'mixture update')} took {share:.1f}% of the time; {read}.")
-    else:
+        said.append(f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time; {read}.")
+    elif run.summary or not run.config.get("mixture_update_every"):
         said.append(f"The mixture was fixed; {read}.")
+    else:
+        said.append(f"The mixture has not been updated yet; {read}.")
     return said
 
 
@@ -263,15 +267,13 @@ def _cell(values: float | Spread, say: Callable[[float], str] = _loss, *, is_bes
 
 
 def _task_table(run: Run) -> Table:
-    p = run.mixtures.probabilities
-    tokens = run.steps.task_tokens[-1] if run.spent else np.zeros(len(run.tasks))
-    before = run.validations.losses[0] if len(run.validations.losses) else final_losses(run)
-    after = final_losses(run)
+    first, last, tokens = run.mixtures.probabilities[0], run.final_probabilities, run.task_tokens
+    before, after = run.initial_losses, run.final_losses
     rows = [
         [
             _name(task),
-            _cell(p[0, i]),
-            _cell(p[-1, i]),
+            _cell(first[i]),
+            _cell(last[i]),
             _cell(tokens[i], _count),
             _cell(tokens[i] / max(run.spent, 1), _percent),
             _cell(before[i]),

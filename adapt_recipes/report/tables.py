@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adapt_recipes.report.read import Array, Run
+from adapt_recipes.report.read import Array, Run, mean_over_tasks, worst_over_tasks
 
 # What two runs may differ in and still be the same but for the seed: where and when they write, and with what versions.
 NOT_COMPARED = (
@@ -144,20 +144,14 @@ def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
 # ---- losses
 
 
-def final_losses(run: Run) -> Array:
-    """(tasks,): the losses of the last validation; NaN where there is none."""
-    losses = run.validations.losses
-    return losses[-1] if len(losses) else np.full(len(run.tasks), np.nan)
-
-
 def final_worst(group: Group) -> Spread:
     """The worst loss over tasks, at the last validation of each run."""
-    return spread(_last(run.worst) for run in group.runs)
+    return spread(float(worst_over_tasks(run.final_losses)) for run in group.runs)
 
 
 def final_mean(group: Group) -> Spread:
     """The mean loss over tasks, at the last validation of each run."""
-    return spread(_last(run.mean) for run in group.runs)
+    return spread(float(mean_over_tasks(run.final_losses)) for run in group.runs)
 
 
 def _last(values: Array) -> float:
@@ -165,9 +159,14 @@ def _last(values: Array) -> float:
 
 
 def tokens_to_reach(run: Run, worst: float) -> float:
-    """Supervised tokens at the first validation whose worst loss is no higher; NaN: never."""
+    """Supervised tokens at the first validation whose worst loss is no higher; NaN: never.
+
+    The last validation counts even where the log is cut before it.
+    """
     reached = np.flatnonzero(run.worst <= worst)
-    return float(run.validations.supervised_tokens[reached[0]]) if len(reached) else math.nan
+    if len(reached):
+        return float(run.validations.supervised_tokens[reached[0]])
+    return float(run.spent) if worst_over_tasks(run.final_losses) <= worst else math.nan
 
 
 def all_tokens_to_reach(group: Group, target: Group) -> list[float]:
@@ -177,7 +176,7 @@ def all_tokens_to_reach(group: Group, target: Group) -> list[float]:
     """
     pairs = [(run, other) for run in group.runs for other in target.runs]
     same = [(run, other) for run, other in pairs if run.seed is not None and run.seed == other.seed]
-    return [tokens_to_reach(run, _last(other.worst)) for run, other in same or pairs]
+    return [tokens_to_reach(run, float(worst_over_tasks(other.final_losses))) for run, other in same or pairs]
 
 
 class TaskResult(NamedTuple):
@@ -196,7 +195,7 @@ def task_results(groups: Sequence[Group]) -> list[TaskResult]:
     """Each task's final losses and winner among finished groups."""
     results = []
     for i, task in enumerate(groups[0].runs[0].tasks):
-        losses = [spread(float(final_losses(run)[i]) for run in group.runs) for group in groups]
+        losses = [spread(float(run.final_losses[i]) for run in group.runs) for group in groups]
         ranked = sorted(
             (j for j, group in enumerate(groups) if group.is_finished), key=lambda j: _nan_last(losses[j].mean)
         )

@@ -105,6 +105,43 @@ def test_a_fixed_mixture(tmp_path: Path) -> None:
     assert "The mixture was fixed; probes" in page_of(write_run(tmp_path / "run", update_every=0)).text
 
 
+@pytest.mark.parametrize(
+    ("resolved", "said"),
+    [
+        ({"mixture_update_every": 50}, "The mixture has not been updated yet; probes"),
+        ({"mixture_update_every": 0}, "The mixture was fixed; probes"),
+        ({}, "The mixture was fixed; probes"),
+    ],
+)
+def test_a_mixture_before_its_first_update_is_not_called_fixed(tmp_path: Path, resolved: dict, said: str) -> None:
+    folder = write_run(tmp_path / "run", update_every=0, finished=False, resolved=resolved)
+    assert said in page_of(folder).text
+
+
+@pytest.mark.parametrize("steps_left", [0, 3])
+def test_a_finished_run_with_a_cut_log_is_told_by_its_summary(tmp_path: Path, steps_left: int) -> None:
+    folder = write_run(tmp_path / "run", resolved={"mixture_update_every": 5})
+    whole = page_of(folder)
+    log = folder / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[: 2 + steps_left]))
+    page = page_of(folder)
+    headlines = [re.search("The run spent .* supervised tokens [a-z ]+[.]", text) for text in (page.text, whole.text)]
+    assert headlines[0] and headlines[1] and headlines[0][0] == headlines[1][0]
+    assert page.tables == whole.tables
+    assert f"run: log.jsonl is cut: figures end at token {64 * steps_left} of 1,280" in page.text
+
+    other = write_run(tmp_path / "other", strategy="uniform", loss=lambda task, share: 1.5)
+    log.write_bytes(b"".join(lines))
+    compared = page_of(folder, other)
+    log.write_bytes(b"".join(lines[: 2 + steps_left]))
+    cut = page_of(folder, other)
+    assert {name: cut.tables[name] for name in ("strategies", "winners", "counters")} == {
+        name: compared.tables[name] for name in ("strategies", "winners", "counters")
+    }
+    assert cut.tables["tokens_to_reach"][1:] == [["adapt", "1,280", "1,280"], ["uniform", "never", "0"]]
+
+
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", finished=False)
     with open(folder / "log.jsonl", "a") as log:

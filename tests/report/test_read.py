@@ -266,4 +266,4 @@ def test_a_hundred_tasks_and_a_hundred_thousand_lines_take_less_than_ten_seconds
     run = read_run(folder)
     write_report([folder], tmp_path / "page.html")
     assert time.process_time() - started < 10
-    assert run.num_updates == 4750 and run.spent == 95_000 and len(run.validations.losses) == 475
+    assert run.num_updates == 4750 and run.logged == 95_000 and len(run.validations.losses) == 475
