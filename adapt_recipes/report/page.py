@@ -22,6 +22,7 @@ from adapt_recipes.report.tables import (
     COUNTERS,
     Group,
     Spread,
+    TaskResult,
     all_tokens_to_reach,
     counters,
     differing_settings,
@@ -105,6 +106,7 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         headline=_headline(runs[0]) if len(runs) == 1 else _comparison(groups),
         notes=notes,
         is_comparison=len(runs) > 1,
+        question=_question(groups),
         tables=tables,
         sections={
             key: [(c, drawn[c.name]) for name in names for c in made if c.name == name]
@@ -139,6 +141,13 @@ def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 def _called(run: Run, runs: Sequence[Run]) -> str:
     """The name of the run's folder, or its path where that is the name of several."""
     return run.name if sum(other.name == run.name for other in runs) == 1 else str(run.folder)
+
+
+def _question(groups: Sequence[Group]) -> str:
+    """The heading of the first tables: whether a mixture helped shows where two that are finished are compared."""
+    if sum(group.is_finished for group in groups) > 1:
+        return "Did the mixture help?"
+    return "Over seeds" if len(groups) == 1 and len(groups[0].runs) > 1 else "What happened"
 
 
 def _headline(run: Run) -> list[str]:
@@ -297,6 +306,7 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
     mean = "Means over seeds, with the range below. " if several else ""
     worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
     finished = [i for i, group in enumerate(groups) if group.is_finished]
+    rivals = finished if len(finished) > 1 else []  # who is alone wins nothing
     rows = []
     for i, group in enumerate(groups):
         counts = [counters(run) for run in group.runs]
@@ -304,9 +314,9 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         rows.append(
             [
                 _name(group.name, f"seed{'s' if len(group.runs) > 1 else ''} {group.seeds}" if group.seeds else ""),
-                _cell(worst[i], is_best=i in finished and worst[i].mean == min(worst[j].mean for j in finished)),
-                _cell(means[i], is_best=i in finished and means[i].mean == min(means[j].mean for j in finished)),
-                _cell(sum(result.winner == i for result in results), _count),
+                _cell(worst[i], is_best=i in rivals and worst[i].mean == min(worst[j].mean for j in rivals)),
+                _cell(means[i], is_best=i in rivals and means[i].mean == min(means[j].mean for j in rivals)),
+                *([_cell(sum(result.winner == i for result in results), _count)] if rivals else []),
                 _cell(spread(run.spent for run in group.runs), _count),
                 _cell(spread(count["probe_tokens"] for count in counts), _count),
                 _cell(spread(count["seconds"] for count in counts), _time),
@@ -317,7 +327,7 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         "strategy",
         "worst loss",
         "mean loss",
-        "tasks won",
+        *(["tasks won"] if rivals else []),
         "tokens spent",
         "probe tokens",
         "time",
@@ -341,25 +351,30 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         ["strategy", *(group.name for group in groups)],
         [[_name(group.name), *(_reached(group, target) for target in groups)] for group in groups],
     )
+    marked = " The lowest of finished runs is marked" + (
+        ", and clear where every strategy has several seeds and even the worst of the lowest is below the others' best."
+        if several
+        else "."
+    )
     tasks = Table(
-        "winners",
+        "winners" if rivals else "losses",
         "Tasks",
-        f"{mean}Each task's validation loss at the end. The lowest of finished runs is marked"
-        + (", and clear where even its worst seed is below every other's best." if several else "."),
-        ["task", "lowest", *(group.name for group in groups)],
+        f"{mean}Each task's validation loss at the end.{marked if rivals else ''}",
+        ["task", *(["lowest"] if rivals else []), *(group.name for group in groups)],
         [
             [
                 _name(result.task),
-                _name(
-                    "–" if result.winner is None else groups[result.winner].name,
-                    "clear" if several and result.is_clear else "",
-                ),
+                *([_winner(result, groups)] if rivals else []),
                 *(_cell(losses, is_best=i == result.winner) for i, losses in enumerate(result.losses)),
             ]
             for result in results
         ],
     )
     return [strategies, reach, tasks] if len(groups) > 1 else [strategies, tasks]
+
+
+def _winner(result: TaskResult, groups: Sequence[Group]) -> Cell:
+    return _name("–" if result.winner is None else groups[result.winner].name, "clear" if result.is_clear else "")
 
 
 def _reached(group: Group, target: Group) -> Cell:

@@ -186,25 +186,27 @@ class TaskResult(NamedTuple):
     losses: list[Spread]
     """of each group, final"""
     winner: int | None
-    """the group of the lowest mean; None where nothing was measured, or two are equal"""
+    """the group of the lowest mean; None where nothing was measured, or two are equal, or there is no other"""
     is_clear: bool
-    """whether even the worst seed of the winner is below the best seed of every other group"""
+    """whether even the worst seed of the winner is below the best seed of every other group, and all have several"""
 
 
 def task_results(groups: Sequence[Group]) -> list[TaskResult]:
-    """Each task's final losses and winner among finished groups."""
+    """Each task's final losses and winner among finished groups, of which there have to be two for one to win."""
     results = []
     for i, task in enumerate(groups[0].runs[0].tasks):
         losses = [spread(float(run.final_losses[i]) for run in group.runs) for group in groups]
         ranked = sorted(
             (j for j, group in enumerate(groups) if group.is_finished), key=lambda j: _nan_last(losses[j].mean)
         )
-        best = ranked[0] if ranked else None
+        best = ranked[0] if len(ranked) > 1 else None
         others = [losses[j] for j in ranked[1:]]
         if best is None or math.isnan(losses[best].mean) or any(losses[best].mean == other.mean for other in others):
             results.append(TaskResult(task, losses, None, False))
             continue
-        is_clear = all(math.isnan(other.low) or losses[best].high < other.low for other in others)
+        is_clear = all(len(groups[j].runs) > 1 for j in ranked) and all(
+            math.isnan(other.low) or losses[best].high < other.low for other in others
+        )
         results.append(TaskResult(task, losses, best, is_clear))
     return results
 

@@ -196,6 +196,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 def test_a_comparison(folders: dict[str, list[Path]]) -> None:
     page = page_of(*folders["uniform"], *folders["adapt"])
+    assert "Did the mixture help?" in page.text
     summaries = {
         strategy: [json.loads((folder / "summary.json").read_text()) for folder in runs]
         for strategy, runs in folders.items()
@@ -265,6 +266,14 @@ def test_one_strategy_over_seeds(folders: dict[str, list[Path]]) -> None:
     assert "adapt on 3 tasks, 2 runs" in page.text
     assert "adapt ends with a worst validation loss of 0.3250 (0.3000 to 0.3500) nats over 2 seeds." in page.text
     assert "settings" not in page.tables and "tokens_to_reach" not in page.tables
+    assert "Over seeds" in page.text and "Did the mixture help?" not in page.text
+    assert_nobody_wins(page)
+    assert page.tables["losses"][1] == ["one", "0.2250 0.2000 to 0.2500"]
+
+
+def assert_nobody_wins(page: Page) -> None:
+    assert "winners" not in page.tables and "tasks won" not in page.tables["strategies"][0]
+    assert not [attributes for tag, attributes in page.tags if tag == "td" and "best" in (attributes["class"] or "")]
 
 
 def test_runs_that_go_on_beside_one_that_is_finished(tmp_path: Path, folders: dict[str, list[Path]]) -> None:
@@ -273,6 +282,8 @@ def test_runs_that_go_on_beside_one_that_is_finished(tmp_path: Path, folders: di
     assert "going was killed, or is still going on." in page.text
     assert page.text.count("adapt ends with a worst validation loss of 0.3000 nats.") == 1
     assert [row[0] for row in page.tables["strategies"][1:]] == ["adapt seed 0", "dro, unfinished seed 0"]
+    assert "Did the mixture help?" not in page.text
+    assert_nobody_wins(page)
     other = write_run(tmp_path / "other", strategy="adapt", finished=False)
     assert "None of the 2 runs is finished." in page_of(going, other).text
 
