@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter
 from plotly.subplots import make_subplots
 
 from adapt_recipes.report.read import Array, Run
@@ -32,6 +33,7 @@ GREY = "#A0A0A0"
 POINTS = 60_000  # of all lines of a figure together
 LABEL, PANEL_LABEL = 32, 24  # characters of a name in a legend, and over a panel
 FEW = 12  # values, which are marked
+LOG_TICKS = 8  # of an axis with ticks at 1, 2 and 5
 
 Kind = Literal["lines", "steps", "stack", "points"]
 
@@ -111,6 +113,15 @@ class Chart:
         return -(-len(self.panels) // self.columns)
 
     @property
+    def y_label(self) -> str:
+        return self.y_title.replace("(nats)", "(nats, log scale)") if self.is_log else self.y_title
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether all lines have so few values that each is marked."""
+        return self.kind == "lines" and max(len(line.x) for line in self.lines) <= FEW
+
+    @property
     def y_max(self) -> float:
         return max(float(np.nanmax(line.y)) for line in self.lines)
 
@@ -119,6 +130,23 @@ class Chart:
         """Whether losses fall so far that only a logarithmic axis shows them."""
         lowest = min(float(np.nanmin(line.y)) for line in self.lines)
         return "nats" in self.y_title and 0 < 30 * lowest < self.y_max
+
+
+def log_ticks(panel: Panel) -> list[float]:
+    """Ticks of a logarithmic axis, from below the lowest value to above the highest.
+
+    1, 2, 5, 10, and so on; powers of ten only where those are too many.
+    """
+    lowest = min(float(np.nanmin(line.y)) for line in panel.lines)
+    highest = max(float(np.nanmax(line.y)) for line in panel.lines)
+    powers = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [float(f"{step}e{power}") for power in powers for step in steps]
+        below, above = (max(tick for tick in ticks if tick <= lowest), min(tick for tick in ticks if tick >= highest))
+        ticks = [tick for tick in ticks if below <= tick <= above]
+        if len(ticks) <= LOG_TICKS:
+            break
+    return ticks if len(ticks) > 1 else [ticks[0], 2 * ticks[0]]
 
 
 TOKENS = "supervised tokens"
@@ -397,13 +425,25 @@ def to_plotly(chart: Chart) -> go.Figure:
     figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
     figure.update_xaxes(showticklabels=True, tickangle=0, nticks=6 if chart.columns == 1 else 4)
     figure.update_yaxes(rangemode="tozero", tickformat="~g" if chart.y_max < 1000 else "~s", nticks=6)
-    figure.update_yaxes(type="log" if chart.is_log else "linear")
+    if chart.is_log:
+        for i, panel in enumerate(chart.panels):
+            ticks = log_ticks(panel)
+            figure.update_yaxes(
+                type="log",
+                tickvals=ticks,
+                ticktext=[f"{tick:g}" for tick in ticks],
+                range=[math.log10(ticks[0]), math.log10(ticks[-1])],
+                row=i // chart.columns + 1,
+                col=i % chart.columns + 1,
+            )
     figure.update_annotations(font_size=13)  # the titles of panels
     for i in range(max(len(chart.panels) - chart.columns, 0), len(chart.panels)):  # the lowest of each column
         figure.update_xaxes(
-            title={"text": chart.x_title, "standoff": 6}, row=i // chart.columns + 1, col=i % chart.columns + 1
+            title={"text": chart.x_title, "standoff": 6, "font_size": 13},
+            row=i // chart.columns + 1,
+            col=i % chart.columns + 1,
         )
-    figure.update_yaxes(title={"text": chart.y_title, "standoff": 6}, col=1)
+    figure.update_yaxes(title={"text": chart.y_label, "standoff": 6, "font_size": 13}, col=1)
     return figure
 
 
@@ -427,7 +467,7 @@ def _trace(chart: Chart, line: Line) -> go.Scatter:
     if chart.kind == "stack":
         trace.update(stackgroup="tasks", fillcolor=line.colour, line={"width": 0, "shape": "hv"})
         trace.fillpattern = {"shape": texture.pattern, "fgcolor": "white", "bgcolor": line.colour, "solidity": 0.2}
-    elif chart.kind == "lines" and len(line.x) <= FEW:
+    elif chart.has_markers:
         trace.mode = "lines+markers"
     if len(chart.lines) > NAMED + 1:
         trace.line.width = 1.4
@@ -456,15 +496,16 @@ def to_matplotlib(chart: Chart) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(chart.x_title)
-        axes.set_ylabel(chart.y_title)
+        axes.set_ylabel(chart.y_label)
         _draw(axes, chart, panel)
         if chart.kind != "points":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if chart.is_log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+            ticks = log_ticks(panel)
+            axes.set_ylim(ticks[0], ticks[-1])
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_yticks([], minor=True)
         else:
             axes.set_ylim(bottom=0)
     for axes in every_axes[len(chart.panels) :]:
@@ -491,7 +532,7 @@ def _draw(axes: Axes, chart: Chart, panel: Panel) -> None:
             axes.plot(line.x, line.y, linestyle="", marker=line.texture.marker, color=line.colour)
         else:
             drawstyle = "steps-post" if chart.kind == "steps" else "default"
-            marker = "." if chart.kind == "lines" and len(line.x) <= FEW else ""
+            marker = "." if chart.has_markers else ""
             looks = {"color": line.colour, "linestyle": line.texture.linestyle, "linewidth": 1.3}
             axes.plot(line.x, line.y, **looks, drawstyle=drawstyle, marker=marker)
 

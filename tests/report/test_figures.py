@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from adapt_recipes.report.figures import (
     Line,
     Panel,
     charts,
+    log_ticks,
     named_tasks,
     to_matplotlib,
     to_plotly,
@@ -315,6 +317,48 @@ def test_the_axis_is_logarithmic_where_losses_fall_far(top: float, is_log: bool)
     described = chart(top=top)
     assert (to_plotly(described).layout.yaxis.type == "log") == is_log
     assert (to_matplotlib(described).axes[0].get_yscale() == "log") == is_log
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "ticks"),
+    [
+        (0.03, 1.3, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]),
+        (0.11, 5.0, [0.1, 0.2, 0.5, 1, 2, 5]),
+        (0.0018, 5.7, [0.001, 0.01, 0.1, 1, 10]),
+        (1.0, 1.0, [1, 2]),
+        (5.2, 5.6, [5, 10]),
+    ],
+)
+def test_a_logarithmic_axis_has_few_round_ticks_around_the_values(
+    lowest: float, highest: float, ticks: list[float]
+) -> None:
+    x = np.array([0.0, 1.0])
+    panel = Panel("", (Line("a", 0, x, np.array([highest, math.nan])), Line("b", 1, x, np.array([lowest, lowest]))))
+    assert log_ticks(panel) == ticks
+
+
+def test_both_drawings_have_the_ticks_of_each_panel_and_say_that_the_axis_is_logarithmic() -> None:
+    falls = chart(top=1000.0)
+    low = Panel("low", (Line("line 0", 0, np.array([0.0, 1.0]), np.array([3.0, 1.0])),))
+    both = replace(falls, panels=(*falls.panels, low))
+    page, file = to_plotly(both), to_matplotlib(both)
+    for axis, axes, ticks in [
+        (page.layout.yaxis, file.axes[0], [1, 10, 100, 1000]),
+        (page.layout.yaxis2, file.axes[1], [1, 2, 5]),
+    ]:
+        assert axis.tickvals == tuple(ticks) and axes.get_yticks().tolist() == ticks
+        assert list(axis.ticktext) == [text.get_text() for text in axes.get_yticklabels()] == list(map(str, ticks))
+        assert [10**end for end in axis.range] == pytest.approx(axes.get_ylim()) == [ticks[0], ticks[-1]]
+    assert page.layout.yaxis.title.text == file.axes[0].get_ylabel() == "loss (nats, log scale)"
+
+
+def test_values_are_marked_where_all_lines_have_few() -> None:
+    few = chart(num_lines=2)
+    x = np.arange(13.0)
+    many = replace(few, panels=(Panel("", (*few.lines, Line("long", 2, x, x))),))
+    for described, is_marked in ((few, True), (many, False)):
+        assert {trace.mode for trace in to_plotly(described).data} == {"lines+markers" if is_marked else "lines"}
+        assert {line.get_marker() for line in to_matplotlib(described).axes[0].lines} == {"." if is_marked else ""}
 
 
 def test_names_mean_themselves(tmp_path: Path) -> None:
