@@ -65,6 +65,8 @@ class Line:
     y: Array
     names: tuple[str, ...] = ()
     """of the points"""
+    run: str = ""
+    """which of several with the same label"""
 
     @property
     def colour(self) -> str:
@@ -103,6 +105,12 @@ class Chart:
     def names(self) -> list[str]:
         """Of the legend."""
         return list(dict.fromkeys(line.label for line in self.lines))
+
+    @property
+    def legend_rows(self) -> int:
+        """Of the legend on a phone, at the most."""
+        longest = max(map(len, self.names))
+        return -(-len(self.names) // max(1, 38 // (longest + 6)))  # 38 characters a row, of which a line takes six
 
     @property
     def columns(self) -> int:
@@ -299,7 +307,9 @@ def _shares(groups: Sequence[Group], named: Sequence[str]) -> tuple[Line, ...]:
     highest = max(float(np.max([asked, given])) for *_, asked, given in points)
     guide = Line("as asked for", None, np.array([0.0, highest]), np.array([0.0, highest]))
     if len(points) > 1:
-        return guide, *(Line(group.name, groups.index(group), x, y, run.tasks) for group, run, x, y in points)
+        return guide, *(
+            Line(group.name, groups.index(group), x, y, run.tasks, _which(run, group)) for group, run, x, y in points
+        )
     _, run, x, y = points[0]
     rest = [i for i, task in enumerate(run.tasks) if task not in named]
     lines = [
@@ -325,13 +335,25 @@ Quantity = Callable[[Run], tuple[Array, Array]]
 
 
 def _by_run(groups: Sequence[Group], quantity: Quantity) -> tuple[Line, ...]:
-    return tuple(Line(group.name, look, *quantity(run)) for look, group in enumerate(groups) for run in group.runs)
+    return tuple(
+        Line(group.name, look, *quantity(run), run=_which(run, group))
+        for look, group in enumerate(groups)
+        for run in group.runs
+    )
+
+
+def _which(run: Run, group: Group) -> str:
+    """Tells a run from others of its group."""
+    return f"seed {run.seed}" if len(group.runs) > 1 and run.seed is not None else ""
 
 
 def _by_task(groups: Sequence[Group], quantity: Quantity, named: Sequence[str]) -> tuple[Panel, ...]:
     """One run: a line a task. Several: a panel a task, with a line a run. The mean of the other tasks comes last."""
     lines = [
-        [replace(line, label=group.name, look=look) for line in _lines_by_task(run, quantity, named, _mean)]
+        [
+            replace(line, label=group.name, look=look, run=_which(run, group))
+            for line in _lines_by_task(run, quantity, named, _mean)
+        ]
         for look, group in enumerate(groups)
         for run in group.runs
     ]
@@ -396,13 +418,13 @@ def to_plotly(chart: Chart) -> go.Figure:
         shared_xaxes="all",
     )
     to_name = set(chart.names)
+    one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
     for i, panel in enumerate(chart.panels):
         for line in panel.lines:
             row, column = divmod(i, chart.columns)
-            trace = _trace(chart, line).update(showlegend=line.label in to_name)
+            trace = _trace(chart, line, one_by_one=one_by_one).update(showlegend=line.label in to_name)
             figure.add_trace(trace, row=row + 1, col=column + 1)
             to_name.discard(line.label)
-    one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
     figure.update_layout(
         template="none",
         font={"family": "system-ui, sans-serif", "size": 13},
@@ -415,13 +437,14 @@ def to_plotly(chart: Chart) -> go.Figure:
             "x": 0,
             "y": 1 + (0.14 if chart.panels[0].title else 0.02) / chart.rows,
             "yanchor": "bottom",
+            "maxheight": 1,  # of the figure: no name is cut off
         },
         hovermode="closest" if one_by_one else "x unified",
         hoverdistance=-1,  # the nearest value, however far
         dragmode=False,  # a finger on a figure scrolls the page
     )
     figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GREY, spikethickness=1)
-    figure.update_yaxes(fixedrange=True, automargin=True)
+    figure.update_yaxes(fixedrange=True, automargin=True, ticklabelstandoff=4)
     figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
     figure.update_xaxes(showticklabels=True, tickangle=0, nticks=6 if chart.columns == 1 else 4)
     figure.update_yaxes(rangemode="tozero", tickformat="~g" if chart.y_max < 1000 else "~s", nticks=6)
@@ -447,20 +470,23 @@ def to_plotly(chart: Chart) -> go.Figure:
     return figure
 
 
-def _trace(chart: Chart, line: Line) -> go.Scatter:
+def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
     label, texture = html.escape(line.label), line.texture
+    called = f"{label}, {line.run}" if line.run else label
     trace = go.Scatter(
         x=line.x.astype(np.float32), y=line.y.astype(np.float32), name=label, legendgroup=label, mode="lines"
     )
     if line.names:
+        of_run = "" if line.names == (line.label,) else f"{called}<br>"
         return trace.update(
             mode="markers",
             text=[html.escape(name) for name in line.names],
-            hovertemplate="%{text}: asked for %{x:.4f}, given %{y:.4f}<extra></extra>",
+            hovertemplate=of_run + "%{text}: asked for %{x:.4f}, given %{y:.4f}<extra></extra>",
             marker={"color": line.colour, "size": 9, "symbol": texture.symbol},
         )
+    at = f"<br>after %{{x:,.0f}} {chart.x_title}" if one_by_one else ""  # else it stands over the values of all
     trace.update(
-        hovertemplate=f"{label}: %{{y:,.4~r}}<extra></extra>", line={"color": line.colour, "dash": texture.dash}
+        hovertemplate=f"{called}: %{{y:,.4~r}}{at}<extra></extra>", line={"color": line.colour, "dash": texture.dash}
     )
     if chart.kind == "steps":
         trace.line.shape = "hv"

@@ -37,6 +37,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "wbr":
+            return
         self._inside = tag
         if tag == "h3" and (name := dict(attrs).get("id")):
             self._heading = name
