@@ -170,12 +170,22 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
     runs = [run for group in groups for run in group.runs]
     named = named_tasks(runs)
     one = len(runs) == 1
+    sampled = {run.config.get("sampling") == "dataset" for run in runs}
+    p_is = {  # with `sampling: dataset` a step has one task, and tokens follow only as its examples are long
+        (False,): "its share of the supervised tokens to come.",
+        (True,): "the chance that a step is of this task.",
+        (
+            False,
+            True,
+        ): "its share of the supervised tokens to come, or with sampling: dataset the chance that a step is "
+        "of this task.",
+    }[tuple(sorted(sampled))]
     each = "A line a task." if one else "A panel a task, a line a run."
     made = [
         Chart(
             name="probabilities_stacked",
             title="Mixture",
-            caption="Each band is a task, as thick as its probability: its share of the supervised tokens to come."
+            caption=f"Each band is a task, as thick as its probability: {p_is}"
             + ("" if one else " Of each strategy the run of the first seed."),
             x_title=TOKENS,
             y_title="probability",
@@ -196,9 +206,10 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         ),
         Chart(
             name="share_against_probability",
-            title="Asked for and given",
+            title="Requested and actual share",
             caption="Each point is a task: the probability it had, averaged over the tokens spent, and the share of "
-            "them it got. On the grey line it got what the mixture asked for.",
+            "them it got. On the grey line it got what the mixture requested."
+            + (" With sampling: dataset the mixture requests steps, not tokens." if True in sampled else ""),
             x_title="probability, averaged over tokens",
             y_title="share of supervised tokens",
             kind="points",
@@ -240,10 +251,10 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         Chart(
             name="speed",
             title="Speed",
-            caption="Tokens of training steps, prompts too and padding not, by all the time that passed, with mixture "
-            "updates and validations; over windows of about a twentieth of the run.",
+            caption="Tokens of training steps, including prompts, excluding padding, per second of total time, which "
+            "includes mixture updates and validations; over windows of about a twentieth of the run.",
             x_title=TOKENS,
-            y_title="tokens a second",
+            y_title="tokens per second",
             kind="lines",
             panels=(Panel("", _by_run(groups, _speed)),),
         ),
@@ -305,7 +316,7 @@ def _shares(groups: Sequence[Group], named: Sequence[str]) -> tuple[Line, ...]:
     if not points:
         return ()
     highest = max(float(np.max([asked, given])) for *_, asked, given in points)
-    guide = Line("as asked for", None, np.array([0.0, highest]), np.array([0.0, highest]))
+    guide = Line("as requested", None, np.array([0.0, highest]), np.array([0.0, highest]))
     if len(points) > 1:
         return guide, *(
             Line(group.name, groups.index(group), x, y, run.tasks, _which(run, group)) for group, run, x, y in points
@@ -481,7 +492,7 @@ def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
         return trace.update(
             mode="markers",
             text=[html.escape(name) for name in line.names],
-            hovertemplate=of_run + "%{text}: asked for %{x:.4f}, given %{y:.4f}<extra></extra>",
+            hovertemplate=of_run + "%{text}: requested %{x:.4f}, actual %{y:.4f}<extra></extra>",
             marker={"color": line.colour, "size": 9, "symbol": texture.symbol},
         )
     at = f"<br>after %{{x:,.0f}} {chart.x_title}" if one_by_one else ""  # else it stands over the values of all

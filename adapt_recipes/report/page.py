@@ -153,7 +153,10 @@ def _question(groups: Sequence[Group]) -> str:
 def _headline(run: Run) -> list[str]:
     """What happened in a run."""
     counts = counters(run)
-    spent = f"{run.spent:,} supervised tokens in {_number(counts['steps'], 'step')} and {_time(counts['seconds'])}"
+    spent = f"{run.spent:,} supervised tokens"
+    if run.ended and run.budget:
+        spent = f"{run.spent:,} of {run.budget:,} supervised tokens ({run.spent / run.budget:.0%})"
+    spent += f" in {_number(counts['steps'], 'step')} and {_time(counts['seconds'])}"
     said = [f"The run spent {spent}." if not run.ended else f"The run {run.ended}. It spent {spent}."]
     before, after = run.initial_losses, run.final_losses
     if len(run.worst) or run.summary:
@@ -164,7 +167,7 @@ def _headline(run: Run) -> list[str]:
             f"The worst validation loss went from {worst[0]} to {worst[1]} nats{task}, the mean from {mean[0]} to "
             f"{mean[1]}."
         )
-    read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens besides"
+    read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens in addition"
     if counts["mixture_updates"] > 0:
         share = 100 * counts["mixture_seconds"] / counts["seconds"]
         said.append(f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time; {read}.")
@@ -185,11 +188,11 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
         return [f"{best.name} ends with a worst validation loss of {_range(worst)} nats{_over(best)}."]
     second, others = finished[1], final_worst(finished[1])
     said = [
-        f"{best.name} ends with the lowest worst validation loss of {len(finished)} strategies: {_range(worst)} nats"
+        f"{best.name} has the best worst-task loss of {len(finished)} strategies: {_range(worst)} nats"
         f"{_over(best)}. Next is {second.name}, with {_range(others)}{_over(second)}."
     ]
     if len(best.runs) == 1 or len(second.runs) == 1:
-        said.append("With one seed of a strategy, this may be chance.")
+        said.append("At least one of the two has only one seed, so this may be chance.")
     else:
         said.append("Their ranges do not overlap." if worst.high < others.low else "Their ranges over seeds overlap.")
     reached = spread(all_tokens_to_reach(best, second))
@@ -197,7 +200,7 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
         budget = spread(run.spent for run in second.runs).mean
         said.append(
             f"It reaches the worst loss {second.name} ends with after {reached.mean:,.0f} supervised tokens, "
-            f"{reached.mean / budget:.0%} of the {budget:,.0f} which that took."
+            f"{reached.mean / budget:.0%} of the {budget:,.0f} tokens {second.name} used."
         )
     results = task_results(groups)
     won = sum(result.winner == 0 for result in results)
@@ -291,10 +294,10 @@ def _task_table(run: Run) -> Table:
         ]
         for i, task in enumerate(run.tasks)
     ]
-    columns = ["task", "p at first", "p at last", "tokens", "share", "loss at first", "loss at last", "change"]
+    columns = ["task", "start p", "final p", "tokens", "share", "start loss", "final loss", "change"]
     caption = (
-        "Each task's probability, supervised tokens and validation loss (nats a supervised token). Whether the mixture "
-        "helped shows beside another run: tune report RUN OTHER_RUN."
+        "Each task's probability, supervised tokens and validation loss (nats a supervised token). To see whether the "
+        "mixture helped, compare with another run: tune report RUN OTHER_RUN."
     )
     return Table("tasks", "What each task got, and what came of it", caption, columns, rows)
 
@@ -337,14 +340,14 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         "strategies",
         "Strategies",
         f"{mean}Validation losses at the end, in nats a supervised token: the highest of any task, and the unweighted "
-        "mean. Supervised tokens are spent on training; probe tokens are what probes and validations read besides. "
+        "mean. Supervised tokens are spent on training; probe tokens are what probes and validations read in addition. "
         "A click on a heading sorts.",
         columns,
         rows,
     )
     reach = Table(
         "tokens_to_reach",
-        "Supervised tokens to be as good as another",
+        "Supervised tokens to reach another strategy's final worst loss",
         f"{mean}How many supervised tokens the strategy of the row spent until a validation first found its worst loss "
         "at or below the one that the strategy of the column ends with"
         + (", for the same seed where both have it." if several else "."),

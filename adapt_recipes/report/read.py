@@ -1,4 +1,4 @@
-"""A run directory, read into arrays: finished, interrupted, killed or still going on.
+"""A run directory, read into arrays: finished, interrupted, killed or still running.
 
 What a log counts are totals, so most of its lines can be passed over: of the steps and of the mixture updates some
 hundreds are parsed, evenly spread and with the last one. Validations are all parsed, for tables count on each.
@@ -111,6 +111,11 @@ class Run:
     def spent(self) -> int:
         """Supervised tokens spent."""
         return int(self.summary.get("supervised_tokens", self.logged))
+
+    @property
+    def budget(self) -> int | None:
+        """Supervised tokens the run may spend; of an unfinished run None where the config does not say it in tokens."""
+        return self.summary.get("budget_tokens") or (self.config.get("budget") or {}).get("tokens")
 
     @property
     def task_tokens(self) -> Array:
@@ -308,7 +313,7 @@ def _how_it_ended(lines: dict[str, list[_Line]], *, is_finished: bool) -> str:
         return ""
     ends, resumes = lines.get("end", []), lines.get("resume", [])
     if not ends or (resumes and resumes[-1].line_number > ends[-1].line_number):
-        return "was killed, or is still going on"
+        return "was killed or is still running"
     reason = ends[-1].value("reason")
     if reason == "finished":
         return f"spent its budget, but has no {SUMMARY}"

@@ -28,13 +28,13 @@ COUNTERS = {
     "budget_tokens": "supervised tokens the run may spend",
     "supervised_tokens": "labels that counted in the loss of training steps",
     "unique_supervised_tokens": "of them, those of examples trained on for the first time",
-    "tokens": "tokens read in training steps, prompts too, padding not",
-    "computed_tokens": "the same with padding",
-    "probe_tokens": "supervised tokens that probes and validations read besides",
-    "probe_total_tokens": "tokens that probes and validations read besides, padding not",
+    "tokens": "tokens read in training steps, including prompts, excluding padding",
+    "computed_tokens": "the same, including padding",
+    "probe_tokens": "supervised tokens that probes and validations read in addition",
+    "probe_total_tokens": "tokens that probes and validations read in addition, excluding padding",
     "steps": "optimizer steps",
     "mixture_updates": "updates of the probabilities",
-    "seconds": "wall-clock time, down time left out",
+    "seconds": "wall-clock time, excluding down time",
     "mixture_seconds": "of it, on mixture updates",
     "validation_seconds": "of it, on validations",
 }
@@ -87,7 +87,8 @@ def on_shared_tasks(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     if not left_out:
         return [run.only(shared) for run in runs], []
     named = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-    note = f"The runs are over different tasks. They are compared on the {len(shared)} they share; left out: {named}."
+    note = f"The runs are over different tasks. They are compared on the {len(shared)} they share; left out: "
+    note += f"{named}. Totals of tokens and time still include the tasks left out."
     return [run.only(shared) for run in runs], [note]
 
 
@@ -226,4 +227,6 @@ def counters(run: Run) -> dict[str, float]:
     known = {key: _last(getattr(steps, key)) for key in ("supervised_tokens", "tokens", "computed_tokens", "seconds")}
     known |= {key: _last(getattr(mixtures, key)) for key in ("probe_tokens", "mixture_seconds")}
     known |= {"steps": _last(steps.step), "mixture_updates": float(run.num_updates)}
+    if run.budget:
+        known["budget_tokens"] = float(run.budget)
     return {key: known.get(key, math.nan) for key in COUNTERS}

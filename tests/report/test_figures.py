@@ -77,6 +77,25 @@ def test_every_figure_has_a_title_a_caption_and_units(one: dict[str, Chart]) -> 
         assert chart.title and chart.caption.endswith(".") and chart.x_title and chart.y_title
 
 
+def test_captions_say_what_a_probability_is(tmp_path: Path) -> None:
+    """A share of tokens, or where a step is of one task the chance of it."""
+    tokens = write_run(tmp_path / "a", resolved={"sampling": "tokens"})
+    dataset = write_run(tmp_path / "b", resolved={"sampling": "dataset"})
+    share, chance, steps = (
+        "its share of the supervised tokens to come",
+        "the chance that a step is of this task",
+        "steps",
+    )
+    for folders, said, unsaid in [
+        ([tokens], [share], [chance, steps]),
+        ([dataset], [chance, steps], [share]),
+        ([tokens, dataset], [share, chance, steps], []),
+    ]:
+        made = drawn(*folders)
+        text = made["probabilities_stacked"].caption + made["share_against_probability"].caption
+        assert all(words in text for words in said) and not any(words in text for words in unsaid)
+
+
 def test_probabilities_hold_until_the_next_update_and_to_the_end(one: dict[str, Chart], folder: Path) -> None:
     updates = events(folder, "mixture")
     end = events(folder, "step")[-1]["supervised_tokens"]
@@ -92,7 +111,7 @@ def test_the_share_of_tokens_stands_against_the_probability_asked_for(one: dict[
     total = last["supervised_tokens"]
     updates = [*events(folder, "mixture"), {"supervised_tokens": total}]
     points = lines(one["share_against_probability"])
-    guide = points.pop("as asked for")
+    guide = points.pop("as requested")
     assert guide.x.tolist() == guide.y.tolist()
     assert list(points) == list(last["task_tokens"])
     for task, point in points.items():

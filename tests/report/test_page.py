@@ -86,7 +86,7 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
         f"The worst validation loss went from {loss(max(first))} to {loss(summary['worst_validation_loss'])} nats "
         f"({worst_task}), the mean from {loss(sum(first) / 3)} to {loss(summary['mean_validation_loss'])}.",
         f"3 mixture updates took {summary['mixture_seconds'] / summary['seconds']:.1%} of the time; probes and "
-        f"validations read {summary['probe_tokens']} supervised tokens besides.",
+        f"validations read {summary['probe_tokens']} supervised tokens in addition.",
     ]:
         assert said in page.text
     p = [update["probabilities"] for update in events(folder, "mixture")]
@@ -149,10 +149,16 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"event": "st')
     page = page_of(folder)
-    assert "The run was killed, or is still going on. It spent 1,280 supervised tokens in 20 steps" in page.text
+    assert "The run was killed or is still running. It spent 1,280 supervised tokens in 20 steps" in page.text
     lines = (folder / "log.jsonl").read_text().count("\n")
     assert f"run: log.jsonl ends in the middle of line {lines + 1}, and is read up to there." in page.text
     assert page.rows("counters")["budget_tokens"] == ["–"]
+
+
+def test_a_run_that_goes_on_says_how_far_it_is(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", finished=False, resolved={"budget": {"tokens": 3200}}))
+    assert "It spent 1,280 of 3,200 supervised tokens (40%) in 20 steps" in page.text
+    assert page.rows("counters")["budget_tokens"] == ["3,200"]
 
 
 def test_a_run_of_which_only_the_beginning_is_there(tmp_path: Path) -> None:
@@ -206,10 +212,11 @@ def test_a_comparison(folders: dict[str, list[Path]]) -> None:
     assert "2 ways to mix 3 tasks" in page.text
     # From 4 to 0.3 at a constant pace, it is above 2 after half of the tokens and below at the next validation.
     for said in [
-        "adapt ends with the lowest worst validation loss of 2 strategies: 0.3250 (0.3000 to 0.3500) nats over 2 "
+        "adapt has the best worst-task loss of 2 strategies: 0.3250 (0.3000 to 0.3500) nats over 2 "
         "seeds. Next is uniform, with 2.0250 (2.0000 to 2.0500) over 2 seeds.",
         "Their ranges do not overlap.",
-        "It reaches the worst loss uniform ends with after 960 supervised tokens, 75% of the 1,280 which that took.",
+        "It reaches the worst loss uniform ends with after 960 supervised tokens, 75% of the 1,280 tokens uniform "
+        "used.",
         "It has the lowest loss on 2 of 3 tasks.",
     ]:
         assert said in page.text
@@ -247,7 +254,10 @@ def test_some_seeds_reach_a_loss_and_others_do_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "gap", "said"),
-    [(1, 1.0, "With one seed of a strategy, this may be chance."), (2, 0.05, "Their ranges over seeds overlap.")],
+    [
+        (1, 1.0, "At least one of the two has only one seed, so this may be chance."),
+        (2, 0.05, "Their ranges over seeds overlap."),
+    ],
 )
 def test_what_may_be_chance_is_called_so(tmp_path: Path, seeds: int, gap: float, said: str) -> None:
     folders = [
@@ -281,7 +291,7 @@ def assert_nobody_wins(page: Page) -> None:
 def test_runs_that_go_on_beside_one_that_is_finished(tmp_path: Path, folders: dict[str, list[Path]]) -> None:
     going = write_run(tmp_path / "going", strategy="dro", finished=False, loss=lambda task, share: 0.01)
     page = page_of(folders["adapt"][0], going)
-    assert "going was killed, or is still going on." in page.text
+    assert "going was killed or is still running." in page.text
     assert page.text.count("adapt ends with a worst validation loss of 0.3000 nats.") == 1
     assert [row[0] for row in page.tables["strategies"][1:]] == ["adapt seed 0", "dro, unfinished seed 0"]
     assert "Did the mixture help?" not in page.text

@@ -249,7 +249,10 @@ def test_runs_over_different_tasks_are_compared_on_what_they_share(tmp_path: Pat
     shared, notes = on_shared_tasks(runs)
     assert [run.tasks for run in shared] == [("y", "z")] * 2
     assert [run.worst[-1] for run in shared] == [2.0, 3.0]
-    assert notes == ["The runs are over different tasks. They are compared on the 2 they share; left out: w, x."]
+    assert notes == [
+        "The runs are over different tasks. They are compared on the 2 they share; left out: w, x. "
+        "Totals of tokens and time still include the tasks left out."
+    ]
     same, notes = on_shared_tasks(runs[:1] * 2)
     assert same[0].tasks == ("x", "y", "z") and notes == []
 
@@ -264,7 +267,7 @@ def test_runs_that_share_no_task_are_refused(tmp_path: Path) -> None:
 def test_many_tasks_left_out_are_counted(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / "a", tasks=["x", *(f"t{i}" for i in range(9))]))]
     runs.append(read_run(write_run(tmp_path / "b", tasks=["x"])))
-    assert on_shared_tasks(runs)[1][0].endswith("on the 1 they share; left out: t0, t1, t2, t3, t4 and 4 more.")
+    assert "on the 1 they share; left out: t0, t1, t2, t3, t4 and 4 more." in on_shared_tasks(runs)[1][0]
 
 
 # ---- costs
@@ -276,11 +279,12 @@ def test_counters_of_a_finished_run_are_those_of_its_summary(tmp_path: Path) -> 
     assert counters(read_run(folder)) == {key: summary[key] for key in COUNTERS}
 
 
-def test_counters_of_an_unfinished_run_are_what_its_log_says(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", finished=False)
+@pytest.mark.parametrize("budget", [{"tokens": 2560, "fraction": None}, {"tokens": None, "fraction": 0.5}])
+def test_counters_of_an_unfinished_run_are_what_its_log_says(tmp_path: Path, budget: dict) -> None:
+    folder = write_run(tmp_path / "run", finished=False, resolved={"budget": budget})
     step, update = events(folder, "step")[-1], events(folder, "mixture")[-1]
     known = {key: step[key] for key in ("supervised_tokens", "tokens", "computed_tokens", "seconds")}
     known |= {key: update[key] for key in ("probe_tokens", "mixture_seconds")}
-    known |= {"steps": 20, "mixture_updates": 3}
+    known |= {"steps": 20, "mixture_updates": 3, "budget_tokens": budget["tokens"] or math.nan}
     expected = {key: known.get(key, math.nan) for key in COUNTERS}
     assert counters(read_run(folder)) == pytest.approx(expected, nan_ok=True)
