@@ -51,7 +51,7 @@ class Texture(NamedTuple):
 
 PLAIN = Texture("solid", "", "circle", "-", "", "o")
 DASHED = Texture("dash", "/", "diamond-open", "--", "//", "D")
-DOTTED = Texture("dot", ".", "x-thin-open", ":", "..", "x")
+DOTTED = Texture("dot", "", "x-thin-open", ":", "", "x")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Chart:
     @property
     def rows(self) -> int:
         return -(-len(self.panels) // self.columns)
+
+    @property
+    def shares_y(self) -> bool:
+        """Whether panels have one axis: probabilities of different tasks are compared with each other."""
+        return self.kind in ("steps", "stack")
 
     @property
     def y_label(self) -> str:
@@ -427,6 +432,7 @@ def to_plotly(chart: Chart) -> go.Figure:
         horizontal_spacing=0.12,
         vertical_spacing=0.3 / chart.rows,
         shared_xaxes="all",
+        shared_yaxes="all" if chart.shares_y else False,
     )
     to_name = set(chart.names)
     one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
@@ -455,10 +461,14 @@ def to_plotly(chart: Chart) -> go.Figure:
         dragmode=False,  # a finger on a figure scrolls the page
     )
     figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GREY, spikethickness=1)
-    figure.update_yaxes(fixedrange=True, automargin=True, ticklabelstandoff=4)
+    figure.update_yaxes(fixedrange=True, automargin=True, showticklabels=True, ticklabelstandoff=4)
     figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
     figure.update_xaxes(showticklabels=True, tickangle=0, nticks=6 if chart.columns == 1 else 4)
     figure.update_yaxes(rangemode="tozero", tickformat="~g" if chart.y_max < 1000 else "~s", nticks=6)
+    if chart.kind == "points":
+        highest = 1.05 * max(float(np.max([line.x, line.y])) for line in chart.lines)
+        figure.update_xaxes(range=[0, highest])
+        figure.update_yaxes(range=[0, highest])
     if chart.is_log:
         for i, panel in enumerate(chart.panels):
             ticks = log_ticks(panel)
@@ -527,15 +537,19 @@ def to_matplotlib(chart: Chart) -> Figure:
     height = 4.2 if chart.rows == 1 else 1.2 + 1.9 * chart.rows
     figure = Figure(figsize=(8, height), layout="constrained")
     figure.suptitle(chart.title)
-    every_axes = figure.subplots(chart.rows, chart.columns, sharex=True, squeeze=False).flatten()
+    every_axes = figure.subplots(chart.rows, chart.columns, sharex=True, sharey=chart.shares_y, squeeze=False).flatten()
     for axes, panel in zip(every_axes, chart.panels, strict=False):
         axes.set_title(panel.title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelbottom=True)
+        axes.tick_params(labelbottom=True, labelleft=True)
         axes.set_xlabel(chart.x_title)
         axes.set_ylabel(chart.y_label)
         _draw(axes, chart, panel)
-        if chart.kind != "points":
+        if chart.kind == "points":
+            highest = 1.05 * max(float(np.max([line.x, line.y])) for line in panel.lines)
+            axes.set_xlim(0, highest)
+            axes.set_ylim(0, highest)
+        else:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if chart.is_log:
             axes.set_yscale("log")

@@ -40,6 +40,7 @@ SECTIONS = {  # of figures, by where they stand on the page
     "losses": ("worst_and_mean_loss", "validation_loss_by_task"),
     "costs": ("mixture_time", "speed", "learning_rate"),
 }
+HEADINGS = {"mixture": "What the mixture did", "losses": "Losses", "costs": "What it cost", "config": "Config"}
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
@@ -106,7 +107,7 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         headline=_headline(runs[0]) if len(runs) == 1 else _comparison(groups),
         notes=notes,
         is_comparison=len(runs) > 1,
-        question=_question(groups),
+        headings={"results": _question(groups)} | HEADINGS,
         tables=tables,
         sections={
             key: [(c, drawn[c.name]) for name in names for c in made if c.name == name]

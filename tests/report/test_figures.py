@@ -371,6 +371,26 @@ def test_both_drawings_have_the_ticks_of_each_panel_and_say_that_the_axis_is_log
     assert page.layout.yaxis.title.text == file.axes[0].get_ylabel() == "loss (nats, log scale)"
 
 
+def test_panels_of_probabilities_share_their_axis(several: dict[str, Chart]) -> None:
+    for name, is_shared in (
+        ("probabilities", True),
+        ("probabilities_stacked", True),
+        ("validation_loss_by_task", False),
+    ):
+        page, file = to_plotly(several[name]), to_matplotlib(several[name])
+        assert (page.layout.yaxis2.matches is not None) == is_shared and page.layout.yaxis2.showticklabels
+        assert file.axes[0].get_shared_y_axes().joined(*file.axes[:2]) == is_shared
+
+
+def test_what_was_requested_and_what_was_had_have_equal_axes(one: dict[str, Chart]) -> None:
+    described = one["share_against_probability"]
+    page, (axes,) = to_plotly(described), to_matplotlib(described).axes
+    highest = max(float(max(line.x.max(), line.y.max())) for line in described.lines)
+    assert page.layout.xaxis.range == page.layout.yaxis.range
+    assert axes.get_xlim() == axes.get_ylim() == pytest.approx(page.layout.xaxis.range)
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > highest
+
+
 def test_values_are_marked_where_all_lines_have_few() -> None:
     few = chart(num_lines=2)
     x = np.arange(13.0)
@@ -452,6 +472,5 @@ def test_what_has_the_same_colour_has_another_texture() -> None:
     assert looks[0] == (GREY, DOTTED) and DOTTED not in [texture for _, texture in looks[1:]]
     assert len({texture for _, texture in looks}) == len({PLAIN, DASHED, DOTTED}) == 3
     for one, other in combinations((PLAIN, DASHED, DOTTED), 2):
-        assert all(a != b for a, b in zip(one, other, strict=True)), (
-            "in lines, areas and points, on the page and in files"
-        )
+        parts = one._asdict().items() if DOTTED not in (one, other) else [("dash", one.dash), ("marker", one.marker)]
+        assert all(value != getattr(other, name) for name, value in parts), "in lines, areas and points"

@@ -328,6 +328,13 @@ def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
         assert page.source.count(f"<{tag}") > 0
 
 
+def test_every_section_is_linked_at_the_top(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    sections = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
+    assert len(sections) == 5
+    assert [attributes["href"] for tag, attributes in page.tags if tag == "a"] == [f"#{name}" for name in sections]
+
+
 def test_names_are_no_markup(tmp_path: Path) -> None:
     hostile = "</script><img src=x onerror=alert(1)>&"
     folder = write_run(tmp_path / "run", strategy=hostile, tasks=[hostile, "other"])
