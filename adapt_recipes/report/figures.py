@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter
 from plotly.subplots import make_subplots
 
 from adapt_recipes.report.read import Array, Run
@@ -32,6 +33,7 @@ GREY = "#A0A0A0"
 POINTS = 60_000  # of all lines of a figure together
 LABEL, PANEL_LABEL = 32, 24  # characters of a name in a legend, and over a panel
 FEW = 12  # values, which are marked
+LOG_TICKS = 8  # of an axis with ticks at 1, 2 and 5
 
 Kind = Literal["lines", "steps", "stack", "points"]
 
@@ -49,7 +51,7 @@ class Texture(NamedTuple):
 
 PLAIN = Texture("solid", "", "circle", "-", "", "o")
 DASHED = Texture("dash", "/", "diamond-open", "--", "//", "D")
-DOTTED = Texture("dot", ".", "x-thin-open", ":", "..", "x")
+DOTTED = Texture("dot", "", "x-thin-open", ":", "", "x")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Line:
     y: Array
     names: tuple[str, ...] = ()
     """of the points"""
+    run: str = ""
+    """which of several with the same label"""
 
     @property
     def colour(self) -> str:
@@ -103,12 +107,32 @@ class Chart:
         return list(dict.fromkeys(line.label for line in self.lines))
 
     @property
+    def legend_rows(self) -> int:
+        """Of the legend on a phone, at the most."""
+        longest = max(map(len, self.names))
+        return -(-len(self.names) // max(1, 38 // (longest + 6)))  # 38 characters a row, of which a line takes six
+
+    @property
     def columns(self) -> int:
         return min(len(self.panels), 2)
 
     @property
     def rows(self) -> int:
         return -(-len(self.panels) // self.columns)
+
+    @property
+    def shares_y(self) -> bool:
+        """Whether panels have one axis: probabilities of different tasks are compared with each other."""
+        return self.kind in ("steps", "stack")
+
+    @property
+    def y_label(self) -> str:
+        return self.y_title.replace("(nats)", "(nats, log scale)") if self.is_log else self.y_title
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether all lines have so few values that each is marked."""
+        return self.kind == "lines" and max(len(line.x) for line in self.lines) <= FEW
 
     @property
     def y_max(self) -> float:
@@ -119,6 +143,23 @@ class Chart:
         """Whether losses fall so far that only a logarithmic axis shows them."""
         lowest = min(float(np.nanmin(line.y)) for line in self.lines)
         return "nats" in self.y_title and 0 < 30 * lowest < self.y_max
+
+
+def log_ticks(panel: Panel) -> list[float]:
+    """Ticks of a logarithmic axis, from below the lowest value to above the highest.
+
+    1, 2, 5, 10, and so on; powers of ten only where those are too many.
+    """
+    lowest = min(float(np.nanmin(line.y)) for line in panel.lines)
+    highest = max(float(np.nanmax(line.y)) for line in panel.lines)
+    powers = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [float(f"{step}e{power}") for power in powers for step in steps]
+        below, above = (max(tick for tick in ticks if tick <= lowest), min(tick for tick in ticks if tick >= highest))
+        ticks = [tick for tick in ticks if below <= tick <= above]
+        if len(ticks) <= LOG_TICKS:
+            break
+    return ticks if len(ticks) > 1 else [ticks[0], 2 * ticks[0]]
 
 
 TOKENS = "supervised tokens"
@@ -134,12 +175,22 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
     runs = [run for group in groups for run in group.runs]
     named = named_tasks(runs)
     one = len(runs) == 1
+    sampled = {run.config.get("sampling") == "dataset" for run in runs}
+    p_is = {  # with `sampling: dataset` a step has one task, and tokens follow only as its examples are long
+        (False,): "its share of the supervised tokens to come.",
+        (True,): "the chance that a step is of this task.",
+        (
+            False,
+            True,
+        ): "its share of the supervised tokens to come, or with sampling: dataset the chance that a step is "
+        "of this task.",
+    }[tuple(sorted(sampled))]
     each = "A line a task." if one else "A panel a task, a line a run."
     made = [
         Chart(
             name="probabilities_stacked",
             title="Mixture",
-            caption="Each band is a task, as thick as its probability: its share of the supervised tokens to come."
+            caption=f"Each band is a task, as thick as its probability: {p_is}"
             + ("" if one else " Of each strategy the run of the first seed."),
             x_title=TOKENS,
             y_title="probability",
@@ -160,9 +211,10 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         ),
         Chart(
             name="share_against_probability",
-            title="Asked for and given",
+            title="Requested and actual share",
             caption="Each point is a task: the probability it had, averaged over the tokens spent, and the share of "
-            "them it got. On the grey line it got what the mixture asked for.",
+            "them it got. On the grey line it got what the mixture requested."
+            + (" With sampling: dataset the mixture requests steps, not tokens." if True in sampled else ""),
             x_title="probability, averaged over tokens",
             y_title="share of supervised tokens",
             kind="points",
@@ -204,10 +256,10 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         Chart(
             name="speed",
             title="Speed",
-            caption="Tokens of training steps, prompts too and padding not, by all the time that passed, with mixture "
-            "updates and validations; over windows of about a twentieth of the run.",
+            caption="Tokens of training steps, including prompts, excluding padding, per second of total time, which "
+            "includes mixture updates and validations; over windows of about a twentieth of the run.",
             x_title=TOKENS,
-            y_title="tokens a second",
+            y_title="tokens per second",
             kind="lines",
             panels=(Panel("", _by_run(groups, _speed)),),
         ),
@@ -229,12 +281,8 @@ def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
     tasks = runs[0].tasks
     if len(tasks) <= NAMED:
         return tasks
-    worst = {
-        run.tasks[int(np.nanargmax(run.validations.losses[-1]))]
-        for run in runs
-        if len(run.validations.losses) and np.isfinite(run.validations.losses[-1]).any()
-    }
-    spent = sum(run.steps.task_tokens[-1] for run in runs if len(run.steps.step)) + np.zeros(len(tasks))
+    worst = {run.tasks[int(np.nanargmax(run.final_losses))] for run in runs if np.isfinite(run.final_losses).any()}
+    spent = sum(run.task_tokens for run in runs) + np.zeros(len(tasks))
     ranked = sorted(range(len(tasks)), key=lambda i: (tasks[i] not in worst, -spent[i], i))
     return tuple(tasks[i] for i in sorted(ranked[:NAMED]))
 
@@ -243,9 +291,9 @@ def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _probabilities(run: Run) -> tuple[Array, Array]:
-    """The last probabilities hold up to the last token."""
+    """The last probabilities hold up to the last token of the log."""
     x, p = run.mixtures.supervised_tokens, run.mixtures.probabilities
-    return np.append(x, max(run.spent, x[-1])), np.append(p, p[-1:], axis=0)
+    return np.append(x, max(run.logged, x[-1])), np.append(p, p[-1:], axis=0)
 
 
 def _losses(run: Run) -> tuple[Array, Array]:
@@ -269,13 +317,15 @@ def _mixture_time(run: Run) -> tuple[Array, Array]:
 
 
 def _shares(groups: Sequence[Group], named: Sequence[str]) -> tuple[Line, ...]:
-    points = [(group, run, *_share(run)) for group in groups for run in group.runs if run.spent]
+    points = [(group, run, *_share(run)) for group in groups for run in group.runs if run.logged]
     if not points:
         return ()
     highest = max(float(np.max([asked, given])) for *_, asked, given in points)
-    guide = Line("as asked for", None, np.array([0.0, highest]), np.array([0.0, highest]))
+    guide = Line("as requested", None, np.array([0.0, highest]), np.array([0.0, highest]))
     if len(points) > 1:
-        return guide, *(Line(group.name, groups.index(group), x, y, run.tasks) for group, run, x, y in points)
+        return guide, *(
+            Line(group.name, groups.index(group), x, y, run.tasks, _which(run, group)) for group, run, x, y in points
+        )
     _, run, x, y = points[0]
     rest = [i for i, task in enumerate(run.tasks) if task not in named]
     lines = [
@@ -292,7 +342,7 @@ def _share(run: Run) -> tuple[Array, Array]:
     The average is over the updates that were read, which are all of them up to several hundred.
     """
     x, p = _probabilities(run)
-    return np.diff(x) @ p[:-1] / (x[-1] - x[0]), run.steps.task_tokens[-1] / run.spent
+    return np.diff(x) @ p[:-1] / (x[-1] - x[0]), run.steps.task_tokens[-1] / run.logged
 
 
 # ---- and how it is laid out
@@ -301,13 +351,25 @@ Quantity = Callable[[Run], tuple[Array, Array]]
 
 
 def _by_run(groups: Sequence[Group], quantity: Quantity) -> tuple[Line, ...]:
-    return tuple(Line(group.name, look, *quantity(run)) for look, group in enumerate(groups) for run in group.runs)
+    return tuple(
+        Line(group.name, look, *quantity(run), run=_which(run, group))
+        for look, group in enumerate(groups)
+        for run in group.runs
+    )
+
+
+def _which(run: Run, group: Group) -> str:
+    """Tells a run from others of its group."""
+    return f"seed {run.seed}" if len(group.runs) > 1 and run.seed is not None else ""
 
 
 def _by_task(groups: Sequence[Group], quantity: Quantity, named: Sequence[str]) -> tuple[Panel, ...]:
     """One run: a line a task. Several: a panel a task, with a line a run. The mean of the other tasks comes last."""
     lines = [
-        [replace(line, label=group.name, look=look) for line in _lines_by_task(run, quantity, named, _mean)]
+        [
+            replace(line, label=group.name, look=look, run=_which(run, group))
+            for line in _lines_by_task(run, quantity, named, _mean)
+        ]
         for look, group in enumerate(groups)
         for run in group.runs
     ]
@@ -370,15 +432,16 @@ def to_plotly(chart: Chart) -> go.Figure:
         horizontal_spacing=0.12,
         vertical_spacing=0.3 / chart.rows,
         shared_xaxes="all",
+        shared_yaxes="all" if chart.shares_y else False,
     )
     to_name = set(chart.names)
+    one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
     for i, panel in enumerate(chart.panels):
         for line in panel.lines:
             row, column = divmod(i, chart.columns)
-            trace = _trace(chart, line).update(showlegend=line.label in to_name)
+            trace = _trace(chart, line, one_by_one=one_by_one).update(showlegend=line.label in to_name)
             figure.add_trace(trace, row=row + 1, col=column + 1)
             to_name.discard(line.label)
-    one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
     figure.update_layout(
         template="none",
         font={"family": "system-ui, sans-serif", "size": 13},
@@ -391,47 +454,67 @@ def to_plotly(chart: Chart) -> go.Figure:
             "x": 0,
             "y": 1 + (0.14 if chart.panels[0].title else 0.02) / chart.rows,
             "yanchor": "bottom",
+            "maxheight": 1,  # of the figure: no name is cut off
         },
         hovermode="closest" if one_by_one else "x unified",
         hoverdistance=-1,  # the nearest value, however far
         dragmode=False,  # a finger on a figure scrolls the page
     )
     figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GREY, spikethickness=1)
-    figure.update_yaxes(fixedrange=True, automargin=True)
+    figure.update_yaxes(fixedrange=True, automargin=True, showticklabels=True, ticklabelstandoff=4)
     figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
     figure.update_xaxes(showticklabels=True, tickangle=0, nticks=6 if chart.columns == 1 else 4)
     figure.update_yaxes(rangemode="tozero", tickformat="~g" if chart.y_max < 1000 else "~s", nticks=6)
-    figure.update_yaxes(type="log" if chart.is_log else "linear")
+    if chart.kind == "points":
+        highest = 1.05 * max(float(np.max([line.x, line.y])) for line in chart.lines)
+        figure.update_xaxes(range=[0, highest])
+        figure.update_yaxes(range=[0, highest])
+    if chart.is_log:
+        for i, panel in enumerate(chart.panels):
+            ticks = log_ticks(panel)
+            figure.update_yaxes(
+                type="log",
+                tickvals=ticks,
+                ticktext=[f"{tick:g}" for tick in ticks],
+                range=[math.log10(ticks[0]), math.log10(ticks[-1])],
+                row=i // chart.columns + 1,
+                col=i % chart.columns + 1,
+            )
     figure.update_annotations(font_size=13)  # the titles of panels
     for i in range(max(len(chart.panels) - chart.columns, 0), len(chart.panels)):  # the lowest of each column
         figure.update_xaxes(
-            title={"text": chart.x_title, "standoff": 6}, row=i // chart.columns + 1, col=i % chart.columns + 1
+            title={"text": chart.x_title, "standoff": 6, "font_size": 13},
+            row=i // chart.columns + 1,
+            col=i % chart.columns + 1,
         )
-    figure.update_yaxes(title={"text": chart.y_title, "standoff": 6}, col=1)
+    figure.update_yaxes(title={"text": chart.y_label, "standoff": 6, "font_size": 13}, col=1)
     return figure
 
 
-def _trace(chart: Chart, line: Line) -> go.Scatter:
+def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
     label, texture = html.escape(line.label), line.texture
+    called = f"{label}, {line.run}" if line.run else label
     trace = go.Scatter(
         x=line.x.astype(np.float32), y=line.y.astype(np.float32), name=label, legendgroup=label, mode="lines"
     )
     if line.names:
+        of_run = "" if line.names == (line.label,) else f"{called}<br>"
         return trace.update(
             mode="markers",
             text=[html.escape(name) for name in line.names],
-            hovertemplate="%{text}: asked for %{x:.4f}, given %{y:.4f}<extra></extra>",
+            hovertemplate=of_run + "%{text}: requested %{x:.4f}, actual %{y:.4f}<extra></extra>",
             marker={"color": line.colour, "size": 9, "symbol": texture.symbol},
         )
+    at = f"<br>after %{{x:,.0f}} {chart.x_title}" if one_by_one else ""  # else it stands over the values of all
     trace.update(
-        hovertemplate=f"{label}: %{{y:,.4~r}}<extra></extra>", line={"color": line.colour, "dash": texture.dash}
+        hovertemplate=f"{called}: %{{y:,.4~r}}{at}<extra></extra>", line={"color": line.colour, "dash": texture.dash}
     )
     if chart.kind == "steps":
         trace.line.shape = "hv"
     if chart.kind == "stack":
         trace.update(stackgroup="tasks", fillcolor=line.colour, line={"width": 0, "shape": "hv"})
         trace.fillpattern = {"shape": texture.pattern, "fgcolor": "white", "bgcolor": line.colour, "solidity": 0.2}
-    elif chart.kind == "lines" and len(line.x) <= FEW:
+    elif chart.has_markers:
         trace.mode = "lines+markers"
     if len(chart.lines) > NAMED + 1:
         trace.line.width = 1.4
@@ -454,21 +537,26 @@ def to_matplotlib(chart: Chart) -> Figure:
     height = 4.2 if chart.rows == 1 else 1.2 + 1.9 * chart.rows
     figure = Figure(figsize=(8, height), layout="constrained")
     figure.suptitle(chart.title)
-    every_axes = figure.subplots(chart.rows, chart.columns, sharex=True, squeeze=False).flatten()
+    every_axes = figure.subplots(chart.rows, chart.columns, sharex=True, sharey=chart.shares_y, squeeze=False).flatten()
     for axes, panel in zip(every_axes, chart.panels, strict=False):
         axes.set_title(panel.title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelbottom=True)
+        axes.tick_params(labelbottom=True, labelleft=True)
         axes.set_xlabel(chart.x_title)
-        axes.set_ylabel(chart.y_title)
+        axes.set_ylabel(chart.y_label)
         _draw(axes, chart, panel)
-        if chart.kind != "points":
+        if chart.kind == "points":
+            highest = 1.05 * max(float(np.max([line.x, line.y])) for line in panel.lines)
+            axes.set_xlim(0, highest)
+            axes.set_ylim(0, highest)
+        else:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if chart.is_log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+            ticks = log_ticks(panel)
+            axes.set_ylim(ticks[0], ticks[-1])
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_yticks([], minor=True)
         else:
             axes.set_ylim(bottom=0)
     for axes in every_axes[len(chart.panels) :]:
@@ -495,7 +583,7 @@ def _draw(axes: Axes, chart: Chart, panel: Panel) -> None:
             axes.plot(line.x, line.y, linestyle="", marker=line.texture.marker, color=line.colour)
         else:
             drawstyle = "steps-post" if chart.kind == "steps" else "default"
-            marker = "." if chart.kind == "lines" and len(line.x) <= FEW else ""
+            marker = "." if chart.has_markers else ""
             looks = {"color": line.colour, "linestyle": line.texture.linestyle, "linewidth": 1.3}
             axes.plot(line.x, line.y, **looks, drawstyle=drawstyle, marker=marker)
 

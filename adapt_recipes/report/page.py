@@ -17,15 +17,15 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from adapt_recipes.report.figures import NAMED, Chart, charts, to_plotly, to_png
-from adapt_recipes.report.read import Run, read_run
+from adapt_recipes.report.read import Run, mean_over_tasks, read_run, worst_over_tasks
 from adapt_recipes.report.tables import (
     COUNTERS,
     Group,
     Spread,
+    TaskResult,
     all_tokens_to_reach,
     counters,
     differing_settings,
-    final_losses,
     final_mean,
     final_worst,
     group_runs,
@@ -40,6 +40,7 @@ SECTIONS = {  # of figures, by where they stand on the page
     "losses": ("worst_and_mean_loss", "validation_loss_by_task"),
     "costs": ("mixture_time", "speed", "learning_rate"),
 }
+HEADINGS = {"mixture": "What the mixture did", "losses": "Losses", "costs": "What it cost", "config": "Config"}
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
@@ -106,6 +107,7 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         headline=_headline(runs[0]) if len(runs) == 1 else _comparison(groups),
         notes=notes,
         is_comparison=len(runs) > 1,
+        headings={"results": _question(groups)} | HEADINGS,
         tables=tables,
         sections={
             key: [(c, drawn[c.name]) for name in names for c in made if c.name == name]
@@ -142,23 +144,38 @@ def _called(run: Run, runs: Sequence[Run]) -> str:
     return run.name if sum(other.name == run.name for other in runs) == 1 else str(run.folder)
 
 
+def _question(groups: Sequence[Group]) -> str:
+    """The heading of the first tables: whether a mixture helped shows where two that are finished are compared."""
+    if sum(group.is_finished for group in groups) > 1:
+        return "Did the mixture help?"
+    return "Over seeds" if len(groups) == 1 and len(groups[0].runs) > 1 else "What happened"
+
+
 def _headline(run: Run) -> list[str]:
     """What happened in a run."""
     counts = counters(run)
-    spent = f"{run.spent:,} supervised tokens in {_number(counts['steps'], 'step')} and {_time(counts['seconds'])}"
+    spent = f"{run.spent:,} supervised tokens"
+    if run.ended and run.budget:
+        spent = f"{run.spent:,} of {run.budget:,} supervised tokens ({run.spent / run.budget:.0%})"
+    spent += f" in {_number(counts['steps'], 'step')} and {_time(counts['seconds'])}"
     said = [f"The run spent {spent}." if not run.ended else f"The run {run.ended}. It spent {spent}."]
-    if len(run.worst):
-        task = run.tasks[int(np.nanargmax(final_losses(run)))] if math.isfinite(run.worst[-1]) else ""
+    before, after = run.initial_losses, run.final_losses
+    if len(run.worst) or run.summary:
+        task = f" ({run.tasks[int(np.nanargmax(after))]})" if np.isfinite(after).any() else ""
+        worst = [_loss(float(worst_over_tasks(losses))) for losses in (before, after)]
+        mean = [_loss(float(mean_over_tasks(losses))) for losses in (before, after)]
         said.append(
-            f"The worst validation loss went from {_loss(run.worst[0])} to {_loss(run.worst[-1])} nats ({task}), the "
-            f"mean from {_loss(run.mean[0])} to {_loss(run.mean[-1])}."
+            f"The worst validation loss went from {worst[0]} to {worst[1]} nats{task}, the mean from {mean[0]} to "
+            f"{mean[1]}."
         )
-    read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens besides"
-    if run.num_updates:
+    read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens in addition"
+    if counts["mixture_updates"] > 0:
         share = 100 * counts["mixture_seconds"] / counts["seconds"]
-        said.append(f"{_number(run.num_updates, 'mixture update')} took {share:.1f}% of the time; {read}.")
-    else:
+        said.append(f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time; {read}.")
+    elif run.summary or not run.config.get("mixture_update_every"):
         said.append(f"The mixture was fixed; {read}.")
+    else:
+        said.append(f"The mixture has not been updated yet; {read}.")
     return said
 
 
@@ -172,11 +189,11 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
         return [f"{best.name} ends with a worst validation loss of {_range(worst)} nats{_over(best)}."]
     second, others = finished[1], final_worst(finished[1])
     said = [
-        f"{best.name} ends with the lowest worst validation loss of {len(finished)} strategies: {_range(worst)} nats"
+        f"{best.name} has the best worst-task loss of {len(finished)} strategies: {_range(worst)} nats"
         f"{_over(best)}. Next is {second.name}, with {_range(others)}{_over(second)}."
     ]
     if len(best.runs) == 1 or len(second.runs) == 1:
-        said.append("With one seed of a strategy, this may be chance.")
+        said.append("At least one of the two has only one seed, so this may be chance.")
     else:
         said.append("Their ranges do not overlap." if worst.high < others.low else "Their ranges over seeds overlap.")
     reached = spread(all_tokens_to_reach(best, second))
@@ -184,7 +201,7 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
         budget = spread(run.spent for run in second.runs).mean
         said.append(
             f"It reaches the worst loss {second.name} ends with after {reached.mean:,.0f} supervised tokens, "
-            f"{reached.mean / budget:.0%} of the {budget:,.0f} which that took."
+            f"{reached.mean / budget:.0%} of the {budget:,.0f} tokens {second.name} used."
         )
     results = task_results(groups)
     won = sum(result.winner == 0 for result in results)
@@ -263,15 +280,13 @@ def _cell(values: float | Spread, say: Callable[[float], str] = _loss, *, is_bes
 
 
 def _task_table(run: Run) -> Table:
-    p = run.mixtures.probabilities
-    tokens = run.steps.task_tokens[-1] if run.spent else np.zeros(len(run.tasks))
-    before = run.validations.losses[0] if len(run.validations.losses) else final_losses(run)
-    after = final_losses(run)
+    first, last, tokens = run.mixtures.probabilities[0], run.final_probabilities, run.task_tokens
+    before, after = run.initial_losses, run.final_losses
     rows = [
         [
             _name(task),
-            _cell(p[0, i]),
-            _cell(p[-1, i]),
+            _cell(first[i]),
+            _cell(last[i]),
             _cell(tokens[i], _count),
             _cell(tokens[i] / max(run.spent, 1), _percent),
             _cell(before[i]),
@@ -280,10 +295,10 @@ def _task_table(run: Run) -> Table:
         ]
         for i, task in enumerate(run.tasks)
     ]
-    columns = ["task", "p at first", "p at last", "tokens", "share", "loss at first", "loss at last", "change"]
+    columns = ["task", "start p", "final p", "tokens", "share", "start loss", "final loss", "change"]
     caption = (
-        "Each task's probability, supervised tokens and validation loss (nats a supervised token). Whether the mixture "
-        "helped shows beside another run: tune report RUN OTHER_RUN."
+        "Each task's probability, supervised tokens and validation loss (nats a supervised token). To see whether the "
+        "mixture helped, compare with another run: tune report RUN OTHER_RUN."
     )
     return Table("tasks", "What each task got, and what came of it", caption, columns, rows)
 
@@ -295,6 +310,7 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
     mean = "Means over seeds, with the range below. " if several else ""
     worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
     finished = [i for i, group in enumerate(groups) if group.is_finished]
+    rivals = finished if len(finished) > 1 else []  # who is alone wins nothing
     rows = []
     for i, group in enumerate(groups):
         counts = [counters(run) for run in group.runs]
@@ -302,9 +318,9 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         rows.append(
             [
                 _name(group.name, f"seed{'s' if len(group.runs) > 1 else ''} {group.seeds}" if group.seeds else ""),
-                _cell(worst[i], is_best=i in finished and worst[i].mean == min(worst[j].mean for j in finished)),
-                _cell(means[i], is_best=i in finished and means[i].mean == min(means[j].mean for j in finished)),
-                _cell(sum(result.winner == i for result in results), _count),
+                _cell(worst[i], is_best=i in rivals and worst[i].mean == min(worst[j].mean for j in rivals)),
+                _cell(means[i], is_best=i in rivals and means[i].mean == min(means[j].mean for j in rivals)),
+                *([_cell(sum(result.winner == i for result in results), _count)] if rivals else []),
                 _cell(spread(run.spent for run in group.runs), _count),
                 _cell(spread(count["probe_tokens"] for count in counts), _count),
                 _cell(spread(count["seconds"] for count in counts), _time),
@@ -315,7 +331,7 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         "strategy",
         "worst loss",
         "mean loss",
-        "tasks won",
+        *(["tasks won"] if rivals else []),
         "tokens spent",
         "probe tokens",
         "time",
@@ -325,39 +341,44 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         "strategies",
         "Strategies",
         f"{mean}Validation losses at the end, in nats a supervised token: the highest of any task, and the unweighted "
-        "mean. Supervised tokens are spent on training; probe tokens are what probes and validations read besides. "
+        "mean. Supervised tokens are spent on training; probe tokens are what probes and validations read in addition. "
         "A click on a heading sorts.",
         columns,
         rows,
     )
     reach = Table(
         "tokens_to_reach",
-        "Supervised tokens to be as good as another",
+        "Supervised tokens to reach another strategy's final worst loss",
         f"{mean}How many supervised tokens the strategy of the row spent until a validation first found its worst loss "
         "at or below the one that the strategy of the column ends with"
         + (", for the same seed where both have it." if several else "."),
         ["strategy", *(group.name for group in groups)],
         [[_name(group.name), *(_reached(group, target) for target in groups)] for group in groups],
     )
+    marked = " The lowest of finished runs is marked" + (
+        ", and clear where every strategy has several seeds and even the worst of the lowest is below the others' best."
+        if several
+        else "."
+    )
     tasks = Table(
-        "winners",
+        "winners" if rivals else "losses",
         "Tasks",
-        f"{mean}Each task's validation loss at the end. The lowest of finished runs is marked"
-        + (", and clear where even its worst seed is below every other's best." if several else "."),
-        ["task", "lowest", *(group.name for group in groups)],
+        f"{mean}Each task's validation loss at the end.{marked if rivals else ''}",
+        ["task", *(["lowest"] if rivals else []), *(group.name for group in groups)],
         [
             [
                 _name(result.task),
-                _name(
-                    "–" if result.winner is None else groups[result.winner].name,
-                    "clear" if several and result.is_clear else "",
-                ),
+                *([_winner(result, groups)] if rivals else []),
                 *(_cell(losses, is_best=i == result.winner) for i, losses in enumerate(result.losses)),
             ]
             for result in results
         ],
     )
     return [strategies, reach, tasks] if len(groups) > 1 else [strategies, tasks]
+
+
+def _winner(result: TaskResult, groups: Sequence[Group]) -> Cell:
+    return _name("–" if result.winner is None else groups[result.winner].name, "clear" if result.is_clear else "")
 
 
 def _reached(group: Group, target: Group) -> Cell:

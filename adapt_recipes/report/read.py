@@ -1,4 +1,4 @@
-"""A run directory, read into arrays: finished, interrupted, killed or still going on.
+"""A run directory, read into arrays: finished, interrupted, killed or still running.
 
 What a log counts are totals, so most of its lines can be passed over: of the steps and of the mixture updates some
 hundreds are parsed, evenly spread and with the last one. Validations are all parsed, for tables count on each.
@@ -7,6 +7,7 @@ hundreds are parsed, evenly spread and with the last one. Validations are all pa
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,18 @@ class Validations(NamedTuple):
     """(validations, tasks), nats a supervised token; NaN for tasks left out of the objective"""
 
 
+def worst_over_tasks(losses: Array) -> Array:
+    """(..., tasks) to (...): the highest of those that are measured; NaN where none is."""
+    highest = np.where(np.isnan(losses), -np.inf, losses).max(axis=-1)
+    return np.where(np.isnan(losses).all(axis=-1), np.nan, highest)
+
+
+def mean_over_tasks(losses: Array) -> Array:
+    """(..., tasks) to (...): the mean of those that are measured, unweighted; NaN where none is."""
+    with np.errstate(invalid="ignore"):  # 0 / 0 where no task is measured
+        return np.nansum(losses, axis=-1) / np.isfinite(losses).sum(axis=-1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run directory says."""
@@ -90,22 +103,55 @@ class Run:
         return self.config.get("seed")
 
     @property
+    def logged(self) -> int:
+        """Supervised tokens that the log goes up to: all that were spent, unless it is cut."""
+        return int(self.steps.supervised_tokens[-1]) if len(self.steps.step) else 0
+
+    @property
     def spent(self) -> int:
         """Supervised tokens spent."""
-        return int(self.steps.supervised_tokens[-1]) if len(self.steps.step) else 0
+        return int(self.summary.get("supervised_tokens", self.logged))
+
+    @property
+    def budget(self) -> int | None:
+        """Supervised tokens the run may spend; of an unfinished run None where the config does not say it in tokens."""
+        return self.summary.get("budget_tokens") or (self.config.get("budget") or {}).get("tokens")
+
+    @property
+    def task_tokens(self) -> Array:
+        """(tasks,): supervised tokens each has had."""
+        return self._in_summary("task_tokens", self.steps.task_tokens[-1:], otherwise=0)
+
+    @property
+    def final_probabilities(self) -> Array:
+        """(tasks,): the last there were."""
+        return self._in_summary("probabilities", self.mixtures.probabilities[-1:])
+
+    @property
+    def initial_losses(self) -> Array:
+        """(tasks,): the losses of the first validation; NaN where there is none."""
+        return self._in_summary("initial_validation_losses", self.validations.losses[:1])
+
+    @property
+    def final_losses(self) -> Array:
+        """(tasks,): the losses of the last validation; NaN where there is none."""
+        return self._in_summary("validation_losses", self.validations.losses[-1:])
+
+    def _in_summary(self, key: str, of_log: Array, otherwise: float = math.nan) -> Array:
+        """A value a task as the summary says, and without one as the log does."""
+        if key in self.summary:
+            return _array([self.summary[key].get(task) for task in self.tasks])
+        return of_log[0] if len(of_log) else np.full(len(self.tasks), float(otherwise))
 
     @property
     def worst(self) -> Array:
         """(validations,): the highest loss of any task."""
-        losses = self.validations.losses
-        return np.where(np.isnan(self.mean), np.nan, np.where(np.isnan(losses), -np.inf, losses).max(axis=1))
+        return worst_over_tasks(self.validations.losses)
 
     @property
     def mean(self) -> Array:
         """(validations,): the mean loss over tasks, unweighted."""
-        losses = self.validations.losses
-        with np.errstate(invalid="ignore"):  # 0 / 0 where no task is measured
-            return np.nansum(losses, axis=1) / np.isfinite(losses).sum(axis=1)
+        return mean_over_tasks(self.validations.losses)
 
     def only(self, tasks: Sequence[str]) -> Run:
         """The same run seen on some of its tasks, in that order."""
@@ -147,7 +193,7 @@ def read_run(folder: Path) -> Run:
 
     steps = column("step", "step", "supervised_tokens", "tokens", "computed_tokens", "seconds", "lr")
     mixtures = column("mixture", "step", "supervised_tokens", "probe_tokens", "mixture_seconds")
-    return Run(
+    made = Run(
         folder=folder,
         config=config,
         summary=summary,
@@ -159,6 +205,10 @@ def read_run(folder: Path) -> Run:
         mixtures=Mixtures(**mixtures, probabilities=by_task("mixture", "probabilities")),
         validations=Validations(**column("validation", "supervised_tokens"), losses=by_task("validation", "losses")),
     )
+    if made.logged < made.spent:
+        cut = f"{LOG} is cut: figures end at token {made.logged:,} of {made.spent:,}; other numbers are of {SUMMARY}"
+        return replace(made, notes=(*notes, cut))
+    return made
 
 
 class _Line:
@@ -263,7 +313,7 @@ def _how_it_ended(lines: dict[str, list[_Line]], *, is_finished: bool) -> str:
         return ""
     ends, resumes = lines.get("end", []), lines.get("resume", [])
     if not ends or (resumes and resumes[-1].line_number > ends[-1].line_number):
-        return "was killed, or is still going on"
+        return "was killed or is still running"
     reason = ends[-1].value("reason")
     if reason == "finished":
         return f"spent its budget, but has no {SUMMARY}"

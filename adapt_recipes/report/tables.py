@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adapt_recipes.report.read import Array, Run
+from adapt_recipes.report.read import Array, Run, mean_over_tasks, worst_over_tasks
 
 # What two runs may differ in and still be the same but for the seed: where and when they write, and with what versions.
 NOT_COMPARED = (
@@ -28,13 +28,13 @@ COUNTERS = {
     "budget_tokens": "supervised tokens the run may spend",
     "supervised_tokens": "labels that counted in the loss of training steps",
     "unique_supervised_tokens": "of them, those of examples trained on for the first time",
-    "tokens": "tokens read in training steps, prompts too, padding not",
-    "computed_tokens": "the same with padding",
-    "probe_tokens": "supervised tokens that probes and validations read besides",
-    "probe_total_tokens": "tokens that probes and validations read besides, padding not",
+    "tokens": "tokens read in training steps, including prompts, excluding padding",
+    "computed_tokens": "the same, including padding",
+    "probe_tokens": "supervised tokens that probes and validations read in addition",
+    "probe_total_tokens": "tokens that probes and validations read in addition, excluding padding",
     "steps": "optimizer steps",
     "mixture_updates": "updates of the probabilities",
-    "seconds": "wall-clock time, down time left out",
+    "seconds": "wall-clock time, excluding down time",
     "mixture_seconds": "of it, on mixture updates",
     "validation_seconds": "of it, on validations",
 }
@@ -87,7 +87,8 @@ def on_shared_tasks(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     if not left_out:
         return [run.only(shared) for run in runs], []
     named = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-    note = f"The runs are over different tasks. They are compared on the {len(shared)} they share; left out: {named}."
+    note = f"The runs are over different tasks. They are compared on the {len(shared)} they share; left out: "
+    note += f"{named}. Totals of tokens and time still include the tasks left out."
     return [run.only(shared) for run in runs], [note]
 
 
@@ -144,20 +145,14 @@ def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
 # ---- losses
 
 
-def final_losses(run: Run) -> Array:
-    """(tasks,): the losses of the last validation; NaN where there is none."""
-    losses = run.validations.losses
-    return losses[-1] if len(losses) else np.full(len(run.tasks), np.nan)
-
-
 def final_worst(group: Group) -> Spread:
     """The worst loss over tasks, at the last validation of each run."""
-    return spread(_last(run.worst) for run in group.runs)
+    return spread(float(worst_over_tasks(run.final_losses)) for run in group.runs)
 
 
 def final_mean(group: Group) -> Spread:
     """The mean loss over tasks, at the last validation of each run."""
-    return spread(_last(run.mean) for run in group.runs)
+    return spread(float(mean_over_tasks(run.final_losses)) for run in group.runs)
 
 
 def _last(values: Array) -> float:
@@ -165,9 +160,14 @@ def _last(values: Array) -> float:
 
 
 def tokens_to_reach(run: Run, worst: float) -> float:
-    """Supervised tokens at the first validation whose worst loss is no higher; NaN: never."""
+    """Supervised tokens at the first validation whose worst loss is no higher; NaN: never.
+
+    The last validation counts even where the log is cut before it.
+    """
     reached = np.flatnonzero(run.worst <= worst)
-    return float(run.validations.supervised_tokens[reached[0]]) if len(reached) else math.nan
+    if len(reached):
+        return float(run.validations.supervised_tokens[reached[0]])
+    return float(run.spent) if worst_over_tasks(run.final_losses) <= worst else math.nan
 
 
 def all_tokens_to_reach(group: Group, target: Group) -> list[float]:
@@ -177,7 +177,7 @@ def all_tokens_to_reach(group: Group, target: Group) -> list[float]:
     """
     pairs = [(run, other) for run in group.runs for other in target.runs]
     same = [(run, other) for run, other in pairs if run.seed is not None and run.seed == other.seed]
-    return [tokens_to_reach(run, _last(other.worst)) for run, other in same or pairs]
+    return [tokens_to_reach(run, float(worst_over_tasks(other.final_losses))) for run, other in same or pairs]
 
 
 class TaskResult(NamedTuple):
@@ -187,25 +187,27 @@ class TaskResult(NamedTuple):
     losses: list[Spread]
     """of each group, final"""
     winner: int | None
-    """the group of the lowest mean; None where nothing was measured, or two are equal"""
+    """the group of the lowest mean; None where nothing was measured, or two are equal, or there is no other"""
     is_clear: bool
-    """whether even the worst seed of the winner is below the best seed of every other group"""
+    """whether even the worst seed of the winner is below the best seed of every other group, and all have several"""
 
 
 def task_results(groups: Sequence[Group]) -> list[TaskResult]:
-    """Each task's final losses and winner among finished groups."""
+    """Each task's final losses and winner among finished groups, of which there have to be two for one to win."""
     results = []
     for i, task in enumerate(groups[0].runs[0].tasks):
-        losses = [spread(float(final_losses(run)[i]) for run in group.runs) for group in groups]
+        losses = [spread(float(run.final_losses[i]) for run in group.runs) for group in groups]
         ranked = sorted(
             (j for j, group in enumerate(groups) if group.is_finished), key=lambda j: _nan_last(losses[j].mean)
         )
-        best = ranked[0] if ranked else None
+        best = ranked[0] if len(ranked) > 1 else None
         others = [losses[j] for j in ranked[1:]]
         if best is None or math.isnan(losses[best].mean) or any(losses[best].mean == other.mean for other in others):
             results.append(TaskResult(task, losses, None, False))
             continue
-        is_clear = all(math.isnan(other.low) or losses[best].high < other.low for other in others)
+        is_clear = all(len(groups[j].runs) > 1 for j in ranked) and all(
+            math.isnan(other.low) or losses[best].high < other.low for other in others
+        )
         results.append(TaskResult(task, losses, best, is_clear))
     return results
 
@@ -225,4 +227,6 @@ def counters(run: Run) -> dict[str, float]:
     known = {key: _last(getattr(steps, key)) for key in ("supervised_tokens", "tokens", "computed_tokens", "seconds")}
     known |= {key: _last(getattr(mixtures, key)) for key in ("probe_tokens", "mixture_seconds")}
     known |= {"steps": _last(steps.step), "mixture_updates": float(run.num_updates)}
+    if run.budget:
+        known["budget_tokens"] = float(run.budget)
     return {key: known.get(key, math.nan) for key in COUNTERS}

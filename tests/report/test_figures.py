@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from adapt_recipes.report.figures import (
     Line,
     Panel,
     charts,
+    log_ticks,
     named_tasks,
     to_matplotlib,
     to_plotly,
@@ -75,6 +77,25 @@ def test_every_figure_has_a_title_a_caption_and_units(one: dict[str, Chart]) -> 
         assert chart.title and chart.caption.endswith(".") and chart.x_title and chart.y_title
 
 
+def test_captions_say_what_a_probability_is(tmp_path: Path) -> None:
+    """A share of tokens, or where a step is of one task the chance of it."""
+    tokens = write_run(tmp_path / "a", resolved={"sampling": "tokens"})
+    dataset = write_run(tmp_path / "b", resolved={"sampling": "dataset"})
+    share, chance, steps = (
+        "its share of the supervised tokens to come",
+        "the chance that a step is of this task",
+        "steps",
+    )
+    for folders, said, unsaid in [
+        ([tokens], [share], [chance, steps]),
+        ([dataset], [chance, steps], [share]),
+        ([tokens, dataset], [share, chance, steps], []),
+    ]:
+        made = drawn(*folders)
+        text = made["probabilities_stacked"].caption + made["share_against_probability"].caption
+        assert all(words in text for words in said) and not any(words in text for words in unsaid)
+
+
 def test_probabilities_hold_until_the_next_update_and_to_the_end(one: dict[str, Chart], folder: Path) -> None:
     updates = events(folder, "mixture")
     end = events(folder, "step")[-1]["supervised_tokens"]
@@ -90,7 +111,7 @@ def test_the_share_of_tokens_stands_against_the_probability_asked_for(one: dict[
     total = last["supervised_tokens"]
     updates = [*events(folder, "mixture"), {"supervised_tokens": total}]
     points = lines(one["share_against_probability"])
-    guide = points.pop("as asked for")
+    guide = points.pop("as requested")
     assert guide.x.tolist() == guide.y.tolist()
     assert list(points) == list(last["task_tokens"])
     for task, point in points.items():
@@ -317,6 +338,68 @@ def test_the_axis_is_logarithmic_where_losses_fall_far(top: float, is_log: bool)
     assert (to_matplotlib(described).axes[0].get_yscale() == "log") == is_log
 
 
+@pytest.mark.parametrize(
+    ("lowest", "highest", "ticks"),
+    [
+        (0.03, 1.3, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]),
+        (0.11, 5.0, [0.1, 0.2, 0.5, 1, 2, 5]),
+        (0.0018, 5.7, [0.001, 0.01, 0.1, 1, 10]),
+        (1.0, 1.0, [1, 2]),
+        (5.2, 5.6, [5, 10]),
+    ],
+)
+def test_a_logarithmic_axis_has_few_round_ticks_around_the_values(
+    lowest: float, highest: float, ticks: list[float]
+) -> None:
+    x = np.array([0.0, 1.0])
+    panel = Panel("", (Line("a", 0, x, np.array([highest, math.nan])), Line("b", 1, x, np.array([lowest, lowest]))))
+    assert log_ticks(panel) == ticks
+
+
+def test_both_drawings_have_the_ticks_of_each_panel_and_say_that_the_axis_is_logarithmic() -> None:
+    falls = chart(top=1000.0)
+    low = Panel("low", (Line("line 0", 0, np.array([0.0, 1.0]), np.array([3.0, 1.0])),))
+    both = replace(falls, panels=(*falls.panels, low))
+    page, file = to_plotly(both), to_matplotlib(both)
+    for axis, axes, ticks in [
+        (page.layout.yaxis, file.axes[0], [1, 10, 100, 1000]),
+        (page.layout.yaxis2, file.axes[1], [1, 2, 5]),
+    ]:
+        assert axis.tickvals == tuple(ticks) and axes.get_yticks().tolist() == ticks
+        assert list(axis.ticktext) == [text.get_text() for text in axes.get_yticklabels()] == list(map(str, ticks))
+        assert [10**end for end in axis.range] == pytest.approx(axes.get_ylim()) == [ticks[0], ticks[-1]]
+    assert page.layout.yaxis.title.text == file.axes[0].get_ylabel() == "loss (nats, log scale)"
+
+
+def test_panels_of_probabilities_share_their_axis(several: dict[str, Chart]) -> None:
+    for name, is_shared in (
+        ("probabilities", True),
+        ("probabilities_stacked", True),
+        ("validation_loss_by_task", False),
+    ):
+        page, file = to_plotly(several[name]), to_matplotlib(several[name])
+        assert (page.layout.yaxis2.matches is not None) == is_shared and page.layout.yaxis2.showticklabels
+        assert file.axes[0].get_shared_y_axes().joined(*file.axes[:2]) == is_shared
+
+
+def test_what_was_requested_and_what_was_had_have_equal_axes(one: dict[str, Chart]) -> None:
+    described = one["share_against_probability"]
+    page, (axes,) = to_plotly(described), to_matplotlib(described).axes
+    highest = max(float(max(line.x.max(), line.y.max())) for line in described.lines)
+    assert page.layout.xaxis.range == page.layout.yaxis.range
+    assert axes.get_xlim() == axes.get_ylim() == pytest.approx(page.layout.xaxis.range)
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > highest
+
+
+def test_values_are_marked_where_all_lines_have_few() -> None:
+    few = chart(num_lines=2)
+    x = np.arange(13.0)
+    many = replace(few, panels=(Panel("", (*few.lines, Line("long", 2, x, x))),))
+    for described, is_marked in ((few, True), (many, False)):
+        assert {trace.mode for trace in to_plotly(described).data} == {"lines+markers" if is_marked else "lines"}
+        assert {line.get_marker() for line in to_matplotlib(described).axes[0].lines} == {"." if is_marked else ""}
+
+
 def test_names_mean_themselves(tmp_path: Path) -> None:
     """Not mark-up, not mathematics, and not hidden; a long one loses its middle, unless it becomes another's."""
     long = "task_{}_of_a_collection_with_long_names_{}"
@@ -389,6 +472,5 @@ def test_what_has_the_same_colour_has_another_texture() -> None:
     assert looks[0] == (GREY, DOTTED) and DOTTED not in [texture for _, texture in looks[1:]]
     assert len({texture for _, texture in looks}) == len({PLAIN, DASHED, DOTTED}) == 3
     for one, other in combinations((PLAIN, DASHED, DOTTED), 2):
-        assert all(a != b for a, b in zip(one, other, strict=True)), (
-            "in lines, areas and points, on the page and in files"
-        )
+        parts = one._asdict().items() if DOTTED not in (one, other) else [("dash", one.dash), ("marker", one.marker)]
+        assert all(value != getattr(other, name) for name, value in parts), "in lines, areas and points"

@@ -37,6 +37,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "wbr":
+            return
         self._inside = tag
         if tag == "h3" and (name := dict(attrs).get("id")):
             self._heading = name
@@ -84,7 +86,7 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
         f"The worst validation loss went from {loss(max(first))} to {loss(summary['worst_validation_loss'])} nats "
         f"({worst_task}), the mean from {loss(sum(first) / 3)} to {loss(summary['mean_validation_loss'])}.",
         f"3 mixture updates took {summary['mixture_seconds'] / summary['seconds']:.1%} of the time; probes and "
-        f"validations read {summary['probe_tokens']} supervised tokens besides.",
+        f"validations read {summary['probe_tokens']} supervised tokens in addition.",
     ]:
         assert said in page.text
     p = [update["probabilities"] for update in events(folder, "mixture")]
@@ -105,15 +107,58 @@ def test_a_fixed_mixture(tmp_path: Path) -> None:
     assert "The mixture was fixed; probes" in page_of(write_run(tmp_path / "run", update_every=0)).text
 
 
+@pytest.mark.parametrize(
+    ("resolved", "said"),
+    [
+        ({"mixture_update_every": 50}, "The mixture has not been updated yet; probes"),
+        ({"mixture_update_every": 0}, "The mixture was fixed; probes"),
+        ({}, "The mixture was fixed; probes"),
+    ],
+)
+def test_a_mixture_before_its_first_update_is_not_called_fixed(tmp_path: Path, resolved: dict, said: str) -> None:
+    folder = write_run(tmp_path / "run", update_every=0, finished=False, resolved=resolved)
+    assert said in page_of(folder).text
+
+
+@pytest.mark.parametrize("steps_left", [0, 3])
+def test_a_finished_run_with_a_cut_log_is_told_by_its_summary(tmp_path: Path, steps_left: int) -> None:
+    folder = write_run(tmp_path / "run", resolved={"mixture_update_every": 5})
+    whole = page_of(folder)
+    log = folder / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[: 2 + steps_left]))
+    page = page_of(folder)
+    headlines = [re.search("The run spent .* supervised tokens [a-z ]+[.]", text) for text in (page.text, whole.text)]
+    assert headlines[0] and headlines[1] and headlines[0][0] == headlines[1][0]
+    assert page.tables == whole.tables
+    assert f"run: log.jsonl is cut: figures end at token {64 * steps_left} of 1,280" in page.text
+
+    other = write_run(tmp_path / "other", strategy="uniform", loss=lambda task, share: 1.5)
+    log.write_bytes(b"".join(lines))
+    compared = page_of(folder, other)
+    log.write_bytes(b"".join(lines[: 2 + steps_left]))
+    cut = page_of(folder, other)
+    assert {name: cut.tables[name] for name in ("strategies", "winners", "counters")} == {
+        name: compared.tables[name] for name in ("strategies", "winners", "counters")
+    }
+    assert cut.tables["tokens_to_reach"][1:] == [["adapt", "1,280", "1,280"], ["uniform", "never", "0"]]
+
+
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", finished=False)
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"event": "st')
     page = page_of(folder)
-    assert "The run was killed, or is still going on. It spent 1,280 supervised tokens in 20 steps" in page.text
+    assert "The run was killed or is still running. It spent 1,280 supervised tokens in 20 steps" in page.text
     lines = (folder / "log.jsonl").read_text().count("\n")
     assert f"run: log.jsonl ends in the middle of line {lines + 1}, and is read up to there." in page.text
     assert page.rows("counters")["budget_tokens"] == ["–"]
+
+
+def test_a_run_that_goes_on_says_how_far_it_is(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", finished=False, resolved={"budget": {"tokens": 3200}}))
+    assert "It spent 1,280 of 3,200 supervised tokens (40%) in 20 steps" in page.text
+    assert page.rows("counters")["budget_tokens"] == ["3,200"]
 
 
 def test_a_run_of_which_only_the_beginning_is_there(tmp_path: Path) -> None:
@@ -159,6 +204,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 def test_a_comparison(folders: dict[str, list[Path]]) -> None:
     page = page_of(*folders["uniform"], *folders["adapt"])
+    assert "Did the mixture help?" in page.text
     summaries = {
         strategy: [json.loads((folder / "summary.json").read_text()) for folder in runs]
         for strategy, runs in folders.items()
@@ -166,10 +212,11 @@ def test_a_comparison(folders: dict[str, list[Path]]) -> None:
     assert "2 ways to mix 3 tasks" in page.text
     # From 4 to 0.3 at a constant pace, it is above 2 after half of the tokens and below at the next validation.
     for said in [
-        "adapt ends with the lowest worst validation loss of 2 strategies: 0.3250 (0.3000 to 0.3500) nats over 2 "
+        "adapt has the best worst-task loss of 2 strategies: 0.3250 (0.3000 to 0.3500) nats over 2 "
         "seeds. Next is uniform, with 2.0250 (2.0000 to 2.0500) over 2 seeds.",
         "Their ranges do not overlap.",
-        "It reaches the worst loss uniform ends with after 960 supervised tokens, 75% of the 1,280 which that took.",
+        "It reaches the worst loss uniform ends with after 960 supervised tokens, 75% of the 1,280 tokens uniform "
+        "used.",
         "It has the lowest loss on 2 of 3 tasks.",
     ]:
         assert said in page.text
@@ -207,7 +254,10 @@ def test_some_seeds_reach_a_loss_and_others_do_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "gap", "said"),
-    [(1, 1.0, "With one seed of a strategy, this may be chance."), (2, 0.05, "Their ranges over seeds overlap.")],
+    [
+        (1, 1.0, "At least one of the two has only one seed, so this may be chance."),
+        (2, 0.05, "Their ranges over seeds overlap."),
+    ],
 )
 def test_what_may_be_chance_is_called_so(tmp_path: Path, seeds: int, gap: float, said: str) -> None:
     folders = [
@@ -228,14 +278,24 @@ def test_one_strategy_over_seeds(folders: dict[str, list[Path]]) -> None:
     assert "adapt on 3 tasks, 2 runs" in page.text
     assert "adapt ends with a worst validation loss of 0.3250 (0.3000 to 0.3500) nats over 2 seeds." in page.text
     assert "settings" not in page.tables and "tokens_to_reach" not in page.tables
+    assert "Over seeds" in page.text and "Did the mixture help?" not in page.text
+    assert_nobody_wins(page)
+    assert page.tables["losses"][1] == ["one", "0.2250 0.2000 to 0.2500"]
+
+
+def assert_nobody_wins(page: Page) -> None:
+    assert "winners" not in page.tables and "tasks won" not in page.tables["strategies"][0]
+    assert not [attributes for tag, attributes in page.tags if tag == "td" and "best" in (attributes["class"] or "")]
 
 
 def test_runs_that_go_on_beside_one_that_is_finished(tmp_path: Path, folders: dict[str, list[Path]]) -> None:
     going = write_run(tmp_path / "going", strategy="dro", finished=False, loss=lambda task, share: 0.01)
     page = page_of(folders["adapt"][0], going)
-    assert "going was killed, or is still going on." in page.text
+    assert "going was killed or is still running." in page.text
     assert page.text.count("adapt ends with a worst validation loss of 0.3000 nats.") == 1
     assert [row[0] for row in page.tables["strategies"][1:]] == ["adapt seed 0", "dro, unfinished seed 0"]
+    assert "Did the mixture help?" not in page.text
+    assert_nobody_wins(page)
     other = write_run(tmp_path / "other", strategy="adapt", finished=False)
     assert "None of the 2 runs is finished." in page_of(going, other).text
 
@@ -266,6 +326,13 @@ def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
     assert style and "url(" not in style[1] and "@import" not in style[1]
     for tag in ("table", "figure", "details", "thead", "tbody"):
         assert page.source.count(f"<{tag}") > 0
+
+
+def test_every_section_is_linked_at_the_top(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    sections = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
+    assert len(sections) == 5
+    assert [attributes["href"] for tag, attributes in page.tags if tag == "a"] == [f"#{name}" for name in sections]
 
 
 def test_names_are_no_markup(tmp_path: Path) -> None:

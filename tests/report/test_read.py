@@ -114,7 +114,7 @@ def test_a_log_cut_off_in_a_line_is_read_up_to_there_and_says_so(
     (folder / "log.jsonl").write_bytes(b"".join(log_lines[:whole]))
     check_against_log(run, folder)
     assert run.notes == ((f"log.jsonl ends in the middle of line {whole + 1}, and is read up to there",) if cut else ())
-    assert run.ended == "was killed, or is still going on"
+    assert run.ended == "was killed or is still running"
 
 
 def test_a_last_line_without_its_newline_is_whole(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_last_line_without_its_newline_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("after", "said"),
     [
-        ([], "was killed, or is still going on"),
+        ([], "was killed or is still running"),
         ([{"event": "end", "reason": "interrupted", "step": 20}], "was interrupted"),
         (
             [{"event": "end", "reason": "error", "step": 20, "message": "out of memory"}],
@@ -136,7 +136,7 @@ def test_a_last_line_without_its_newline_is_whole(tmp_path: Path) -> None:
         ([{"event": "end", "reason": "finished", "step": 20}], "spent its budget, but has no summary.json"),
         (
             [{"event": "end", "reason": "interrupted", "step": 20}, {"event": "resume", "step": 20}],
-            "was killed, or is still going on",
+            "was killed or is still running",
         ),
         (
             [{"event": "resume", "step": 10}, {"event": "end", "reason": "interrupted", "step": 20}],
@@ -266,4 +266,4 @@ def test_a_hundred_tasks_and_a_hundred_thousand_lines_take_less_than_ten_seconds
     run = read_run(folder)
     write_report([folder], tmp_path / "page.html")
     assert time.process_time() - started < 10
-    assert run.num_updates == 4750 and run.spent == 95_000 and len(run.validations.losses) == 475
+    assert run.num_updates == 4750 and run.logged == 95_000 and len(run.validations.losses) == 475

@@ -5,6 +5,7 @@ Needs a Chromium of the system (on Debian: apt-get install chromium) and playwri
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import shutil
@@ -105,7 +106,8 @@ def test_every_figure_is_drawn_and_fits(open_page: Open, folders: dict[str, list
         panels = figure.locator(".subplot.xy, .subplot[class*=' x']").count()
         assert panels == len(chart.panels)
         box = figure.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+        seen = page.locator(f".scroll:has(> .plot #{chart.name})").bounding_box()
+        assert seen["x"] >= 0 and seen["x"] + seen["width"] <= width
         if chart.kind == "points":
             points = figure.locator(".scatterlayer .point").count()
             assert points == sum(len(line.x) for line in chart.lines if line.names)
@@ -118,6 +120,57 @@ def test_every_figure_is_drawn_and_fits(open_page: Open, folders: dict[str, list
         assert plots["width"] > 0.6 * box["width"] and plots["height"] > 100
     names = page.locator("#probabilities .legendtext").all_text_contents()
     assert names == made[1].names and len(names) == (NAMED + 1 if name == "one" else 3)
+
+
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_no_name_of_a_legend_is_cut_off_on_a_phone(open_page: Open, name: str) -> None:
+    page = open_page(name, "phone")
+    for chart in ("probabilities", "probabilities_stacked", "validation_loss_by_task"):
+        whole, shown = (
+            page.locator(f"#{chart} .legend {part}").evaluate("node => node.getBBox().height")
+            for part in (".scrollbox", ".bg")
+        )
+        assert whole <= shown
+        plot = page.locator(f"#{chart} .nsewdrag").first.bounding_box()
+        assert plot["height"] > 80
+
+
+def test_panels_side_by_side_keep_their_distance_on_a_phone(open_page: Open) -> None:
+    """They are scrolled where both do not fit: no label of the right one lies over the left."""
+    page = open_page("several", "phone")
+    for chart in ("worst_and_mean_loss", "probabilities", "validation_loss_by_task"):
+        assert is_cut(page.locator(f".scroll:has(> .plot #{chart})"))
+        left, right = (page.locator(f"#{chart} .nsewdrag").nth(i).bounding_box() for i in (0, 1))
+        labels = [label.bounding_box() for label in page.locator(f"#{chart} .y2tick text").all()]
+        assert labels and all(label["x"] > left["x"] + left["width"] for label in labels)
+        assert min(left["width"], right["width"]) > 200
+
+
+def is_cut(table: Any) -> bool:
+    return table.evaluate("node => node.scrollWidth > node.clientWidth")
+
+
+def test_numbers_of_one_run_fit_on_a_phone(open_page: Open) -> None:
+    counters = open_page("one", "phone").locator("#counters ~ .scroll").first
+    assert not is_cut(counters)
+    first, number = (counters.locator(f"tbody tr:first-child > :nth-child({i})").bounding_box() for i in (1, 2))
+    assert first["width"] > 120 and first["x"] + first["width"] <= number["x"]
+
+
+def test_a_table_that_is_cut_has_a_shadow_until_it_is_scrolled_to_its_end(open_page: Open) -> None:
+    """Beside a row of numbers, in which the last pixels of the box are darker than those of a table that is whole."""
+    image = pytest.importorskip("PIL.Image")
+    page = open_page("several", "phone")
+    table = page.locator("#tokens_to_reach ~ .scroll").first
+    assert is_cut(table)
+
+    def edge() -> int:
+        pixels = image.open(io.BytesIO(table.screenshot())).convert("L")
+        return pixels.getpixel((pixels.width - 3, pixels.height - 4))
+
+    before = edge()
+    table.evaluate("node => { node.scrollLeft = node.scrollWidth }")
+    assert before < 230 and edge() > 250
 
 
 def style(element: Any, name: str) -> str:
@@ -176,6 +229,15 @@ def test_pointing_at_a_figure_shows_its_values(open_page: Open, folders: dict[st
     assert len(shown) == NAMED + 1 and shown == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_line_under_the_pointer_hides_nothing(open_page: Open) -> None:
+    page = open_page("one")
+    page.locator("#probabilities_stacked").scroll_into_view_if_needed()
+    page.locator("#probabilities_stacked .nsewdrag").first.hover()
+    page.wait_for_selector("#probabilities_stacked .spikeline", state="attached")
+    lines = page.locator("#probabilities_stacked .spikeline").all()
+    assert [style(line, "strokeWidth") for line in lines if style(line, "stroke") != "none"] == ["1px"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pointing_at_a_line_among_many_names_it(open_page: Open, scheme: str) -> None:
     """At the end of the first panel, one of the losses that the task ends with."""
@@ -187,7 +249,10 @@ def test_pointing_at_a_line_among_many_names_it(open_page: Open, scheme: str) ->
     page.wait_for_selector("#validation_loss_by_task .hovertext text.nums")
     text = page.locator("#validation_loss_by_task .hovertext text.nums").first
     ends = {"adapt": 0.3, "uniform": 2.0, "proportional": 10.0}
-    assert text.text_content() in [f"{name}: {end + 0.1 * seed:.4g}" for name, end in ends.items() for seed in (0, 1)]
+    ends_with = "after 1,280 supervised tokens"
+    assert text.text_content() in [
+        f"{name}, seed {seed}: {end + 0.1 * seed:.4g}{ends_with}" for name, end in ends.items() for seed in (0, 1)
+    ]
     label = page.locator("#validation_loss_by_task .hovertext path").first
     assert contrast(style(text, "fill"), style(label, "fill")) >= 4.5
 
