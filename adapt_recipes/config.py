@@ -20,6 +20,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+import torch.distributed as dist
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -148,7 +149,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe from the command line and exit with its status.
 
-    A ``ValueError`` or ``OSError`` ends in one line and status 2; ``ADAPT_TRACEBACK=1`` shows where it came from.
+    A ``ValueError`` or ``OSError`` ends in one line and status 2; ``ADAPT_TRACEBACK=1`` shows where it came from. One of
+    several processes leaves at once after an error, whatever the others do.
 
     Args:
         main: takes the config, returns the exit status.
@@ -163,14 +165,26 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
     parser.add_argument("--config", required=True, help="YAML file")
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        sys.exit(main(load(config_class, arguments.config, overrides)))
+        status = main(load(config_class, arguments.config, overrides))
     except (ValueError, OSError) as error:
         if os.environ.get("ADAPT_TRACEBACK"):
             traceback.print_exc()
         else:
             print(f"error: {_line(error)}", file=sys.stderr)
             sys.unraisablehook = lambda _: None  # what is only half built may fail once more as it is cleared away
-        sys.exit(2)
+        status = 2
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+    if dist.is_initialized():  # after an error alone
+        # At its end Python would take the group down, and nccl waits there for kernels that wait for other processes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _line(error: BaseException) -> str:

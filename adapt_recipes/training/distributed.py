@@ -46,6 +46,7 @@ def processes(device: str | None, *, batch_size: int) -> Iterator[None]:
     """The group of the processes that torchrun has started, until the end of the block; one alone needs none.
 
     Only the first one's standard output is seen. An error that ``together`` has shared is said once, by the first.
+    After an error the group is left as it is, for ``command_line`` to say what is wrong and leave.
 
     Args:
         device: of the config; gloo joins processes on ``cpu``, nccl those on ``cuda``.
@@ -70,6 +71,7 @@ def processes(device: str | None, *, batch_size: int) -> Iterator[None]:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             yield
         gathered(None)  # whoever is done first waits, for the others may still need it
+        dist.destroy_process_group()  # not after an error: nccl waits for kernels that wait for other processes
     except _SaidByTheFirst:
         raise SystemExit(2) from None
     except Exception as error:
@@ -79,8 +81,6 @@ def processes(device: str | None, *, batch_size: int) -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # it may be the store's own process that is gone
             store.set(f"error/{rank()}", _said(error))
         raise
-    finally:
-        dist.destroy_process_group()
 
 
 def get_device(name: str | None) -> torch.device:

@@ -144,6 +144,21 @@ def losses_that_are_not_finite(rank: int, *, text: str, victim: int | None = Non
         TokenLosses.forward = failing  # type: ignore[method-assign]
 
 
+def fail_alone(rank: int, *, victim: int, kind: type[Exception]) -> None:
+    """The victim fails in its third step, and the group cannot be taken down, as one that waits in a kernel of nccl's."""
+    recipe = recipe_class("uniform")
+    original = recipe.step
+
+    def step(self: Any) -> None:
+        if rank == victim and self.num_steps == 2:
+            raise kind("all is lost")
+        original(self)
+
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: destroy(group) if group else time.sleep(600)
+    recipe.step = step
+
+
 def meet_for_a_second(rank: int) -> None:
     distributed.MEETING = timedelta(seconds=1)
 
@@ -181,6 +196,19 @@ def test_one_is_killed(
     assert re.fullmatch(rf"error: {WITHOUT_WORD}", line), line
     assert runs.finish_group(strategy, folder) == [0, 0]
     assert_same_run(folder, whole(strategy))
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError])
+def test_one_fails_and_leaves_whatever_the_other_does(runs: Runs, tmp_path: Path, kind: type[Exception]) -> None:
+    folder = tmp_path / "run"
+    fail = functools.partial(fail_alone, victim=1, kind=kind)
+    assert end(runs.start_group("uniform", folder, prepare=fail), within=30) == [2, 2 if kind is ValueError else 1]
+    (line,), own = errors(folder, 0), errors(folder, 1)
+    if kind is ValueError:
+        assert line == "error: process 1 has ended: all is lost" and own == ["error: all is lost"]
+    else:
+        assert line == "error: process 1 has ended: KeyError: 'all is lost'"
+        assert own[0].startswith("Traceback") and own[-1] == "KeyError: 'all is lost'"
 
 
 @pytest.mark.parametrize("in_background", ["false", "true"])
