@@ -189,6 +189,8 @@ def _meet(size: int, device: str | None) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         store, number, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+        # After a restart (`--max_restarts`) torchrun's store still has the keys and addresses of the attempt before.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         keys = [f"here/{each}" for each in range(size)]
         store.set(keys[number], "")
         try:

@@ -280,6 +280,19 @@ def test_under_torchrun(runs: Runs, whole: Any, tmp_path: Path, target: str) -> 
     assert checkpoints(folder) == [f"step_{last['step']}"]
 
 
+def test_torchrun_starts_anew_after_a_kill(runs: Runs, whole: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launcher = launch("--nproc_per_node", "2", "--max_restarts", "1", RECIPES["uniform"], *runs.argv("uniform", folder))
+    while launcher.poll() is None and not any(event["event"] == "checkpoint" for event in events(folder)):
+        time.sleep(0.01)
+    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert any(event["event"] == "resume" for event in events(folder))
+    assert_same_run(folder, whole("uniform"))
+
+
 def test_a_rendezvous_that_never_comes(tmp_path: Path) -> None:
     where = "127.0.0.1:29400"
     launcher = launch(
