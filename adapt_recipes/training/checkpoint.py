@@ -20,6 +20,7 @@ import copy
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,19 +111,21 @@ class Checkpoints:
         Reads every file of it. A newer one that is damaged is named on stderr; ``clean`` removes it.
 
         Raises:
-            ValueError: there are checkpoints, but all are damaged.
+            ValueError: there are checkpoints, but all are damaged; or they are not the same ones on another process.
+            OSError: a file is there and cannot be read, which is no damage; it names the file and the process.
         """
         damaged: dict[int, str] = {}
-        checkpoints = self._together(functools.partial(_whole_checkpoints, self.checkpoints_dir))[0]
+        checkpoints = self._together(lambda: _whole_checkpoints(self.checkpoints_dir) if self._rank == 0 else {})[0]
         for step, folder in sorted(checkpoints.items(), reverse=True):
-            reasons = [reason for reason in self._together(functools.partial(self._damage, folder)) if reason]
-            if reasons:  # another process may have stumbled over what one has seen to be damaged
+            looks = self._together(functools.partial(self._look_at, folder))
+            if reasons := self._damage(folder, looks):
+                # another process may have stumbled over what one has seen to be damaged
                 damaged[step] = min(reasons, key=lambda reason: not reason.endswith("is not what was written"))
                 continue
             self._damaged = list(damaged)
             if damaged and self._rank == 0:
                 print(f"warning: {self._say(damaged)}; going on from {folder.name}", file=sys.stderr)
-            return Saved(folder, step, **_read_shared(folder))
+            return Saved(folder, step, **_read_shared((folder / _SHARED).read_bytes()))
         if damaged:
             raise ValueError(
                 f"{self._say(damaged)}; there is no whole one: remove {self.checkpoints_dir} to start anew"
@@ -303,17 +306,48 @@ class Checkpoints:
         _sync(self.checkpoints_dir)
         self.clean()
 
-    def _damage(self, folder: Path) -> str | None:
-        """What is wrong with this process's share of a checkpoint's files; None: nothing."""
+    def _look_at(self, folder: Path) -> tuple[list[str], Exception | None]:
+        """The names of a checkpoint's files, and what is wrong with this process's share of them.
+
+        An ``OSError`` says that one cannot be read, which need not be the checkpoint's fault; ``ValueError``: it is.
+        """
+        names: list[str] = []
         try:
-            checksums = json.loads((folder / _CHECKSUMS).read_bytes())
-            for name in sorted(checksums)[self._rank :: self._num_processes]:
+            names = os.listdir(folder)
+            checksums_bytes, shared_bytes = (folder / _CHECKSUMS).read_bytes(), (folder / _SHARED).read_bytes()
+            try:
+                checksums = json.loads(checksums_bytes)
+                mine = sorted(checksums)[self._rank :: self._num_processes]
+            except Exception as error:  # whatever the bytes happen to be
+                raise ValueError(_first_line(error)) from error
+            for name in mine:
+                if name not in names:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / name))
                 if _checksum(folder / name) != checksums[name]:
-                    return f"{name} is not what was written"
-            _read_shared(folder)
-        except Exception as error:  # whatever the bytes happen to be
-            return _first_line(error)
-        return None
+                    raise ValueError(f"{name} is not what was written")
+            try:
+                _read_shared(shared_bytes)
+            except Exception as error:
+                raise ValueError(_first_line(error)) from error
+        except (ValueError, OSError) as error:
+            return names, error
+        return names, None
+
+    def _damage(self, folder: Path, looks: Sequence[tuple[list[str], Exception | None]]) -> list[str]:
+        """What is wrong with a checkpoint, as far as processes have seen the same; else an error."""
+        seen, reasons = looks[0][0], []
+        for number, (names, error) in enumerate(looks):
+            missing = isinstance(error, FileNotFoundError)
+            if missing and seen and not names:
+                raise ValueError(
+                    f"output_dir: {self.checkpoints_dir} is not the same folder on process {number} as on 0"
+                )
+            if isinstance(error, OSError) and not (missing and Path(error.filename).name not in seen):
+                path = error.filename or folder
+                raise OSError(f"resume: process {number} cannot read {path}: {error.strerror or error}")
+            if error is not None:
+                reasons.append(_first_line(error))
+        return reasons
 
     def _say(self, damaged: Mapping[int, str]) -> str:
         each = ", ".join(f"step_{step} ({reason})" for step, reason in damaged.items())
@@ -492,8 +526,8 @@ def _copy(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def _read_shared(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / _SHARED, map_location="cpu", weights_only=True)
+def _read_shared(content: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _checksum(file: Path) -> str:

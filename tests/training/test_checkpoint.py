@@ -5,6 +5,7 @@ On one process; ``test_checkpoint_processes.py`` has several.
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
@@ -384,7 +385,7 @@ def test_the_one_before_a_damaged_one_serves(
 def test_every_bit_of_the_checksums_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "_checksum", functools.cache(checkpoint._checksum))
-    monkeypatch.setattr(checkpoint, "_read_shared", lambda folder: {})
+    monkeypatch.setattr(checkpoint, "_read_shared", lambda content: {})
     file = tmp_path / "step_1" / "checksums.json"
     content = file.read_bytes()
     checksums = json.loads(content)
@@ -392,8 +393,36 @@ def test_every_bit_of_the_checksums_counts(tmp_path: Path, monkeypatch: pytest.M
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
         file.write_bytes(flipped)
-        if checkpoints(tmp_path)._damage(file.parent) is None:
+        store = checkpoints(tmp_path)
+        if not store._damage(file.parent, [store._look_at(file.parent)]):
             assert json.loads(flipped) == checksums, "white space, or the same in other letters"
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("file", ["checksums.json", "shared.pt", "__0_0.distcp"])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, file: str
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, keep=2)
+    path = tmp_path / "step_2" / file
+
+    def failing(original: Any) -> Any:
+        def read(self: Any, *arguments: Any) -> Any:
+            if Path(self) == path:
+                raise OSError(number, os.strerror(number), str(path))
+            return original(self, *arguments)
+
+        return read
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", failing(Path.read_bytes))
+        patched.setattr(checkpoint, "_checksum", failing(checkpoint._checksum))
+        store = checkpoints(tmp_path)
+        with pytest.raises(OSError, match=f"^resume: process 0 cannot read {path}: {os.strerror(number)}$"):
+            store.newest()
+        store.clean()
+    assert checkpoints(tmp_path).newest().step == 2  # type: ignore[union-attr]
 
 
 def test_where_all_are_damaged_nothing_is_started(tmp_path: Path) -> None:
