@@ -28,6 +28,7 @@ from running import (
     events,
     files,
     load_checkpoint,
+    load_recipe,
     recipe_class,
     said,
     summary,
@@ -159,6 +160,12 @@ def fail_alone(rank: int, *, victim: int, kind: type[Exception]) -> None:
     recipe.step = step
 
 
+def see_no_summary(rank: int, *, victim: int, recipe: str) -> None:
+    """As on another host, which does not know yet of what the first one has written."""
+    if rank == victim:
+        load_recipe(recipe).is_finished = lambda folder: False
+
+
 def meet_for_a_second(rank: int) -> None:
     distributed.MEETING = timedelta(seconds=1)
 
@@ -235,6 +242,15 @@ def test_all_are_killed_during_a_checkpoint(runs: Runs, whole: Any, tmp_path: Pa
     assert resumed == sorted(resumed) and resumed[-1] == newest[-1]
     assert_same_run(folder, whole("uniform"))
     assert checkpoints(folder) == [f"step_{summary(folder)['steps']}"]
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "adapt_planned", "mos_diff"])
+def test_whether_it_is_finished_is_as_the_first_one_sees_it(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").touch()
+    blind = functools.partial(see_no_summary, victim=1, recipe=RECIPES[strategy])
+    assert end(runs.start_group(strategy, tmp_path / "run", prepare=blind), within=30) == [0, 0]
+    assert "is finished already" in said(tmp_path / "run", ".0.out") and said(tmp_path / "run", ".1.out") == ""
 
 
 # ---- torchrun
