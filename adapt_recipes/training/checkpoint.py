@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from adapt_recipes.training.sockets import notice_lost_hosts
+from adapt_recipes.training.sockets import MEETING, notice_lost_hosts, wait_for_answers
 
 _SHARED, _METADATA, _CHECKSUMS = "shared.pt", ".metadata", "checksums.json"
 _PARTIAL, _REMOVED, _REPLACED = ".partial", ".removed", ".replaced"
@@ -98,7 +98,8 @@ class Checkpoints:
         self._rank, self._num_processes = 0, 1
         if dist.is_initialized():
             # A group of its own: a write in the background must not come between the collectives of the run.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=MEETING)
+            wait_for_answers(self._group)
             notice_lost_hosts()
             self._rank, self._num_processes = dist.get_rank(), dist.get_world_size()
         self._background = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None

@@ -21,10 +21,9 @@ from torch import Tensor
 from torchtune import utils
 
 from adapt_recipes.training.checkpoint import config_differences
-from adapt_recipes.training.sockets import notice_lost_hosts
+from adapt_recipes.training.sockets import MEETING, notice_lost_hosts, wait_for_answers
 
-MEETING = timedelta(minutes=5)  # for all processes to start
-ANSWER = timedelta(hours=1)  # of the slowest process: the first may have a whole collection to tokenise
+COMPUTED = timedelta(minutes=10)  # with nccl, as by torch's default: what takes longer, reading and saving, is gloo's
 HOW = "start them with `tune run --nproc_per_node N RECIPE --config FILE`"
 INTERFACE = "set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for cuda, to the network interface that joins the hosts"
 
@@ -206,8 +205,10 @@ def _meet(size: int, device: str | None) -> dist.Store:
     except RuntimeError as error:
         reason = _said(error).removesuffix(".")
         raise ValueError(f"{size} processes met at {where}, and cannot connect: {reason}; {INTERFACE}") from error
-    # torch has no public way to wait for a connection less long than for an answer.
-    dist.distributed_c10d._set_pg_timeout(ANSWER)
+    assert dist.group.WORLD is not None
+    if "nccl" in backend:
+        dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(COMPUTED)
+    wait_for_answers(dist.group.WORLD)
     notice_lost_hosts()
     return store
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.data import Example, MicroBatch, micro_batches
-from adapt_recipes.training import distributed, nonfinite
+from adapt_recipes.training import checkpoint, distributed, nonfinite
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.distributed import (
     check_same,
@@ -140,6 +140,25 @@ def the_second_one_takes_longer_than_a_meeting(folder: Path) -> list[int]:
         return gathered(rank())
 
 
+def checkpoints_may_take_longer_than_a_meeting(folder: Path) -> None:
+    distributed.MEETING = checkpoint.MEETING = timedelta(seconds=1)
+    with processes("cpu", batch_size=2):
+        checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
+        time.sleep(2 * rank())
+        assert checkpoints.newest() is None
+        checkpoints.close()
+
+
+def how_long_they_wait(folder: Path) -> list[timedelta]:
+    """As a part of torch that is not public says: the run's group and the checkpoints'."""
+    with processes("cpu", batch_size=2):
+        checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
+        groups: list[Any] = [torch.distributed.group.WORLD, checkpoints._group]
+        waits = [each._get_backend(torch.device("cpu")).options._timeout for each in groups]
+        checkpoints.close()
+        return waits
+
+
 def connections_that_ask_whether_the_other_host_is_there(folder: Path) -> list[tuple[int, int]]:
     with processes("cpu", batch_size=2):
         checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
@@ -234,6 +253,8 @@ FUNCTIONS = (
     the_first_one_never_comes,
     no_way_to_connect,
     the_second_one_takes_longer_than_a_meeting,
+    checkpoints_may_take_longer_than_a_meeting,
+    how_long_they_wait,
     connections_that_ask_whether_the_other_host_is_there,
     one_of_two_not_finite,
     one_loss_is_not_finite,
@@ -344,6 +365,8 @@ def test_processes_that_meet_and_cannot_connect(ended: dict[str, list[group.Ende
 
 def test_work_may_take_longer_than_a_meeting(ended: dict[str, list[group.Ended]]) -> None:
     assert [each.result for each in ended["the_second_one_takes_longer_than_a_meeting"]] == [[0, 1]] * 2
+    assert [each.status for each in ended["checkpoints_may_take_longer_than_a_meeting"]] == [0, 0]
+    assert [each.result for each in ended["how_long_they_wait"]] == [[timedelta(hours=1)] * 2] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not list a process's connections")
