@@ -40,6 +40,7 @@ from adapt_recipes.training.distributed import (
     check_same,
     gathered,
     get_device,
+    make_shared,
     processes,
     rank,
     summed,
@@ -219,10 +220,10 @@ class AdaptFullFinetune:
         if saved is not None:
             self._load(saved)
 
+        make_shared(self.output_dir)
         self.log: RunLog | Silent = Silent()
         if rank() == 0:
             metric_logger = config.metric_logger.build() if config.metric_logger else None
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             self.log = RunLog(
                 self.output_dir,
                 keep_bytes=saved.shared["log_bytes"] if saved else 0,

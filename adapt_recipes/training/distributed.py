@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +27,7 @@ from adapt_recipes.training.checkpoint import config_differences
 from adapt_recipes.training.sockets import MEETING, notice_lost_hosts, wait_for_answers
 
 COMPUTED = timedelta(minutes=10)  # with nccl, as by torch's default: what takes longer, reading and saving, is gloo's
+SHOWN = 60  # seconds: for so long a network file system may go on to say that there is nothing
 HOW = "start them with `tune run --nproc_per_node N RECIPE --config FILE`"
 INTERFACE = "set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for cuda, to the network interface that joins the hosts"
 
@@ -157,6 +161,29 @@ def check_same(values: Mapping[str, Any], *, advice: str) -> None:
         if keys := config_differences(everyone[0], others, ()):
             with together():
                 raise ValueError(f"{', '.join(keys)}: not the same on process {number} as on process 0; {advice}")
+
+
+def make_shared(folder: Path) -> None:
+    """Makes the run directory, if there is none, and refuses one that is not the same for all processes.
+
+    Raises:
+        ValueError: a process does not see there what process 0 has just made.
+    """
+    mark = folder / f".{gathered(uuid.uuid4().hex)[0]}"
+    with together():
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    limit = time.monotonic() + SHOWN
+    while not os.path.exists(mark) and time.monotonic() < limit:
+        time.sleep(0.1)
+    everyone = gathered(os.path.exists(mark))
+    with together():
+        if rank() == 0:
+            mark.unlink()
+        if False in everyone:
+            number = everyone.index(False)
+            raise ValueError(f"output_dir: {folder} is not the same folder on process {number} as on 0")
 
 
 class _SaidByTheFirst(ValueError):

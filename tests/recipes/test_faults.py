@@ -166,6 +166,13 @@ def see_no_summary(rank: int, *, victim: int, recipe: str) -> None:
         load_recipe(recipe).is_finished = lambda folder: False
 
 
+def work_elsewhere(rank: int, *, folder: Path) -> None:
+    """As on a host of its own, where the same path is another folder."""
+    distributed.SHOWN = 1
+    (folder / str(rank)).mkdir()
+    os.chdir(folder / str(rank))
+
+
 def meet_for_a_second(rank: int) -> None:
     distributed.MEETING = timedelta(seconds=1)
 
@@ -335,6 +342,15 @@ def test_a_checkpoint_that_may_take_longer_than_torchrun_waits(runs: Runs, tmp_p
     expected = "warning: a checkpoint of 0.0 GB may take 38 s to write, and torchrun kills a run 30 s after SIGTERM or "
     expected += "Ctrl-C; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=77 before `tune run`, or count on the checkpoint before"
     assert lines == ([expected] if wait is None else []) and said(folder, ".1.out") == ""
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "adapt_planned", "mos_diff"])
+def test_an_output_dir_of_each_ones_own(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    elsewhere = functools.partial(work_elsewhere, folder=tmp_path)
+    group = runs.start_group(strategy, tmp_path / "run", prepare=elsewhere, output_dir="run")
+    assert end(group, within=60) == [2, 2]
+    assert errors(tmp_path / "run", 0) == ["error: output_dir: run is not the same folder on process 1 as on 0"]
+    assert errors(tmp_path / "run", 1) == [] and files(tmp_path / "0" / "run") == {}
 
 
 @pytest.fixture(scope="module")
