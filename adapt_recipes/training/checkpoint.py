@@ -102,7 +102,10 @@ class Checkpoints:
             wait_for_answers(self._group)
             notice_lost_hosts()
             self._rank, self._num_processes = dist.get_rank(), dist.get_world_size()
-        self._background = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        device: dict[str, Any] = {}  # a thread has CUDA's first one, whichever this process has
+        if torch.cuda.is_initialized():
+            device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
+        self._background = ThreadPoolExecutor(1, "checkpoint", **device) if asynchronous else None
         self._pending: Future[None] | None = None
         self._damaged: list[int] = []
 

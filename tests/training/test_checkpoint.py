@@ -570,6 +570,22 @@ def test_what_is_written_later_is_what_was_there(tmp_path: Path, held: threading
     store.close()
 
 
+def test_what_is_written_later_is_written_from_the_same_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[tuple[str, int]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_initialized", lambda: True)
+        patched.setattr(torch.cuda, "current_device", lambda: 3)
+        patched.setattr(
+            torch.cuda, "set_device", lambda device: devices.append((threading.current_thread().name, device))
+        )
+        store = checkpoints(tmp_path, asynchronous=True)
+    store.save(1, *small(1), shared={}, own=None)
+    store.close()
+    assert devices == [("checkpoint_0", 3)]
+
+
 @pytest.mark.parametrize("call", ["save", "wait", "close"])
 def test_one_write_at_a_time_is_waited_for(tmp_path: Path, held: threading.Event, call: str) -> None:
     store = checkpoints(tmp_path, asynchronous=True)
