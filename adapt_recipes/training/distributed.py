@@ -115,16 +115,18 @@ def together(*, in_turn: bool = False) -> Iterator[None]:
     All processes have to come by. In the block none may wait for another, unless all of them do the same there.
 
     Args:
-        in_turn: the others begin when the first one is done, and find what it has left in a cache.
+        in_turn: the first one of each host begins. The others go on when it is done, and find what it has left in a
+            cache, which may be one for all hosts or each host's own.
     """
     error: Exception | None = None
-    if in_turn and rank() > 0:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if in_turn and not first:
         _share(None)
     try:
         yield
     except Exception as raised:
         error = raised
-    if in_turn and rank() == 0:
+    if in_turn and first:
         _share(error)
     _share(error)
 

@@ -80,6 +80,18 @@ def all_goes_well(folder: Path) -> dict[str, Any]:
         }
 
 
+def two_hosts_take_turns(folder: Path) -> str:
+    """Four processes, two on each host."""
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
+    with processes("cpu", batch_size=4):
+        turns = folder / "turns"
+        with together(in_turn=True), turns.open("a") as file:
+            if rank() in (0, 2):
+                time.sleep(0.3)
+            file.write(str(rank()))
+        return turns.read_text()
+
+
 def one_cannot_see_the_folder(folder: Path) -> None:
     with processes("cpu", batch_size=2):
         fail(on=(1,))
@@ -323,6 +335,11 @@ def test_an_error_of_one_is_an_error_of_all(
 def test_a_shared_error_is_said_once_and_ends_all(ended: dict[str, list[group.Ended]], case: str, line: str) -> None:
     assert [each.status for each in ended[case]] == [2, 2]
     assert errors(ended[case]) == [[f"error: {line}"], []]
+
+
+def test_on_each_host_one_goes_first(tmp_path: Path) -> None:
+    for each in group.run((two_hosts_take_turns,), tmp_path, size=4)["two_hosts_take_turns"]:
+        assert sorted(each.result[:2]) == ["0", "2"] and sorted(each.result[2:]) == ["1", "3"]
 
 
 def test_when_one_fails_on_its_own_the_others_say_why_they_end(ended: dict[str, list[group.Ended]]) -> None:
