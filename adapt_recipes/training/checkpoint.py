@@ -265,7 +265,10 @@ class Checkpoints:
         def make() -> None:
             self.clean()
             if self._rank == 0:
-                partial.mkdir(parents=True)
+                if not self.checkpoints_dir.is_dir():
+                    self.checkpoints_dir.mkdir(parents=True)
+                    _sync(self.checkpoints_dir.parent)  # or a power cut takes it away with all that is in it
+                partial.mkdir()
 
         def mine() -> tuple[dict[str, str], Any]:
             return _checksums(partial.glob(f"__{self._rank}_*")), own

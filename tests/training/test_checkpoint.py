@@ -311,10 +311,12 @@ def test_a_replaced_one_counts_until_the_new_one_has_its_name(tmp_path: Path) ->
 
 def test_everything_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[int] = []
+    ever: set[int] = set()
     rename = os.rename
 
     def noted(descriptor: int) -> None:
         flushed.append(os.fstat(descriptor).st_ino)
+        ever.add(flushed[-1])
 
     def checked(old: Path, new: Path) -> None:
         if Path(new).name == "step_2":
@@ -327,6 +329,9 @@ def test_everything_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "rename", checked)
     save(tmp_path, 2)
     assert flushed[0] == tmp_path.stat().st_ino
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run" / "checkpoints", 2)
+    assert (tmp_path / "run").stat().st_ino in ever, "which names the folder of checkpoints"
 
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
