@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import sys
+import time
 import traceback
 import typing
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # Of these, one given on the command line replaces the one in the file.
 BUDGETS = ("fraction", "tokens", "passes")
+
+SILENCE = 10  # seconds until a process says an error that the first one should have said
 
 YAML_WORDS = {  # for what pydantic says of JSON
     "Input should be": "has to be",
@@ -165,7 +168,7 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
     parser.add_argument("--config", required=True, help="YAML file")
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        status = main(load(config_class, arguments.config, overrides))
+        status = main(_load_once(config_class, arguments.config, overrides))
     except (ValueError, OSError) as error:
         if os.environ.get("ADAPT_TRACEBACK"):
             traceback.print_exc()
@@ -185,6 +188,16 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _load_once(config_class: type[ConfigT], path: str, overrides: Sequence[str]) -> ConfigT:
+    """``load``, with its error said by the first process of each host alone, as all have the same one."""
+    try:
+        return load(config_class, path, overrides)
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SILENCE)  # torchrun ends this process here, as soon as the first one has ended
+        raise
 
 
 def _line(error: BaseException) -> str:

@@ -316,6 +316,13 @@ def test_torchrun_starts_anew_after_a_kill(runs: Runs, whole: Any, tmp_path: Pat
     assert_same_run(folder, whole("uniform"))
 
 
+def test_a_misspelt_key_is_said_once(runs: Runs, tmp_path: Path) -> None:
+    arguments = runs.argv("uniform", tmp_path / "run", sed=1)
+    _, err = launch("--nproc_per_node", "2", RECIPES["uniform"], *arguments).communicate(timeout=60)
+    said_by_us = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said_by_us == ["error: unknown key 'sed'; did you mean 'seed'?"]
+
+
 def test_a_rendezvous_that_never_comes(tmp_path: Path) -> None:
     where = "127.0.0.1:29400"
     launcher = launch(
