@@ -274,32 +274,36 @@ def launch(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("target", ["launcher", "worker"])
-def test_under_torchrun(runs: Runs, whole: Any, tmp_path: Path, target: str) -> None:
-    """SIGTERM to `tune run`, and kill -9 of one of the processes that it has started."""
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [("launcher", signal.SIGTERM), ("worker", signal.SIGTERM), ("worker", signal.SIGKILL)],
+)
+def test_under_torchrun(runs: Runs, whole: Any, tmp_path: Path, target: str, number: signal.Signals) -> None:
+    """A signal to `tune run`, or to one of the processes that it has started."""
     folder, strategy = tmp_path / "run", "adapt_planned"
-    changes: dict[str, Any] = {"budget.tokens": 330 if target == "worker" else 3000}
+    changes: dict[str, Any] = {"budget.tokens": 330 if number == signal.SIGKILL else 3000}
     launcher = launch("--nproc_per_node", "2", RECIPES[strategy], *runs.argv(strategy, folder, **changes))
     while launcher.poll() is None and not any(event["event"] == "step" for event in events(folder)[3:]):
         time.sleep(0.01)
     if target == "launcher":
-        launcher.send_signal(signal.SIGTERM)
+        launcher.send_signal(number)
     else:
         workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(int(workers[-1]), number)
     out, err = launcher.communicate(timeout=60)
     said_by_us = [line for line in err.splitlines() if line.startswith("error: ")]
-    if target == "worker":
+    if number == signal.SIGKILL:
         assert launcher.returncode == 1
         (line,) = said_by_us
         assert re.fullmatch(f"error: ({WITHOUT_WORD}|told to stop by SIGTERM, but not all processes answer; .*)", line)
         assert runs.finish_group(strategy, folder) == [0, 0]
         assert_same_run(folder, whole(strategy))
         return
-    assert launcher.returncode == 143 and said_by_us == [] and "Traceback" not in err, err
+    assert launcher.returncode == 128 + number and said_by_us == [], err
+    assert "Traceback" not in err and "FAILED" not in err, err
     last = events(folder)[-1]
     assert (last["event"], last["reason"]) == ("end", "interrupted")
-    assert f"stopped at step {last['step']} by SIGTERM; resume=true goes on from here" in out
+    assert f"stopped at step {last['step']} by {number.name}; resume=true goes on from here" in out
     assert checkpoints(folder) == [f"step_{last['step']}"]
 
 
