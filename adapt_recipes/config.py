@@ -152,8 +152,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe from the command line and exit with its status.
 
-    A ``ValueError`` or ``OSError`` ends in one line and status 2; ``ADAPT_TRACEBACK=1`` shows where it came from. One of
-    several processes leaves at once after an error, whatever the others do.
+    A ``ValueError`` or ``OSError`` ends in one line and status 2; ``ADAPT_TRACEBACK=1`` shows where it came from.
+    One of several processes leaves at once after an error, whatever the others do.
 
     Args:
         main: takes the config, returns the exit status.

@@ -146,7 +146,7 @@ def losses_that_are_not_finite(rank: int, *, text: str, victim: int | None = Non
 
 
 def fail_alone(rank: int, *, victim: int, kind: type[Exception]) -> None:
-    """The victim fails in its third step, and the group cannot be taken down, as one that waits in a kernel of nccl's."""
+    """The victim fails in its third step, and the group cannot be taken down, as where a kernel of nccl's waits."""
     recipe = recipe_class("uniform")
     original = recipe.step
 

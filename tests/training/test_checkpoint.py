@@ -575,9 +575,7 @@ def test_what_is_written_later_is_what_was_there(tmp_path: Path, held: threading
     store.close()
 
 
-def test_what_is_written_later_is_written_from_the_same_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_written_later_is_written_from_the_same_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[tuple[str, int]] = []
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_initialized", lambda: True)
