@@ -142,6 +142,8 @@ def _make_run_say_what_is_wrong(run: ModuleType) -> None:
             return recipe
 
         def _run_distributed(self, args: argparse.Namespace, is_builtin: bool) -> None:
+            import signal
+
             from torch.distributed import DistError
             from torch.distributed.elastic.multiprocessing import SignalException
             from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -152,6 +154,11 @@ def _make_run_say_what_is_wrong(run: ModuleType) -> None:
             except SignalException as stopped:  # its processes have ended by now
                 sys.exit(128 + stopped.sigval)
             except ChildFailedError as failed:  # which of them, after what they have said themselves
+                statuses = {failure.exitcode for failure in failed.failures.values()}
+                told = statuses & {128 + signal.SIGTERM, 128 + signal.SIGINT}
+                # torchrun's own SIGTERM finds others that have saved, and are about to end with the same.
+                if told and statuses <= told | {-signal.SIGTERM}:
+                    sys.exit(told.pop())
                 self._parser.exit(1, f"{failed}\n")
             except (RendezvousError, DistError) as error:
                 cause = error.__cause__ or error  # the rendezvous says little, and names no address

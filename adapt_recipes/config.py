@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import sys
+import time
 import traceback
 import typing
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+import torch.distributed as dist
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +37,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # Of these, one given on the command line replaces the one in the file.
 BUDGETS = ("fraction", "tokens", "passes")
+
+SILENCE = 10  # seconds until a process says an error that the first one should have said
 
 YAML_WORDS = {  # for what pydantic says of JSON
     "Input should be": "has to be",
@@ -149,6 +153,7 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
     """Run a recipe from the command line and exit with its status.
 
     A ``ValueError`` or ``OSError`` ends in one line and status 2; ``ADAPT_TRACEBACK=1`` shows where it came from.
+    One of several processes leaves at once after an error, whatever the others do.
 
     Args:
         main: takes the config, returns the exit status.
@@ -163,14 +168,36 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
     parser.add_argument("--config", required=True, help="YAML file")
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        sys.exit(main(load(config_class, arguments.config, overrides)))
+        status = main(_load_once(config_class, arguments.config, overrides))
     except (ValueError, OSError) as error:
         if os.environ.get("ADAPT_TRACEBACK"):
             traceback.print_exc()
         else:
             print(f"error: {_line(error)}", file=sys.stderr)
             sys.unraisablehook = lambda _: None  # what is only half built may fail once more as it is cleared away
-        sys.exit(2)
+        status = 2
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+    if dist.is_initialized():  # after an error alone
+        # At its end Python would take the group down, and nccl waits there for kernels that wait for other processes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _load_once(config_class: type[ConfigT], path: str, overrides: Sequence[str]) -> ConfigT:
+    """``load``, with its error said by the first process of each host alone, as all have the same one."""
+    try:
+        return load(config_class, path, overrides)
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SILENCE)  # torchrun ends this process here, as soon as the first one has ended
+        raise
 
 
 def _line(error: BaseException) -> str:

@@ -37,7 +37,17 @@ from adapt_recipes.mixture.contract import check_mixture, check_reward, check_up
 from adapt_recipes.models import TokenLosses, check_decoder, huggingface_config, train_adapters_alone
 from adapt_recipes.runlog import RunLog, Silent, holds_run, is_finished, write_resolved, write_summary
 from adapt_recipes.training import checkpoint, precision
-from adapt_recipes.training.distributed import check_same, get_device, processes, rank, summed, together, world_size
+from adapt_recipes.training.distributed import (
+    check_same,
+    gathered,
+    get_device,
+    make_shared,
+    processes,
+    rank,
+    summed,
+    together,
+    world_size,
+)
 from adapt_recipes.training.interrupt import StopSignals
 from adapt_recipes.training.nonfinite import check_finite, check_rewards, raise_nonfinite
 from adapt_recipes.training.resume import check_resume
@@ -213,10 +223,10 @@ class MosFullFinetune:
         if saved is not None:
             self._load(saved)
 
+        make_shared(self.output_dir)
         self.log: RunLog | Silent = Silent()
         if rank() == 0:
             metric_logger = config.metric_logger.build() if config.metric_logger else None
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             self.log = RunLog(
                 self.output_dir,
                 keep_bytes=saved.shared["log_bytes"] if saved else 0,
@@ -506,7 +516,7 @@ class MosFullFinetune:
 def main(config: Config) -> int:
     with processes(config.device, batch_size=config.batch_size):
         check_same(to_dict(config), advice="start all with the same command")
-        if config.resume and is_finished(Path(config.output_dir)):
+        if config.resume and gathered(is_finished(Path(config.output_dir)))[0]:  # all as the first one sees it
             print(f"the run in {config.output_dir} is finished already: see its summary.json")
             return 0
         recipe = MosFullFinetune(config)

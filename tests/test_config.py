@@ -8,6 +8,7 @@ import json
 import math
 import string
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -264,6 +265,19 @@ def test_exit_status(monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest
     monkeypatch.setenv("ADAPT_TRACEBACK", "1")
     assert status(monkeypatch, file, lambda config: 0, "size=x") == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_the_first_process_does_not_say_another_does(
+    monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.delenv("ADAPT_TRACEBACK", raising=False)
+    for local_rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert status(monkeypatch, file, lambda config: 0, "size=x") == 2
+        assert capsys.readouterr().err == 'error: size: has to be a whole number, not "x"\n'
+        assert len(waited) == int(local_rank)
 
 
 def test_a_command_line_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:

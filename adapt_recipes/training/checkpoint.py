@@ -20,6 +20,7 @@ import copy
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from adapt_recipes.training.sockets import notice_lost_hosts
+from adapt_recipes.training.sockets import MEETING, notice_lost_hosts, wait_for_answers
 
 _SHARED, _METADATA, _CHECKSUMS = "shared.pt", ".metadata", "checksums.json"
 _PARTIAL, _REMOVED, _REPLACED = ".partial", ".removed", ".replaced"
@@ -97,10 +98,14 @@ class Checkpoints:
         self._rank, self._num_processes = 0, 1
         if dist.is_initialized():
             # A group of its own: a write in the background must not come between the collectives of the run.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=MEETING)
+            wait_for_answers(self._group)
             notice_lost_hosts()
             self._rank, self._num_processes = dist.get_rank(), dist.get_world_size()
-        self._background = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        device: dict[str, Any] = {}  # a thread has CUDA's first one, whichever this process has
+        if torch.cuda.is_initialized():
+            device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
+        self._background = ThreadPoolExecutor(1, "checkpoint", **device) if asynchronous else None
         self._pending: Future[None] | None = None
         self._damaged: list[int] = []
 
@@ -110,19 +115,21 @@ class Checkpoints:
         Reads every file of it. A newer one that is damaged is named on stderr; ``clean`` removes it.
 
         Raises:
-            ValueError: there are checkpoints, but all are damaged.
+            ValueError: there are checkpoints, but all are damaged; or they are not the same ones on another process.
+            OSError: a file is there and cannot be read, which is no damage; it names the file and the process.
         """
         damaged: dict[int, str] = {}
-        checkpoints = self._together(functools.partial(_whole_checkpoints, self.checkpoints_dir))[0]
+        checkpoints = self._together(lambda: _whole_checkpoints(self.checkpoints_dir) if self._rank == 0 else {})[0]
         for step, folder in sorted(checkpoints.items(), reverse=True):
-            reasons = [reason for reason in self._together(functools.partial(self._damage, folder)) if reason]
-            if reasons:  # another process may have stumbled over what one has seen to be damaged
+            looks = self._together(functools.partial(self._look_at, folder))
+            if reasons := self._damage(folder, looks):
+                # another process may have stumbled over what one has seen to be damaged
                 damaged[step] = min(reasons, key=lambda reason: not reason.endswith("is not what was written"))
                 continue
             self._damaged = list(damaged)
             if damaged and self._rank == 0:
                 print(f"warning: {self._say(damaged)}; going on from {folder.name}", file=sys.stderr)
-            return Saved(folder, step, **_read_shared(folder))
+            return Saved(folder, step, **_read_shared((folder / _SHARED).read_bytes()))
         if damaged:
             raise ValueError(
                 f"{self._say(damaged)}; there is no whole one: remove {self.checkpoints_dir} to start anew"
@@ -258,7 +265,10 @@ class Checkpoints:
         def make() -> None:
             self.clean()
             if self._rank == 0:
-                partial.mkdir(parents=True)
+                if not self.checkpoints_dir.is_dir():
+                    self.checkpoints_dir.mkdir(parents=True)
+                    _sync(self.checkpoints_dir.parent)  # or a power cut takes it away with all that is in it
+                partial.mkdir()
 
         def mine() -> tuple[dict[str, str], Any]:
             return _checksums(partial.glob(f"__{self._rank}_*")), own
@@ -303,17 +313,48 @@ class Checkpoints:
         _sync(self.checkpoints_dir)
         self.clean()
 
-    def _damage(self, folder: Path) -> str | None:
-        """What is wrong with this process's share of a checkpoint's files; None: nothing."""
+    def _look_at(self, folder: Path) -> tuple[list[str], Exception | None]:
+        """The names of a checkpoint's files, and what is wrong with this process's share of them.
+
+        An ``OSError`` says that one cannot be read, which need not be the checkpoint's fault; ``ValueError``: it is.
+        """
+        names: list[str] = []
         try:
-            checksums = json.loads((folder / _CHECKSUMS).read_bytes())
-            for name in sorted(checksums)[self._rank :: self._num_processes]:
+            names = os.listdir(folder)
+            checksums_bytes, shared_bytes = (folder / _CHECKSUMS).read_bytes(), (folder / _SHARED).read_bytes()
+            try:
+                checksums = json.loads(checksums_bytes)
+                mine = sorted(checksums)[self._rank :: self._num_processes]
+            except Exception as error:  # whatever the bytes happen to be
+                raise ValueError(_first_line(error)) from error
+            for name in mine:
+                if name not in names:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / name))
                 if _checksum(folder / name) != checksums[name]:
-                    return f"{name} is not what was written"
-            _read_shared(folder)
-        except Exception as error:  # whatever the bytes happen to be
-            return _first_line(error)
-        return None
+                    raise ValueError(f"{name} is not what was written")
+            try:
+                _read_shared(shared_bytes)
+            except Exception as error:
+                raise ValueError(_first_line(error)) from error
+        except (ValueError, OSError) as error:
+            return names, error
+        return names, None
+
+    def _damage(self, folder: Path, looks: Sequence[tuple[list[str], Exception | None]]) -> list[str]:
+        """What is wrong with a checkpoint, as far as processes have seen the same; else an error."""
+        seen, reasons = looks[0][0], []
+        for number, (names, error) in enumerate(looks):
+            missing = isinstance(error, FileNotFoundError)
+            if missing and seen and not names:
+                raise ValueError(
+                    f"output_dir: {self.checkpoints_dir} is not the same folder on process {number} as on 0"
+                )
+            if isinstance(error, OSError) and not (missing and Path(error.filename).name not in seen):
+                path = error.filename or folder
+                raise OSError(f"resume: process {number} cannot read {path}: {error.strerror or error}")
+            if error is not None:
+                reasons.append(_first_line(error))
+        return reasons
 
     def _say(self, damaged: Mapping[int, str]) -> str:
         each = ", ".join(f"step_{step} ({reason})" for step, reason in damaged.items())
@@ -497,8 +538,8 @@ def _copy(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def _read_shared(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / _SHARED, map_location="cpu", weights_only=True)
+def _read_shared(content: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _checksum(file: Path) -> str:

@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,10 +24,10 @@ from torch import Tensor
 from torchtune import utils
 
 from adapt_recipes.training.checkpoint import config_differences
-from adapt_recipes.training.sockets import notice_lost_hosts
+from adapt_recipes.training.sockets import MEETING, notice_lost_hosts, wait_for_answers
 
-MEETING = timedelta(minutes=5)  # for all processes to start
-ANSWER = timedelta(hours=1)  # of the slowest process: the first may have a whole collection to tokenise
+COMPUTED = timedelta(minutes=10)  # with nccl, as by torch's default: what takes longer, reading and saving, is gloo's
+SHOWN = 60  # seconds: for so long a network file system may go on to say that there is nothing
 HOW = "start them with `tune run --nproc_per_node N RECIPE --config FILE`"
 INTERFACE = "set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for cuda, to the network interface that joins the hosts"
 
@@ -46,6 +49,7 @@ def processes(device: str | None, *, batch_size: int) -> Iterator[None]:
     """The group of the processes that torchrun has started, until the end of the block; one alone needs none.
 
     Only the first one's standard output is seen. An error that ``together`` has shared is said once, by the first.
+    After an error the group is left as it is, for ``command_line`` to say what is wrong and leave.
 
     Args:
         device: of the config; gloo joins processes on ``cpu``, nccl those on ``cuda``.
@@ -70,6 +74,7 @@ def processes(device: str | None, *, batch_size: int) -> Iterator[None]:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             yield
         gathered(None)  # whoever is done first waits, for the others may still need it
+        dist.destroy_process_group()  # not after an error: nccl waits for kernels that wait for other processes
     except _SaidByTheFirst:
         raise SystemExit(2) from None
     except Exception as error:
@@ -79,8 +84,6 @@ def processes(device: str | None, *, batch_size: int) -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # it may be the store's own process that is gone
             store.set(f"error/{rank()}", _said(error))
         raise
-    finally:
-        dist.destroy_process_group()
 
 
 def get_device(name: str | None) -> torch.device:
@@ -112,16 +115,18 @@ def together(*, in_turn: bool = False) -> Iterator[None]:
     All processes have to come by. In the block none may wait for another, unless all of them do the same there.
 
     Args:
-        in_turn: the others begin when the first one is done, and find what it has left in a cache.
+        in_turn: the first one of each host begins. The others go on when it is done, and find what it has left in a
+            cache, which may be one for all hosts or each host's own.
     """
     error: Exception | None = None
-    if in_turn and rank() > 0:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if in_turn and not first:
         _share(None)
     try:
         yield
     except Exception as raised:
         error = raised
-    if in_turn and rank() == 0:
+    if in_turn and first:
         _share(error)
     _share(error)
 
@@ -160,6 +165,29 @@ def check_same(values: Mapping[str, Any], *, advice: str) -> None:
                 raise ValueError(f"{', '.join(keys)}: not the same on process {number} as on process 0; {advice}")
 
 
+def make_shared(folder: Path) -> None:
+    """Makes the run directory, if there is none, and refuses one that is not the same for all processes.
+
+    Raises:
+        ValueError: a process does not see there what process 0 has just made.
+    """
+    mark = folder / f".{gathered(uuid.uuid4().hex)[0]}"
+    with together():
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    limit = time.monotonic() + SHOWN
+    while not os.path.exists(mark) and time.monotonic() < limit:
+        time.sleep(0.1)
+    everyone = gathered(os.path.exists(mark))
+    with together():
+        if rank() == 0:
+            mark.unlink()
+        if False in everyone:
+            number = everyone.index(False)
+            raise ValueError(f"output_dir: {folder} is not the same folder on process {number} as on 0")
+
+
 class _SaidByTheFirst(ValueError):
     """An error that process 0 raises as well, and says."""
 
@@ -189,6 +217,8 @@ def _meet(size: int, device: str | None) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         store, number, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+        # After a restart (`--max_restarts`) torchrun's store still has the keys and addresses of the attempt before.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         keys = [f"here/{each}" for each in range(size)]
         store.set(keys[number], "")
         try:
@@ -204,8 +234,10 @@ def _meet(size: int, device: str | None) -> dist.Store:
     except RuntimeError as error:
         reason = _said(error).removesuffix(".")
         raise ValueError(f"{size} processes met at {where}, and cannot connect: {reason}; {INTERFACE}") from error
-    # torch has no public way to wait for a connection less long than for an answer.
-    dist.distributed_c10d._set_pg_timeout(ANSWER)
+    assert dist.group.WORLD is not None
+    if "nccl" in backend:
+        dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(COMPUTED)
+    wait_for_answers(dist.group.WORLD)
     notice_lost_hosts()
     return store
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from adapt_recipes.training.distributed import ANSWER, world_size
+from adapt_recipes.training.distributed import world_size
+from adapt_recipes.training.sockets import ANSWER
 
 PATIENCE = timedelta(seconds=10)  # at a boundary that all processes are about to reach
 

@@ -1,13 +1,30 @@
-"""A host that is gone is noticed: one that lost its power or its cable says nothing, and gloo would wait for ever."""
+"""How long gloo waits for other processes.
+
+A host that is gone is noticed: one that lost its power or its cable says nothing, and gloo would wait for ever.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+MEETING = timedelta(minutes=5)  # for all processes to start
+ANSWER = timedelta(hours=1)  # of the slowest process: the first may have a whole collection to tokenise
 LOST = 60  # seconds without an answer from another host's kernel, however busy its processes are
+
+
+def wait_for_answers(group: dist.ProcessGroup) -> None:
+    """Lets gloo wait for ``ANSWER`` from now on, in a group that has connected.
+
+    torch has no public way to wait for a connection less long than for an answer.
+    """
+    group._get_backend(torch.device("cpu"))._set_default_timeout(ANSWER)
 
 
 def notice_lost_hosts() -> None:

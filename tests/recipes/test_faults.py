@@ -28,6 +28,7 @@ from running import (
     events,
     files,
     load_checkpoint,
+    load_recipe,
     recipe_class,
     said,
     summary,
@@ -144,6 +145,34 @@ def losses_that_are_not_finite(rank: int, *, text: str, victim: int | None = Non
         TokenLosses.forward = failing  # type: ignore[method-assign]
 
 
+def fail_alone(rank: int, *, victim: int, kind: type[Exception]) -> None:
+    """The victim fails in its third step, and the group cannot be taken down, as where a kernel of nccl's waits."""
+    recipe = recipe_class("uniform")
+    original = recipe.step
+
+    def step(self: Any) -> None:
+        if rank == victim and self.num_steps == 2:
+            raise kind("all is lost")
+        original(self)
+
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: destroy(group) if group else time.sleep(600)
+    recipe.step = step
+
+
+def see_no_summary(rank: int, *, victim: int, recipe: str) -> None:
+    """As on another host, which does not know yet of what the first one has written."""
+    if rank == victim:
+        load_recipe(recipe).is_finished = lambda folder: False
+
+
+def work_elsewhere(rank: int, *, folder: Path) -> None:
+    """As on a host of its own, where the same path is another folder."""
+    distributed.SHOWN = 1
+    (folder / str(rank)).mkdir()
+    os.chdir(folder / str(rank))
+
+
 def meet_for_a_second(rank: int) -> None:
     distributed.MEETING = timedelta(seconds=1)
 
@@ -183,6 +212,19 @@ def test_one_is_killed(
     assert_same_run(folder, whole(strategy))
 
 
+@pytest.mark.parametrize("kind", [ValueError, KeyError])
+def test_one_fails_and_leaves_whatever_the_other_does(runs: Runs, tmp_path: Path, kind: type[Exception]) -> None:
+    folder = tmp_path / "run"
+    fail = functools.partial(fail_alone, victim=1, kind=kind)
+    assert end(runs.start_group("uniform", folder, prepare=fail), within=30) == [2, 2 if kind is ValueError else 1]
+    (line,), own = errors(folder, 0), errors(folder, 1)
+    if kind is ValueError:
+        assert line == "error: process 1 has ended: all is lost" and own == ["error: all is lost"]
+    else:
+        assert line == "error: process 1 has ended: KeyError: 'all is lost'"
+        assert own[0].startswith("Traceback") and own[-1] == "KeyError: 'all is lost'"
+
+
 @pytest.mark.parametrize("in_background", ["false", "true"])
 def test_all_are_killed_during_a_checkpoint(runs: Runs, whole: Any, tmp_path: Path, in_background: str) -> None:
     folder, newest = tmp_path / "run", []
@@ -209,6 +251,15 @@ def test_all_are_killed_during_a_checkpoint(runs: Runs, whole: Any, tmp_path: Pa
     assert checkpoints(folder) == [f"step_{summary(folder)['steps']}"]
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "adapt_planned", "mos_diff"])
+def test_whether_it_is_finished_is_as_the_first_one_sees_it(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").touch()
+    blind = functools.partial(see_no_summary, victim=1, recipe=RECIPES[strategy])
+    assert end(runs.start_group(strategy, tmp_path / "run", prepare=blind), within=30) == [0, 0]
+    assert "is finished already" in said(tmp_path / "run", ".0.out") and said(tmp_path / "run", ".1.out") == ""
+
+
 # ---- torchrun
 
 
@@ -223,33 +274,57 @@ def launch(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("target", ["launcher", "worker"])
-def test_under_torchrun(runs: Runs, whole: Any, tmp_path: Path, target: str) -> None:
-    """SIGTERM to `tune run`, and kill -9 of one of the processes that it has started."""
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [("launcher", signal.SIGTERM), ("worker", signal.SIGTERM), ("worker", signal.SIGKILL)],
+)
+def test_under_torchrun(runs: Runs, whole: Any, tmp_path: Path, target: str, number: signal.Signals) -> None:
+    """A signal to `tune run`, or to one of the processes that it has started."""
     folder, strategy = tmp_path / "run", "adapt_planned"
-    changes: dict[str, Any] = {"budget.tokens": 330 if target == "worker" else 3000}
+    changes: dict[str, Any] = {"budget.tokens": 330 if number == signal.SIGKILL else 3000}
     launcher = launch("--nproc_per_node", "2", RECIPES[strategy], *runs.argv(strategy, folder, **changes))
     while launcher.poll() is None and not any(event["event"] == "step" for event in events(folder)[3:]):
         time.sleep(0.01)
     if target == "launcher":
-        launcher.send_signal(signal.SIGTERM)
+        launcher.send_signal(number)
     else:
         workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(int(workers[-1]), number)
     out, err = launcher.communicate(timeout=60)
     said_by_us = [line for line in err.splitlines() if line.startswith("error: ")]
-    if target == "worker":
+    if number == signal.SIGKILL:
         assert launcher.returncode == 1
         (line,) = said_by_us
         assert re.fullmatch(f"error: ({WITHOUT_WORD}|told to stop by SIGTERM, but not all processes answer; .*)", line)
         assert runs.finish_group(strategy, folder) == [0, 0]
         assert_same_run(folder, whole(strategy))
         return
-    assert launcher.returncode == 143 and said_by_us == [] and "Traceback" not in err, err
+    assert launcher.returncode == 128 + number and said_by_us == [], err
+    assert "Traceback" not in err and "FAILED" not in err, err
     last = events(folder)[-1]
     assert (last["event"], last["reason"]) == ("end", "interrupted")
-    assert f"stopped at step {last['step']} by SIGTERM; resume=true goes on from here" in out
+    assert f"stopped at step {last['step']} by {number.name}; resume=true goes on from here" in out
     assert checkpoints(folder) == [f"step_{last['step']}"]
+
+
+def test_torchrun_starts_anew_after_a_kill(runs: Runs, whole: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launcher = launch("--nproc_per_node", "2", "--max_restarts", "1", RECIPES["uniform"], *runs.argv("uniform", folder))
+    while launcher.poll() is None and not any(event["event"] == "checkpoint" for event in events(folder)):
+        time.sleep(0.01)
+    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert any(event["event"] == "resume" for event in events(folder))
+    assert_same_run(folder, whole("uniform"))
+
+
+def test_a_misspelt_key_is_said_once(runs: Runs, tmp_path: Path) -> None:
+    arguments = runs.argv("uniform", tmp_path / "run", sed=1)
+    _, err = launch("--nproc_per_node", "2", RECIPES["uniform"], *arguments).communicate(timeout=60)
+    said_by_us = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said_by_us == ["error: unknown key 'sed'; did you mean 'seed'?"]
 
 
 def test_a_rendezvous_that_never_comes(tmp_path: Path) -> None:
@@ -278,6 +353,15 @@ def test_a_checkpoint_that_may_take_longer_than_torchrun_waits(runs: Runs, tmp_p
     expected = "warning: a checkpoint of 0.0 GB may take 38 s to write, and torchrun kills a run 30 s after SIGTERM or "
     expected += "Ctrl-C; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=77 before `tune run`, or count on the checkpoint before"
     assert lines == ([expected] if wait is None else []) and said(folder, ".1.out") == ""
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "adapt_planned", "mos_diff"])
+def test_an_output_dir_of_each_ones_own(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    elsewhere = functools.partial(work_elsewhere, folder=tmp_path)
+    group = runs.start_group(strategy, tmp_path / "run", prepare=elsewhere, output_dir="run")
+    assert end(group, within=60) == [2, 2]
+    assert errors(tmp_path / "run", 0) == ["error: output_dir: run is not the same folder on process 1 as on 0"]
+    assert errors(tmp_path / "run", 1) == [] and files(tmp_path / "0" / "run") == {}
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,8 @@ def do(job: Job) -> dict[str, Any]:
     Returns:
         ``draws``: of each step the probabilities and what was drawn by them; ``steps``: of each step this process's
         micro-batches; ``forwards`` and ``backwards``: how many in all; ``start`` and ``saved``: the state of mixture,
-        sampler and ledger, and the totals, after the set-up and at each checkpoint; ``status``, ``out`` and ``err``.
+        sampler and ledger, and the totals, after the set-up and at each checkpoint; ``mask``: what dropout would leave
+        after the set-up; ``status``, ``out`` and ``err``.
     """
     seen: dict[str, Any] = {"draws": [], "steps": [], "saved": [], "forwards": 0, "backwards": 0}
     recipe, module = recipe_class(job.strategy), load_recipe(RECIPES[job.strategy])
@@ -169,6 +170,10 @@ def do(job: Job) -> dict[str, Any]:
         parts = {name: getattr(recipe, name).state_dict() for name in ("mixture", "sampler", "ledger")}
         return copy.deepcopy(parts | {name: getattr(recipe, name) for name in recipe.TOTALS if name not in TIMES})
 
+    def mask() -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            return torch.nn.functional.dropout(torch.ones(64))
+
     def stepped(recipe: Any, nothing: None) -> None:
         if recipe.num_steps == job.stop_after and rank() == world_size() - 1:
             signal.raise_signal(signal.SIGTERM)
@@ -180,13 +185,14 @@ def do(job: Job) -> dict[str, Any]:
             (Ledger, "spend", spent),
             (TokenLosses, "forward", counted("forwards")),
             (Tensor, "backward", counted("backwards")),
-            (recipe, "setup", lambda recipe, _: seen.update(start=state(recipe))),
+            (recipe, "setup", lambda recipe, _: seen.update(start=state(recipe), mask=mask())),
             (recipe, "save", lambda recipe, _: seen["saved"].append(state(recipe))),
             (recipe, "step", stepped),
         ):
             stack.enter_context(also(owner, name, note))
         if job.num_devices is not None:
             stack.enter_context(devices(job.num_devices))
+        stack.enter_context(mock.patch.object(os, "_exit", leave))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
@@ -197,6 +203,12 @@ def do(job: Job) -> dict[str, Any]:
             seen["status"] = 1
             traceback.print_exc()
     return seen | {"out": out.getvalue(), "err": err.getvalue()}
+
+
+def leave(status: int) -> None:
+    """In the place of ``os._exit``, which would be the end of the jobs to come as well."""
+    torch.distributed.destroy_process_group()
+    raise SystemExit(status)
 
 
 def also(owner: Any, name: str, note: Callable[..., None]) -> Any:
@@ -393,6 +405,7 @@ def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str)
     assert [each["status"] for each in (only, first, second)] == [0, 0, 0], first["err"] + second["err"]
     assert len(only["draws"]) >= 30
     assert first["draws"] == second["draws"] == only["draws"], "the same mixture and examples"
+    assert torch.equal(first["mask"], only["mask"]) and not torch.equal(first["mask"], second["mask"]), "of dropout"
     torch.testing.assert_close(first["saved"], second["saved"], rtol=0, atol=0, equal_nan=True)
 
     here, there = home / "both" / case, home / "alone" / case

@@ -5,6 +5,7 @@ On one process; ``test_checkpoint_processes.py`` has several.
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
@@ -310,10 +311,12 @@ def test_a_replaced_one_counts_until_the_new_one_has_its_name(tmp_path: Path) ->
 
 def test_everything_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[int] = []
+    ever: set[int] = set()
     rename = os.rename
 
     def noted(descriptor: int) -> None:
         flushed.append(os.fstat(descriptor).st_ino)
+        ever.add(flushed[-1])
 
     def checked(old: Path, new: Path) -> None:
         if Path(new).name == "step_2":
@@ -326,6 +329,9 @@ def test_everything_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "rename", checked)
     save(tmp_path, 2)
     assert flushed[0] == tmp_path.stat().st_ino
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run" / "checkpoints", 2)
+    assert (tmp_path / "run").stat().st_ino in ever, "which names the folder of checkpoints"
 
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
@@ -384,7 +390,7 @@ def test_the_one_before_a_damaged_one_serves(
 def test_every_bit_of_the_checksums_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "_checksum", functools.cache(checkpoint._checksum))
-    monkeypatch.setattr(checkpoint, "_read_shared", lambda folder: {})
+    monkeypatch.setattr(checkpoint, "_read_shared", lambda content: {})
     file = tmp_path / "step_1" / "checksums.json"
     content = file.read_bytes()
     checksums = json.loads(content)
@@ -392,8 +398,36 @@ def test_every_bit_of_the_checksums_counts(tmp_path: Path, monkeypatch: pytest.M
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
         file.write_bytes(flipped)
-        if checkpoints(tmp_path)._damage(file.parent) is None:
+        store = checkpoints(tmp_path)
+        if not store._damage(file.parent, [store._look_at(file.parent)]):
             assert json.loads(flipped) == checksums, "white space, or the same in other letters"
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("file", ["checksums.json", "shared.pt", "__0_0.distcp"])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, file: str
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, keep=2)
+    path = tmp_path / "step_2" / file
+
+    def failing(original: Any) -> Any:
+        def read(self: Any, *arguments: Any) -> Any:
+            if Path(self) == path:
+                raise OSError(number, os.strerror(number), str(path))
+            return original(self, *arguments)
+
+        return read
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", failing(Path.read_bytes))
+        patched.setattr(checkpoint, "_checksum", failing(checkpoint._checksum))
+        store = checkpoints(tmp_path)
+        with pytest.raises(OSError, match=f"^resume: process 0 cannot read {path}: {os.strerror(number)}$"):
+            store.newest()
+        store.clean()
+    assert checkpoints(tmp_path).newest().step == 2  # type: ignore[union-attr]
 
 
 def test_where_all_are_damaged_nothing_is_started(tmp_path: Path) -> None:
@@ -539,6 +573,20 @@ def test_what_is_written_later_is_what_was_there(tmp_path: Path, held: threading
     store.load(saved, model, optimizer)
     assert (bits([saved.shared, *saved.own]), state(model, optimizer)) == expected
     store.close()
+
+
+def test_what_is_written_later_is_written_from_the_same_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[tuple[str, int]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_initialized", lambda: True)
+        patched.setattr(torch.cuda, "current_device", lambda: 3)
+        patched.setattr(
+            torch.cuda, "set_device", lambda device: devices.append((threading.current_thread().name, device))
+        )
+        store = checkpoints(tmp_path, asynchronous=True)
+    store.save(1, *small(1), shared={}, own=None)
+    store.close()
+    assert devices == [("checkpoint_0", 3)]
 
 
 @pytest.mark.parametrize("call", ["save", "wait", "close"])

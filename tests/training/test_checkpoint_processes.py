@@ -335,6 +335,26 @@ def all_choose_the_same_where_one_finds_damage(folder: Path) -> None:
     assert forked(folder, 3, refuse) == [0] * 3
 
 
+def what_one_of_them_does_not_see_is_not_damaged(folder: Path) -> None:
+    assert forked(folder, 2, lambda rank: save(folder / "0" / "run", 1)) == [0, 0]
+    shutil.copytree(folder / "0", folder / "1")
+
+    def work(message: str, rank: int) -> None:
+        os.chdir(folder / str(rank))  # as on two hosts: another folder of the same name
+        store = checkpoints(Path("run"))
+        with pytest.raises((ValueError, OSError), match=message):
+            store.newest()
+        store.clean()
+
+    (folder / "1" / "run" / "step_1" / "__0_0.distcp").unlink()
+    message = r"^resume: process 1 cannot read run/step_1/__0_0.distcp: No such file or directory$"
+    assert forked(folder, 2, functools.partial(work, message)) == [0, 0]
+    shutil.rmtree(folder / "1" / "run" / "step_1")
+    message = r"^output_dir: run is not the same folder on process 1 as on 0$"
+    assert forked(folder, 2, functools.partial(work, message)) == [0, 0]
+    assert names(folder / "0" / "run") == ["step_1"]
+
+
 # ---- errors on one of them
 
 
@@ -515,6 +535,7 @@ CASES = (
     what_is_shared_is_the_first_ones_and_what_is_own_each_ones,
     a_single_process_without_a_group_is_nothing_to_speak_of,
     all_choose_the_same_where_one_finds_damage,
+    what_one_of_them_does_not_see_is_not_damaged,
     a_full_disk_is_one_for_all,
     another_error_is_one_for_all,
     a_folder_of_each_ones_own_is_refused,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.data import Example, MicroBatch, micro_batches
-from adapt_recipes.training import distributed, nonfinite
+from adapt_recipes.training import checkpoint, distributed, nonfinite
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.distributed import (
     check_same,
@@ -78,6 +78,18 @@ def all_goes_well(folder: Path) -> dict[str, Any]:
             "other": said(lambda: check_same(other, advice="do")),
             "still there": gathered(rank()),
         }
+
+
+def two_hosts_take_turns(folder: Path) -> str:
+    """Four processes, two on each host."""
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
+    with processes("cpu", batch_size=4):
+        turns = folder / "turns"
+        with together(in_turn=True), turns.open("a") as file:
+            if rank() in (0, 2):
+                time.sleep(0.3)
+            file.write(str(rank()))
+        return turns.read_text()
 
 
 def one_cannot_see_the_folder(folder: Path) -> None:
@@ -138,6 +150,25 @@ def the_second_one_takes_longer_than_a_meeting(folder: Path) -> list[int]:
     with processes("cpu", batch_size=2):
         time.sleep(2 * rank())
         return gathered(rank())
+
+
+def checkpoints_may_take_longer_than_a_meeting(folder: Path) -> None:
+    distributed.MEETING = checkpoint.MEETING = timedelta(seconds=1)
+    with processes("cpu", batch_size=2):
+        checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
+        time.sleep(2 * rank())
+        assert checkpoints.newest() is None
+        checkpoints.close()
+
+
+def how_long_they_wait(folder: Path) -> list[timedelta]:
+    """As a part of torch that is not public says: the run's group and the checkpoints'."""
+    with processes("cpu", batch_size=2):
+        checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
+        groups: list[Any] = [torch.distributed.group.WORLD, checkpoints._group]
+        waits = [each._get_backend(torch.device("cpu")).options._timeout for each in groups]
+        checkpoints.close()
+        return waits
 
 
 def connections_that_ask_whether_the_other_host_is_there(folder: Path) -> list[tuple[int, int]]:
@@ -234,6 +265,8 @@ FUNCTIONS = (
     the_first_one_never_comes,
     no_way_to_connect,
     the_second_one_takes_longer_than_a_meeting,
+    checkpoints_may_take_longer_than_a_meeting,
+    how_long_they_wait,
     connections_that_ask_whether_the_other_host_is_there,
     one_of_two_not_finite,
     one_loss_is_not_finite,
@@ -304,6 +337,11 @@ def test_a_shared_error_is_said_once_and_ends_all(ended: dict[str, list[group.En
     assert errors(ended[case]) == [[f"error: {line}"], []]
 
 
+def test_on_each_host_one_goes_first(tmp_path: Path) -> None:
+    for each in group.run((two_hosts_take_turns,), tmp_path, size=4)["two_hosts_take_turns"]:
+        assert sorted(each.result[:2]) == ["0", "2"] and sorted(each.result[2:]) == ["1", "3"]
+
+
 def test_when_one_fails_on_its_own_the_others_say_why_they_end(ended: dict[str, list[group.Ended]]) -> None:
     first, second = ended["the_second_one_has_a_bug"]
     assert first.status == 2 and second.status == 1 and "KeyError: 'what'" in second.err
@@ -344,6 +382,8 @@ def test_processes_that_meet_and_cannot_connect(ended: dict[str, list[group.Ende
 
 def test_work_may_take_longer_than_a_meeting(ended: dict[str, list[group.Ended]]) -> None:
     assert [each.result for each in ended["the_second_one_takes_longer_than_a_meeting"]] == [[0, 1]] * 2
+    assert [each.status for each in ended["checkpoints_may_take_longer_than_a_meeting"]] == [0, 0]
+    assert [each.result for each in ended["how_long_they_wait"]] == [[timedelta(hours=1)] * 2] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not list a process's connections")
