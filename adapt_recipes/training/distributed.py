@@ -171,11 +171,16 @@ def make_shared(folder: Path) -> None:
     Raises:
         ValueError: a process does not see there what process 0 has just made.
     """
-    mark = folder / f".{gathered(uuid.uuid4().hex)[0]}"
+    mark = folder / f".here_{gathered(uuid.uuid4().hex)[0]}"
     with together():
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            for left in folder.glob(".here_*"):  # by a run that was killed at this moment
+                left.unlink()
+            if world_size() > 1:
+                mark.touch()
+    if world_size() == 1:
+        return
     limit = time.monotonic() + SHOWN
     while not os.path.exists(mark) and time.monotonic() < limit:
         time.sleep(0.1)
