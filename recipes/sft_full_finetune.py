@@ -196,10 +196,11 @@ class SFTFullFinetune:
         if saved is not None:
             self._load(saved)
 
+        with together():
+            metric_logger = config.metric_logger.build() if config.metric_logger and rank() == 0 else None
         make_shared(self.output_dir)
         self.log: RunLog | Silent = Silent()
         if rank() == 0:
-            metric_logger = config.metric_logger.build() if config.metric_logger else None
             self.log = RunLog(
                 self.output_dir,
                 keep_bytes=saved.shared["log_bytes"] if saved else 0,
