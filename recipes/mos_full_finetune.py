@@ -244,9 +244,6 @@ class MosFullFinetune:
         p = self.mixture.probabilities()
         one_task = config.sampling == "dataset"
         self.display.plan(p, ledger=self.ledger, batch_size=config.batch_size, where=where, one_task=one_task)
-        if saved is None and (note := getattr(self.reward, "note", None)):
-            self.log.write("note", step=0, text=note)
-            self.display.say(f"reward: {note}")
         if warning := checkpoint.too_slow_to_stop(self.model):
             self.display.say(warning)
         if saved is not None:
@@ -265,6 +262,9 @@ class MosFullFinetune:
                 self._log_mixture({})
                 self.validate()
                 self.initial_validation_losses = self.validation_losses
+                if note := getattr(self.reward, "note", None):
+                    self.log.write("note", step=0, text=note)
+                    self.display.say(f"reward: {note}")
             while self.ledger.left > 0 and not stop.agreed():
                 self.step()
                 done = self.ledger.left == 0

@@ -137,7 +137,7 @@ def reckon_memory(
     saved = _num_bytes(model.state_dict().values())
     model.to("meta")  # its buffers
     read, update = read or shape, update or Update()
-    with _group(num_processes) as mesh, FakeTensorMode(), LiveBytes(without_values=True) as live:
+    with _old_objects_aside(), _group(num_processes) as mesh, FakeTensorMode(), LiveBytes(without_values=True) as live:
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         whole_state, _ = _optimizer_bytes(config, [p for p in model.parameters() if p.requires_grad], live)
         if mesh is not None:
@@ -219,6 +219,17 @@ def _optimizer_bytes(config: Any, parameters: Sequence[nn.Parameter], live: Live
 
 def _num_bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextlib.contextmanager
+def _old_objects_aside() -> Iterator[None]:
+    """What is there already is not looked through at every collection, which takes as long as all the rest."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

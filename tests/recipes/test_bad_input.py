@@ -511,7 +511,9 @@ def test_some_examples_that_are_too_long_are_counted(start: Start, capsys: pytes
     rows = write_tasks(a=[*GOOD, *(("q" * length, "a") for length in (15, 16, 17))], b=[*GOOD, ("other", "a")])
     assert start(*rows, "batch_size=4", "budget.passes=1", "probe.examples=2") == 0
     plan = capsys.readouterr().out.partition("budget:")[0].splitlines()
-    assert [line.split()[-1] for line in plan if line.split()[:1] in (["a"], ["b"])] == ["2", "0"]
+    heads = next(line.split() for line in plan if "dropped" in line)
+    assert heads[:3] == ["task", "examples", "dropped"]
+    assert [line.split()[2] for line in plan if line.split()[:1] in (["a"], ["b"])] == ["2", "0"]
 
 
 # ---- model folders
