@@ -12,7 +12,7 @@ from adapt_recipes.errors import nearest
 
 METHODS = ("probabilities", "update", "state_dict", "load_state_dict")
 READS = ("train", "validation", "pool")
-LOGGED = ("event", "step", "supervised_tokens", "probe_tokens", "mixture_seconds", "probabilities")  # with what is told
+LOGGED = ("event", "step", "supervised_tokens", "probe_tokens", "mixture_seconds", "probabilities")  # by recipes
 
 
 def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str) -> None:

@@ -153,9 +153,8 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     validations = 2 + ((drawn.steps - 1) // every if (every := getattr(config, "validate_every", 0)) else 0)
     probe_tokens = validations * reads.validation_tokens
     cost = 0.0
-    before = (
-        [Pass("pool")] if update_every and any(each.source == "pool" for each in update.passes) else []
-    )  # (9) of MoS
+    reads_pool = any(each.source == "pool" for each in update.passes)
+    before = [Pass("pool")] if reads_pool and update_every else []  # (9) of MoS
     for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
         for each in passes:
             supervised, tokens = reads.tokens(each.source, number)

@@ -175,22 +175,16 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
     runs = [run for group in groups for run in group.runs]
     named = named_tasks(runs)
     one = len(runs) == 1
-    sampled = {run.config.get("sampling") == "dataset" for run in runs}
-    p_is = {  # with `sampling: dataset` a step has one task, and tokens follow only as its examples are long
-        (False,): "its share of the supervised tokens to come.",
-        (True,): "the chance that a step is of this task.",
-        (
-            False,
-            True,
-        ): "its share of the supervised tokens to come, or with sampling: dataset the chance that a step is "
-        "of this task.",
-    }[tuple(sorted(sampled))]
+    of_tokens, of_steps = "its share of the supervised tokens to come", "the chance that a step is of this task"
+    sampled = {run.config.get("sampling") == "dataset" for run in runs}  # such a step has one task
+    p_is = f"{of_tokens}, or with sampling: dataset {of_steps}" if len(sampled) > 1 else of_tokens
+    p_is = of_steps if sampled == {True} else p_is
     each = "A line a task." if one else "A panel a task, a line a run."
     made = [
         Chart(
             name="probabilities_stacked",
             title="Mixture",
-            caption=f"Each band is a task, as thick as its probability: {p_is}"
+            caption=f"Each band is a task, as thick as its probability: {p_is}."
             + ("" if one else " Of each strategy the run of the first seed."),
             x_title=TOKENS,
             y_title="probability",
