@@ -1,7 +1,11 @@
 """Runs several configs with several seeds and puts them in one table: what came out, with its range over seeds.
 
     python benchmarks/compare.py --out runs/toy --seeds 30,31,32 tiny_uniform tiny_adapt tiny_adapt_planned
-    python benchmarks/compare.py --out runs/noise --seeds 30,31,32 tiny_uniform tiny_adapt_planned tasks.noise=true
+    python benchmarks/compare.py --out runs/noise --seeds 30,31,32 tasks.noise=true tiny_uniform tiny_dro \
+        tiny_dro strategy=dro_mild mixture.sharpness=1
+
+An override before the first config is for all of them, one after a config for that one alone. A row is called by its
+config, or by the strategy that it is given.
 
 The first config is what the others are held against: "tokens to its loss" are the supervised tokens after which a
 validation first finds the worst excess loss at or below the one that the first config ends with, for the same seed.
@@ -19,10 +23,36 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 ENTROPIES = {"noise": math.log(16)}
+
+
+class Row(NamedTuple):
+    """A line of the table: a shipped config and what is changed in it."""
+
+    config: str
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        given = [word.removeprefix("strategy=") for word in self.overrides if word.startswith("strategy=")]
+        return given[-1] if given else self.config
+
+
+def rows(words: Sequence[str]) -> list[Row]:
+    """What the command line says: configs, each with the overrides for all and those that follow it."""
+    for_all: list[str] = []
+    found: list[Row] = []
+    for word in words:
+        if "=" not in word:
+            found.append(Row(word, [*for_all]))
+        elif found:
+            found[-1].overrides.append(word)
+        else:
+            for_all.append(word)
+    return found
 
 
 def run(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
@@ -49,8 +79,8 @@ def tokens_to_reach(folder: Path, worst: float) -> float:
     return math.nan
 
 
-def row(config: str, folders: Sequence[Path], baselines: Sequence[Path]) -> list[str]:
-    """One config's line: means and ranges over seeds."""
+def line(name: str, folders: Sequence[Path], baselines: Sequence[Path]) -> list[str]:
+    """Of one row: means and ranges over seeds."""
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     targets = [max(excess(json.loads((base / "summary.json").read_text())["validation_losses"])) for base in baselines]
     reached = [tokens_to_reach(folder, target) for folder, target in zip(folders, targets, strict=True)]
@@ -60,7 +90,7 @@ def row(config: str, folders: Sequence[Path], baselines: Sequence[Path]) -> list
         return spread(values, digits)
 
     return [
-        config,
+        name,
         cell(lambda s: max(excess(s["validation_losses"])), 3),
         cell(lambda s: sum(excess(s["validation_losses"])) / len(excess(s["validation_losses"])), 3),
         spread(reached, 0),
@@ -86,22 +116,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], required=True)
-    parser.add_argument("words", nargs="+", metavar="config|key=value", help="names in yaml/, and overrides for all")
+    parser.add_argument("words", nargs="+", metavar="config|key=value", help="names in yaml/, and overrides")
     arguments = parser.parse_args(argv)
-    configs = [word for word in arguments.words if "=" not in word]
-    overrides = [word for word in arguments.words if "=" in word]
+    table = rows(arguments.words)
+    names = [each.name for each in table]
+    if missing := [each.config for each in table if not (ROOT / "yaml" / f"{each.config}.yaml").is_file()]:
+        parser.error(f"there is no yaml/{missing[0]}.yaml")
+    if not table:
+        parser.error("name a config of yaml/")
+    if twice := [name for name in names if names.count(name) > 1]:
+        parser.error(f"two rows are called {twice[0]}: give one of them strategy=NAME")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    folders = {config: [arguments.out / f"{config}_{seed}" for seed in arguments.seeds] for config in configs}
+    folders = {name: [arguments.out / f"{name}_{seed}" for seed in arguments.seeds] for name in names}
     for i, seed in enumerate(arguments.seeds):
-        for config in configs:  # one after the other with the same seed, so that a change of the machine hits all
-            run(config, seed, folders[config][i], overrides)
+        for each in table:  # one after the other with the same seed, so that a change of the machine hits all
+            run(each.config, seed, folders[each.name][i], each.overrides)
     columns = ["", "worst excess", "mean excess", "tokens to its loss", "noise share", "steps", "updates"]
     columns += ["probe tokens", "seconds", "of them updates"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
-    for config in configs:
-        print("| " + " | ".join(row(config, folders[config], folders[configs[0]])) + " |")
+    for name in names:
+        print("| " + " | ".join(line(name, folders[name], folders[names[0]])) + " |")
 
 
 if __name__ == "__main__":

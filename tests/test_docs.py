@@ -2,7 +2,8 @@
 
 `tune` is run as it is told. What needs a model that is not here is held to its recipe's schema; that its config runs is
 shown by tests/recipes/test_grid.py and test_shipped_configs.py, with a model of the same kind. Benchmarks are held to
-their options; test_benchmarks.py and test_compare.py run them.
+their options, and the configs and overrides that they are given to the recipes' schemas; test_benchmarks.py and
+test_compare.py run them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from string import Template
 
 import pytest
 from test_tune_cli import TUNE_MANY
@@ -28,10 +31,11 @@ SHORT = ["budget.tokens=32", "checkpoint_every=0", "validate_every=0", "tasks.nu
 
 
 def commands(first: str) -> list[list[str]]:
-    """The words of every indented command, without comments; lines that go on are put together."""
+    """The words of every indented command, without comments; lines that go on are put together, variables filled in."""
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
+        text = Template(text).safe_substitute(dict(re.findall(r'^    ([A-Z]+)="(.*)"$', text, re.MULTILINE)))
         for line in re.findall(rf"^    (?:\.venv/bin/)?{first}(.*)$", text, re.MULTILINE):
             found.append(shlex.split(line, comments=True))
     return found
@@ -105,7 +109,10 @@ def expanded(word: str, folder: Path) -> list[str]:
 def test_what_is_told_of_large_models(words: list[str]) -> None:
     """The recipe's schema takes the config and the overrides."""
     at = words.index("--config")
-    recipe, config, overrides = words[at - 1], words[at + 1], words[at + 2 :]
+    check(words[at - 1], words[at + 1], words[at + 2 :])
+
+
+def check(recipe: str, config: str, overrides: list[str]) -> None:
     spec = importlib.util.spec_from_file_location(f"{recipe}_of_docs", ROOT / "recipes" / f"{recipe}.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -120,5 +127,9 @@ def test_benchmarks_have_what_they_are_told(words: list[str]) -> None:
     for word in rest:
         if word.startswith("--"):
             assert f'"{word}"' in text, f"{script} has no {word}"
-        elif re.fullmatch(r"(tiny|smollm2)_\w+", word):
-            assert (ROOT / "yaml" / f"{word}.yaml").exists(), word
+    at = [i for i, word in enumerate(rest) if re.fullmatch(r"(tiny|smollm2)_\w+", word)]
+    for here, after in pairwise([*at, len(rest)]):
+        config = ROOT / "yaml" / f"{rest[here]}.yaml"
+        recipe = config.read_text().split()[3]  # "# tune run RECIPE --config ..."
+        for_all = [word for word in rest[: at[0]] if "=" in word]
+        check(recipe, str(config), [*for_all, *(word for word in rest[here + 1 : after] if "=" in word)])
