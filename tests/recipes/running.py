@@ -1,4 +1,9 @@
-"""Tiny runs of the recipes: in this process, or in processes of their own that can be killed.
+"""Tiny runs of the recipes, the one harness of all tests of runs: in this process, or in processes that can be killed.
+
+- ``finished``: a shipped config on its own data, to its end; the fixture ``run`` shortens it to 8 steps.
+- ``Runs``: the tiny configs on four small tasks of text, each a command line; in this process, in one of its own, or
+  in a group of several. The fixture ``runs`` gives a file of tests its own.
+- ``exit_status``: any command line, as a shell would see it.
 
 A process of its own is forked from one that has everything imported, so that a kill costs the run and not the imports.
 """
@@ -17,10 +22,10 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
-import pytest  # noqa: F401 (a forked process imports pytest's main module; so it is there already)
+import pytest
 import torch
 from group import free_ports
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -30,10 +35,15 @@ from adapt_recipes.config import command_line, load
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-# Strategy: recipe, as the first line of the tiny config says, "# tune run RECIPE --config ..."
-RECIPES = {
-    path.stem.removeprefix("tiny_"): path.read_text().split()[3] for path in sorted((ROOT / "yaml").glob("tiny_*.yaml"))
-}
+
+def recipe_of(config: Path) -> str:
+    """The recipe's name, as a config's first line says: "# tune run RECIPE --config ..."."""
+    return config.read_text().split()[3]
+
+
+CONFIGS = {path.stem: path for path in sorted((ROOT / "yaml").glob("*.yaml"))}
+# Strategy: recipe
+RECIPES = {name.removeprefix("tiny_"): recipe_of(path) for name, path in CONFIGS.items() if name.startswith("tiny_")}
 TOTAL_TOKENS = 330  # more than one pass over some of the tasks below
 TIMES = ("seconds", "mixture_seconds", "validation_seconds")
 
@@ -55,11 +65,51 @@ for _name in RECIPES.values():
     load_recipe(_name)
 
 
+def learns(config: Path) -> bool:
+    """Whether its mixture changes."""
+    return "mixture_update_every" in config.read_text()
+
+
 def recipe_class(strategy: str) -> Any:
     """The class that the strategy's recipe defines."""
     values = vars(load_recipe(RECIPES[strategy])).values()
     (recipe,) = (value for value in values if isinstance(value, type) and "TOTALS" in vars(value))
     return recipe
+
+
+def exit_status(recipe: str, argv: list[str]) -> int:
+    """Of a command line, in this process; an error is a line on stderr."""
+    module = load_recipe(recipe)
+    with pytest.raises(SystemExit) as end:
+        command_line(module.main, module.Config, argv)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+class Run(NamedTuple):
+    """A finished run and what it wrote."""
+
+    folder: Path
+    log: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [line for line in self.log if line["event"] == name]
+
+    def training(self) -> list[dict[str, Any]]:
+        """The step events without their times."""
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in self.events("step")]
+
+
+def finished(config: str, *overrides: str, output_dir: Path) -> Run:
+    """A shipped config, by name, run to its end in this process."""
+    module = load_recipe(recipe_of(CONFIGS[config]))
+    assert module.main(load(module.Config, CONFIGS[config], [f"output_dir={output_dir}", *overrides])) == 0
+    return Run(output_dir, events(output_dir), json.loads((output_dir / "summary.json").read_text()))
+
+
+class Killed(BaseException):
+    """No `except Exception` sees this, as none sees kill -9."""
 
 
 class Runs:
@@ -97,8 +147,8 @@ class Runs:
 
     def argv(self, strategy: str, output_dir: Path, /, **changes: Any) -> list[str]:
         """The recipe's command line. Keys with dots come as ``**{"optimizer.lr": 0.1}``."""
-        config = ROOT / "yaml" / f"tiny_{strategy}.yaml"
-        settings = self.settings | (self.learned_settings if "mixture_update_every" in config.read_text() else {})
+        config = CONFIGS[f"tiny_{strategy}"]
+        settings = self.settings | (self.learned_settings if learns(config) else {})
         settings |= {"output_dir": output_dir, "resume": "true"} | changes
         return ["--config", str(config), "~tasks.noise", *(f"{key}={value}" for key, value in settings.items())]
 
@@ -116,6 +166,19 @@ class Runs:
         if not folder.exists():
             assert self.run(strategy, folder, **changes) == 0
         return folder
+
+    def stop(self, strategy: str, output_dir: Path, /, *, method: str = "step", after: int = 0, **changes: Any) -> None:
+        """Run in this process up to the first call of ``method`` with ``after`` steps done or more, and die there."""
+        recipe = recipe_class(strategy)
+        original = getattr(recipe, method)
+
+        def dying(self: Any) -> Any:
+            if self.num_steps >= after:
+                raise Killed
+            return original(self)
+
+        with mock.patch.object(recipe, method, dying), pytest.raises(Killed):
+            self.run(strategy, output_dir, **changes)
 
     def start(
         self,

@@ -9,23 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from running import CONFIGS, RECIPES, ROOT, exit_status
 from safetensors.torch import load_file, save_file
 from torchtune.models.llama3_2 import llama3_2
 
-from adapt_recipes.config import command_line
 from adapt_recipes.data import ByteTokenizer
 from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config
 
-ROOT = Path(__file__).parents[2]
-ADAPT, PLANNED, UNIFORM, ORACLE = (
-    str(ROOT / "yaml" / f"tiny_{name}.yaml") for name in ("adapt", "adapt_planned", "uniform", "dro_oracle")
-)
-COSSIM, DIFF, MOSPEC, MULTIUAT = (
-    str(ROOT / "yaml" / f"tiny_{name}.yaml") for name in ("mos_cossim", "mos_diff", "mospec_diff", "multiuat")
+ADAPT, PLANNED, UNIFORM, ORACLE, COSSIM, DIFF, MOSPEC, MULTIUAT = (
+    str(CONFIGS[f"tiny_{name}"])
+    for name in ("adapt", "adapt_planned", "uniform", "dro_oracle", "mos_cossim", "mos_diff", "mospec_diff", "multiuat")
 )
 LLAMA = "torchtune.models.llama3_2.llama3_2"
 
@@ -34,17 +30,13 @@ Refusal = Callable[..., str]
 
 
 @pytest.fixture
-def start(recipes: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     """Runs a recipe in this process as from a command line, into ./out; returns the exit status."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back what `command_line` sets
 
     def start(*overrides: str, config: str = PLANNED) -> int:
-        name = "sft" if config == UNIFORM else "mos" if config in (COSSIM, DIFF, MOSPEC, MULTIUAT) else "adapt"
-        recipe = recipes[f"{name}_full_finetune"]
-        with pytest.raises(SystemExit) as exit:
-            command_line(recipe.main, recipe.Config, ["--config", config, "output_dir=out", *overrides])
-        assert isinstance(exit.value.code, int)
-        return exit.value.code
+        recipe = RECIPES.get(Path(config).stem.removeprefix("tiny_"), "adapt_full_finetune")
+        return exit_status(recipe, ["--config", config, "output_dir=out", *overrides])
 
     return start
 

@@ -43,11 +43,6 @@ WITHOUT_WORD = r"another process has ended or does not answer, and left no word 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
 def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``whole(strategy)``: the run directory of two processes that nothing happened to; run once."""
 

@@ -17,11 +17,6 @@ from running import RECIPES, ROOT, Runs, assert_same_run, events, recipe_class, 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("home"))
-
-
 @pytest.fixture(autouse=True)
 def listening() -> Iterator[None]:
     """A process that a shell starts in the background is deaf to Ctrl-C."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, Runner
-from running import Runs, assert_same_run, files, load_checkpoint, recipe_class
+from conftest import Runner
+from running import CONFIGS, Runs, assert_same_run, files, load_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 from torchtune.models.llama3_2 import llama3_2
@@ -78,13 +78,13 @@ def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
     ],
 )
 def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> None:
-    done: Run = run(config, *lora_on(base), *overrides, "budget.tokens=320", "optimizer.lr=0.03")
+    done = run(config, *lora_on(base), *overrides, "budget.tokens=320", "optimizer.lr=0.03")
     assert done.summary["supervised_tokens"] == 320
     assert done.summary["mean_validation_loss"] < sum(done.summary["initial_validation_losses"].values()) / 7 - 0.1
     if config == "tiny_adapt":
         assert done.summary["mixture_updates"] > 2
         assert all(any(line["gradient_dots"].values()) for line in done.events("mixture")[1:])
-    if "reward" in (ROOT / "yaml" / f"{config}.yaml").read_text():
+    if "reward" in CONFIGS[config].read_text():
         assert all(any(line["rewards"].values()) for line in done.events("mixture")[1:])
 
     assert sorted(path.name for path in done.folder.iterdir()) == [
@@ -117,30 +117,14 @@ def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> No
         assert float(loss) == pytest.approx(done.summary["validation_losses"][task.name], abs=tolerance)
 
 
-class Killed(BaseException):
-    """No `except Exception` sees this, as none sees kill -9."""
-
-
 @pytest.mark.parametrize("strategy", ["adapt", "adapt_planned", "mos_diff", "uniform"])
-def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path, strategy: str
-) -> None:
+def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(tmp_path: Path, base: Path, strategy: str) -> None:
     runs = Runs(tmp_path)
     changes = {"model": json.dumps(LORA | SIZES), "checkpointer.checkpoint_dir": base, "budget.tokens": 200}
     del runs.settings["model.attn_dropout"]
     assert runs.run(strategy, expected := tmp_path / "expected", **changes) == 0
-    recipe = recipe_class(strategy)
     for after in (1, 5):
-        with monkeypatch.context() as patched, pytest.raises(Killed):
-            step = recipe.step
-
-            def dying(self: Any, after: int = after, step: Any = step) -> None:
-                if self.num_steps == after:
-                    raise Killed
-                step(self)
-
-            patched.setattr(recipe, "step", dying)
-            runs.run(strategy, tmp_path / "run", **changes)
+        runs.stop(strategy, tmp_path / "run", after=after, **changes)
     assert runs.run(strategy, tmp_path / "run", **changes) == 0
     assert_same_run(tmp_path / "run", expected)
     assert files(tmp_path / "run" / "adapter") == files(expected / "adapter")

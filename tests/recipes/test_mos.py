@@ -106,11 +106,6 @@ def watch(runs: Runs, strategy: str, folder: Path) -> Watched:
     return watched
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("home"))
-
-
 @pytest.fixture(scope="module", params=READS)
 def watched(runs: Runs, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Watched:
     shutil.rmtree(runs.cache / "base_losses", ignore_errors=True)

@@ -44,35 +44,11 @@ CARRYING: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-class Killed(BaseException):
-    """No `except Exception` sees this, as none sees kill -9."""
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("home"))
-
-
-def stop(runs: Runs, strategy: str, folder: Path, *, method: str = "step", after: int = 0, **changes: Any) -> None:
-    """Run up to the first call of ``method`` with ``after`` steps done or more, and die there."""
-    recipe = recipe_class(strategy)
-    original = getattr(recipe, method)
-
-    def dying(self: Any) -> Any:
-        if self.num_steps >= after:
-            raise Killed
-        return original(self)
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(recipe, method, dying)
-        runs.run(strategy, folder, **changes)
-
-
 @pytest.fixture(scope="module")
 def stopped(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of adapt_planned that died in step 6; its checkpoints are from steps 2 and 4."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    stop(runs, "adapt_planned", folder, after=5, keep_checkpoints=2)
+    runs.stop("adapt_planned", folder, after=5, keep_checkpoints=2)
     assert names(folder / "checkpoints") == ["step_2", "step_4"] and events(folder)[-1]["step"] == 5
     return folder
 
@@ -102,7 +78,7 @@ def test_stopped_before_every_step(runs: Runs, tmp_path: Path, strategy: str, ch
     num_steps = summary(expected)["steps"]
     assert num_steps >= 10
     for step in range(num_steps):
-        stop(runs, strategy, tmp_path / "run", after=step, **changes)
+        runs.stop(strategy, tmp_path / "run", after=step, **changes)
         shutil.rmtree(runs.cache / "base_losses", ignore_errors=True)  # what a run needs is in its own folder
     assert runs.run(strategy, tmp_path / "run", **changes) == 0
     assert_same_run(tmp_path / "run", expected)
@@ -143,7 +119,7 @@ def test_a_mixture_of_ones_own_is_resumed_as_well(
 ) -> None:
     changes = changes | {"mixture": "test_resume.MostLost"}
     for step in range(2, 10, 3):
-        stop(runs, strategy, tmp_path / "run", after=step, **changes)
+        runs.stop(strategy, tmp_path / "run", after=step, **changes)
     assert runs.run(strategy, tmp_path / "run", **changes) == 0
     assert_same_run(tmp_path / "run", runs.whole(strategy, **changes))
 
@@ -176,7 +152,7 @@ def test_killed_before_random_operations_on_its_files(runs: Runs, tmp_path: Path
 def test_killed_before_every_operation_at_the_end(runs: Runs, tmp_path: Path) -> None:
     """The last checkpoint is there, and a model/ as well: what is left is to write it again, and the summary."""
     ready, left_behind = tmp_path / "ready", set()
-    stop(runs, "uniform", ready, method="finish")
+    runs.stop("uniform", ready, method="finish")
     shutil.copytree(runs.whole("uniform") / "model", ready / "model")
     shutil.copytree(runs.whole("uniform") / "checkpoints", ready / "checkpoints" / "step_8.removed")
     for operation in itertools.count(1):
@@ -231,7 +207,7 @@ def test_killed_from_outside_again_and_again(runs: Runs, tmp_path: Path, strateg
 
 
 def test_a_stale_log_without_a_checkpoint_is_replaced(runs: Runs, tmp_path: Path) -> None:
-    stop(runs, "uniform", tmp_path / "run", after=1)
+    runs.stop("uniform", tmp_path / "run", after=1)
     assert len(events(tmp_path / "run")) == 3 and not (tmp_path / "run" / "checkpoints").exists()
     (tmp_path / "run" / "log.jsonl").open("a").write('{"event": "st')
     assert runs.run("uniform", tmp_path / "run") == 0
@@ -317,7 +293,7 @@ def test_a_changed_key_is_refused_by_name(runs: Runs, folder: Path, torch_settin
 
 @pytest.mark.parametrize("key", CHANGES_OF_MOS)
 def test_a_changed_key_of_mos_is_refused_by_name(runs: Runs, tmp_path: Path, key: str) -> None:
-    stop(runs, "mos_diff", tmp_path / "run", after=3)
+    runs.stop("mos_diff", tmp_path / "run", after=3)
     before = state_of(tmp_path / "run")
     with pytest.raises(ValueError, match=rf"^resume: {key} changed since the run began; [^\n]*\Z"):
         runs.run("mos_diff", tmp_path / "run", **{key: CHANGES_OF_MOS[key]})
@@ -386,7 +362,7 @@ def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None
 @pytest.mark.parametrize("change", ["an answer", "a row more", "a task less"])
 def test_changed_data_is_refused(tmp_path: Path, change: str) -> None:
     runs = Runs(tmp_path)
-    stop(runs, "uniform", tmp_path / "run", after=3)
+    runs.stop("uniform", tmp_path / "run", after=3)
     rows = (runs.tasks / "c.jsonl").read_text()
     if change == "an answer":
         (runs.tasks / "c.jsonl").write_text(rows.replace('"125"', '"126"'))
@@ -435,7 +411,7 @@ def test_a_full_disk_ends_in_one_line_and_costs_nothing(runs: Runs, folder: Path
     message += "the newest whole checkpoint is step_4"
     if full_at == "model":
         shutil.rmtree(folder)
-        stop(runs, "adapt_planned", folder, method="finish")
+        runs.stop("adapt_planned", folder, method="finish")
         message = f"error: no space left while writing {folder / 'model'}"
     if full_at == "log":
         limit = load_checkpoint(folder / "checkpoints" / "step_4")["log_bytes"] + 400

@@ -6,18 +6,18 @@ import json
 import math
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Run, Runner
+from conftest import Runner
+from running import CONFIGS, ROOT, events, learns, load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt_recipes.config import load
 from adapt_recipes.data import ByteTokenizer, toy_tasks
 
-TINY = sorted(path.stem for path in (ROOT / "yaml").glob("tiny_*.yaml"))
+TINY = [name for name in CONFIGS if name.startswith("tiny_")]
 
 
 @pytest.mark.parametrize("config", TINY)
@@ -42,7 +42,7 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     assert done.events("validation")[0]["losses"] == summary["initial_validation_losses"]
     assert done.events("validation")[-1]["losses"] == summary["validation_losses"]
     start, *updates = done.events("mixture")
-    learned = "mixture_update_every" in (ROOT / "yaml" / f"{config}.yaml").read_text()
+    learned = learns(CONFIGS[config])
     assert [line["step"] for line in updates] == ([3, 6] if learned else [])
     assert summary["mixture_updates"] == len(updates)
     assert summary["probabilities"] == done.events("mixture")[-1]["probabilities"]
@@ -107,7 +107,6 @@ def test_the_budget_ends_within_an_answer(run: Runner, tmp_path_factory: pytest.
         "tokenizer.supervise_end=true",
         "max_seq_len=32",
         "budget.tokens=101",
-        recipe="sft_full_finetune",
     )
     assert done.summary["supervised_tokens"] == 101
     had = done.summary["task_tokens"]
@@ -149,7 +148,7 @@ def test_probe_tokens_are_all_that_is_read_outside_training(run: Runner) -> None
 def test_metric_loggers_of_torchtune(run: Runner) -> None:
     disk = "torchtune.training.metric_logging.DiskLogger"
     logger = f"metric_logger={{_component_: {disk}, log_dir: logs, filename: metrics.txt}}"
-    done: Run = run("tiny_adapt_planned", logger, "log_every=3")
+    done = run("tiny_adapt_planned", logger, "log_every=3")
     lines = (done.folder.parent / "logs" / "metrics.txt").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if "grad_norm:" in line] == [f"Step {i}" for i in (1, 3, 6, 8)]
     assert [line.split(" | ")[0] for line in lines if "p/facts_2:" in line] == ["Step 0", "Step 3", "Step 6"]
@@ -169,11 +168,11 @@ def test_every_recipe_logs_what_the_page_lists(run: Runner, config: str) -> None
     assert f"worst_validation_loss:{last['worst_validation_loss']} " in text
 
 
-def test_resolved_yaml_gives_the_same_run_again(run: Runner, adapt_full_finetune: ModuleType) -> None:
+def test_resolved_yaml_gives_the_same_run_again(run: Runner) -> None:
     first = run("tiny_adapt", folder="first")
-    config = load(adapt_full_finetune.Config, first.folder / "resolved.yaml", ["output_dir=again"])
-    assert adapt_full_finetune.main(config) == 0
-    again = [json.loads(line) for line in Path("again/log.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in again if line["event"] == "step"] == [
+    recipe = load_recipe("adapt_full_finetune")
+    config = load(recipe.Config, first.folder / "resolved.yaml", ["output_dir=again"])
+    assert recipe.main(config) == 0
+    assert [line["loss"] for line in events(Path("again")) if line["event"] == "step"] == [
         line["loss"] for line in first.events("step")
     ]

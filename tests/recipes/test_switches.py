@@ -46,11 +46,6 @@ COMPILED: dict[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
 def expected(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("plain") / "run"
     assert runs.run("adapt_planned", folder, **SETTINGS) == 0
