@@ -18,6 +18,8 @@ from adapt_recipes.models import TokenLosses
 from adapt_recipes.training.distributed import processes, rank, world_size
 from adapt_recipes.training.sharding import local, shard, whole
 
+pytestmark = pytest.mark.slow
+
 TASKS = ["long", "short", "absent", "both", "single"]
 N = len(TASKS)
 WEIGHTS = torch.tensor([0.3, 0.1, 0.2, 0.4, 0.0], dtype=torch.float64)

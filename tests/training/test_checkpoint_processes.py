@@ -38,6 +38,8 @@ from adapt_recipes.models.lora import add_lora
 from adapt_recipes.training import checkpoint
 from adapt_recipes.training.checkpoint import Checkpoints, NoSpaceLeft
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = (1, 2, 3)
 
 

@@ -16,6 +16,8 @@ from adapt_recipes.training import interrupt
 from adapt_recipes.training.distributed import processes, rank, summed
 from adapt_recipes.training.interrupt import StopSignals
 
+pytestmark = pytest.mark.slow
+
 Told = dict[int, dict[int, list[signal.Signals]]]  # process -> step -> signals
 
 CASES: dict[str, Told] = {

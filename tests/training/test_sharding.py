@@ -22,6 +22,8 @@ from adapt_recipes.models import TokenLosses, train_adapters_alone
 from adapt_recipes.training.distributed import gathered, processes, rank, summed, world_size
 from adapt_recipes.training.sharding import clip_grad_norm, load_weights, local, shard, whole, without_weights
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # 65 and 3 rows cannot be cut in two equal parts; one row leaves the second process nothing.
 SIZES: dict[str, Any] = {
