@@ -16,6 +16,7 @@ import torch
 from conftest import Runner
 from running import CONFIGS, learns, load_recipe, recipe_of
 from standins import write_natural_instructions, write_tokenizer
+from tiers import slow_but
 from torchtune._cli.tune import TuneCLIParser
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -71,13 +72,9 @@ NAME = re.compile(rf"({'|'.join(PARAMETERS)})_(.+?)(?:_(\d+)(pct|ep))?")
 BUDGETS = {"1pct": "1 % of", "5pct": "5 % of", "10pct": "10 % of", "3ep": "three times"}
 
 
-def strategy_of(name: str) -> str:
-    parts = NAME.fullmatch(name)
-    assert parts is not None
-    return parts[2]
-
-
-FAST = ("adapt_planned", "mos_diff", "uniform")  # of each recipe one; of the others a tiny config runs in any case
+SMOLLM2_CONFIGS = [name for name in CONFIGS if name.startswith("smollm2_")]
+# One of each recipe. A tiny config of each other strategy runs, too.
+QUICK = [f"smollm2_135m_{strategy}_10pct" for strategy in ("adapt_planned", "mos_diff", "uniform")]
 
 
 @pytest.fixture(scope="session")
@@ -111,14 +108,7 @@ def small(smollm2: Path, tmp_path: Path) -> list[str]:
     return ["device=cpu", "max_seq_len=256", "tasks.validation_examples=8"]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(name, marks=[] if strategy_of(name) in FAST else pytest.mark.slow)
-        for name in CONFIGS
-        if name.startswith("smollm2_")
-    ],
-)
+@pytest.mark.parametrize("config", slow_but(QUICK, SMOLLM2_CONFIGS))
 def test_runs(run: Runner, small: list[str], config: str) -> None:
     cadence = ["mixture_update_every=2"] if learns(CONFIGS[config]) else []
     done = run(config, "budget.tokens=140", *small, *cadence)
