@@ -120,7 +120,7 @@ def test_logits_in_bf16(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str, tmp_path: Path) -> None:
-    """Of the losses at supervised positions only; those of transformers become weights of a folder, for our names."""
+    """Of the losses at supervised positions only. A folder gives the gradients of transformers our names."""
     decoder, model = make_pair(name)
     ours = gradients(decoder)
     rows = tokens()

@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def changed(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a case's folder with other settings in its config.json, None takes one out, and with other weights."""
+    """A copy of a case's folder, with other settings in its config.json (None takes one out) and other weights."""
 
     def changed(name: str, changes: dict[str, Any], **weights: Any) -> Path:
         folder = shutil.copytree(folders[name], tmp_path / "changed", dirs_exist_ok=True)
