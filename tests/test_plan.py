@@ -128,6 +128,7 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
     assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["tokens", "dataset"])
 def test_a_run_knows_about_how_many_steps_it_makes(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As it starts, without drawing: to a few per cent where it is long, whether p is of tokens or of steps."""

@@ -241,6 +241,7 @@ def test_commands_from_the_checkout(editable: Environment, tmp_path: Path) -> No
     assert summary["supervised_tokens"] == 64
 
 
+@pytest.mark.slow
 def test_module_without_a_pth_file(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
     command = [sys.executable, "-S", "-m", "tune_cli_ext", "ls"]  # -S: no .pth file is read

@@ -10,6 +10,7 @@ import torch
 from conftest import Runner
 from running import ROOT, Run, recipe_class
 from safetensors.torch import load_file
+from tiers import slow_but
 
 
 def assert_same_training(one: Run, other: Run) -> None:
@@ -49,6 +50,7 @@ def test_a_static_mixture_is_the_same_in_all_recipes(run: Runner, config: str, w
     assert [line["probe_tokens"] for line in learned.events("mixture")] == [0]
 
 
+@pytest.mark.slow
 def test_the_mixture_moves_towards_what_is_worst(run: Runner) -> None:
     """Not a stub: after a short run what is learned already has next to nothing left of its seventh."""
     done = run(
@@ -66,7 +68,7 @@ def test_exp3_explores_and_learns(run: Runner) -> None:
     assert all(max(each) > 1 / 7 + 1e-6 for each in p[13:])
 
 
-@pytest.mark.parametrize("config", ["tiny_adapt", "tiny_adapt_planned"])
+@pytest.mark.parametrize("config", slow_but(["tiny_adapt"], ["tiny_adapt", "tiny_adapt_planned"]))
 def test_micro_batches_do_not_change_the_mathematics(run: Runner, config: str) -> None:
     whole = run(config, "optimizer={_component_: torch.optim.SGD, lr: 0.1}", folder="whole")
     pieces = run(config, "optimizer={_component_: torch.optim.SGD, lr: 0.1}", "micro_batch_tokens=16", folder="pieces")

@@ -343,6 +343,7 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     assert hostile in page.text
 
 
+@pytest.mark.slow
 def test_the_page_lies_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", strategy="uniform")
@@ -439,6 +440,7 @@ def test_a_package_that_is_missing_is_named(
     assert (status, output) == (2, "tune report: error: it needs the package 'plotly'; pip install plotly\n")
 
 
+@pytest.mark.slow
 def test_tune_has_the_command(tmp_path: Path) -> None:
     """Torchtune's own command line, in a process of its own."""
     folder = write_run(tmp_path / "run")
