@@ -310,6 +310,7 @@ def test_processes_share_memory_alone(capsys: pytest.CaptureFixture[str]) -> Non
         assert whole / 4 <= share < whole / 2
 
 
+@pytest.mark.slow
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     words = plain("adapt", *EVEN, "mixture_update_every=3", "probe.examples=2")
     status, out, _ = command(capsys, "adapt_full_finetune", *words, "--nproc_per_node", "2")

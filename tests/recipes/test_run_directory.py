@@ -140,6 +140,7 @@ def test_model_is_a_folder_that_transformers_loads(run: Runner) -> None:
         assert float(loss) == pytest.approx(done.summary["validation_losses"][task.name], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_probe_tokens_are_all_that_is_read_outside_training(run: Runner) -> None:
     validation, tasks, examples = 7 * 256, 7, 8  # one supervised token a row
     assert run("tiny_uniform", folder="u").summary["probe_tokens"] == 2 * validation
@@ -173,6 +174,7 @@ def test_every_recipe_logs_what_the_page_lists(run: Runner, config: str) -> None
     assert f"worst_validation_loss:{last['worst_validation_loss']} " in text
 
 
+@pytest.mark.slow
 def test_resolved_yaml_gives_the_same_run_again(run: Runner) -> None:
     first = run("tiny_adapt", folder="first")
     recipe = load_recipe("adapt_full_finetune")

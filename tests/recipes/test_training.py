@@ -41,7 +41,13 @@ def test_a_mixture_that_stands_still_is_uniform_bit_for_bit(run: Runner, config:
     assert_same_training(learned, run("tiny_uniform", *both, folder="uniform"))
 
 
-@pytest.mark.parametrize(("config", "without"), [("tiny_adapt_planned", []), ("tiny_mos_cossim", ["~reward"])])
+@pytest.mark.parametrize(
+    ("config", "without"),
+    [
+        ("tiny_adapt_planned", []),
+        pytest.param("tiny_mos_cossim", ["~reward"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_static_mixture_is_the_same_in_all_recipes(run: Runner, config: str, without: list[str]) -> None:
     static = "mixture={_component_: adapt_recipes.mixture.uniform}"
     learned = run(config, static, *without, folder="a")
@@ -163,7 +169,10 @@ def test_a_mixture_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("page", "module", "options"),
-    [("README.md", "readme_mixture", "temperature: 0.5"), ("docs/mixtures.md", "docs_mixture", "strength: 3.0")],
+    [
+        ("README.md", "readme_mixture", "temperature: 0.5"),
+        pytest.param("docs/mixtures.md", "docs_mixture", "strength: 3.0", marks=pytest.mark.slow),
+    ],
 )
 def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, module: str, options: str) -> None:
     blocks = (ROOT / page).read_text().split("```python\n")[1:]
