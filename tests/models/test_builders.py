@@ -509,7 +509,7 @@ def compile_from_scratch(decoder: TransformerDecoder) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, "llama3_2"])
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")  # traces forward and backward; needs no C++ compiler
     changes: dict[str, Any] = {"num_layers": 2, "sliding_window_pattern": 2} if name == "gemma3" else {"num_layers": 2}
