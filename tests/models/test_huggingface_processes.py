@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import group
 import pytest
 import torch
+import torch.testing._internal.distributed.fake_pg  # noqa: F401 (registers the backend)
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
@@ -133,6 +135,31 @@ def test_two_processes_write_the_bytes_of_one(
     assert all(alone[name] == together[name] for name in alone)
     assert len([name for name in alone if name.startswith("model/model-")]) > 2, "several files"
     assert ("adapter/adapter_model.safetensors" in alone) == ("adapters" in model)
+
+
+@pytest.fixture
+def second_of_two() -> Iterator[None]:
+    """This process is one of a group in which the other is not there."""
+    torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=1, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("second_of_two")
+@pytest.mark.parametrize("model", MODELS)
+def test_each_process_reads_its_rows(home: Path, model: str) -> None:
+    checkpointer = HuggingFaceCheckpointer(str(home / "bases" / model))
+    with without_weights():
+        decoder = MODELS[model]()
+    shard(TokenLosses(decoder), decoder.layers, device=CPU)
+    weights = checkpointer.load()
+    assert weights is not None
+    load_weights(decoder, weights, seed=0)
+    parameters = decoder.state_dict()
+    for key, weight in weights.items():
+        assert torch.equal(local(parameters[key]), weight[(len(weight) + 1) // 2 :].float()), key
+    for key in parameters.keys() - weights.keys():
+        assert local(parameters[key]).any() == ("lora_a" in key), "an adapter starts at 0"
 
 
 def test_what_one_process_writes_is_what_it_has(home: Path, tmp_path: Path) -> None:
