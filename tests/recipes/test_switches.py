@@ -90,7 +90,8 @@ def on_two(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_TWO)
 def test_says_the_same_on_two(on_two: Path, expected: list[float], name: str) -> None:
-    assert_close(on_two / name, expected, ON_TWO[name][1])
+    # Two processes sum in another order than one: never closer than without any switch.
+    assert_close(on_two / name, expected, max(ON_TWO[name][1], ON_TWO["none"][1]))
     (checkpoint,) = (on_two / name / "checkpoints").iterdir()
     dtypes = {weight.dtype for weight in load_checkpoint(checkpoint)["model"].values()}
     assert dtypes == {torch.bfloat16 if name == "pure_bf16" else torch.float32}, "what the optimizer steps on"
