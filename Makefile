@@ -1,5 +1,7 @@
-# make demo    train a tiny model with a learned mixture, in about a minute
-# make test    the whole test suite      make lint    ruff      make types    mypy
+# make demo       train a tiny model with a learned mixture, in about a minute
+# make test       the quick tests: every module, every recipe, a resume, two processes; a few minutes on two cores
+# make test-all   every test but the marked ones (see pyproject.toml); half an hour at most
+# make lint       ruff      make types    mypy
 #
 # Needs Python 3.11 or 3.12 and nothing else. PYTHON=... picks another interpreter, VENV=... another place,
 # ARGS=... goes to pytest (make test ARGS="-k tune_cli").
@@ -11,14 +13,20 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := yaml/tiny_adapt_planned.yaml
 
-.PHONY: demo test lint types clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile
+
+.PHONY: demo test test-all lint types clean
 
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/tune run adapt_full_finetune --config $(DEMO)
 	@echo "Results: $$(sed -n 's/^output_dir: *\([^ ]*\).*/\1/p' $(DEMO))/"
 
+# The tier of a test is its marker `slow`, and nothing else.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

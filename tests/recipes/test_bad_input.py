@@ -710,7 +710,11 @@ def test_a_logger_whose_package_is_missing(
 
 @pytest.mark.parametrize(
     ("recipe", "config"),
-    [("adapt_full_finetune", ADAPT), ("mos_full_finetune", COSSIM), ("sft_full_finetune", UNIFORM)],
+    [
+        ("adapt_full_finetune", ADAPT),
+        pytest.param("mos_full_finetune", COSSIM, marks=pytest.mark.slow),
+        pytest.param("sft_full_finetune", UNIFORM, marks=pytest.mark.slow),
+    ],
 )
 def test_a_process(recipe: str, config: str) -> None:
     command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--config", config]

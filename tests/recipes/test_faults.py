@@ -39,6 +39,8 @@ from adapt_recipes import data
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.training import checkpoint, distributed
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_WORD = r"another process has ended or does not answer, and left no word \([^\n]+\)"
 
 

@@ -30,6 +30,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir()) if path.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "strategy"), [(signal.SIGTERM, "adapt_planned"), (signal.SIGINT, "uniform")])
 def test_a_process_that_is_told_to_stop(runs: Runs, tmp_path: Path, number: signal.Signals, strategy: str) -> None:
     long: dict[str, Any] = {"budget.tokens": 3000, "checkpoint_every": 0}
@@ -78,19 +79,18 @@ def interrupt(
     monkeypatch.setattr(owner, method, interrupted)
 
 
-@pytest.mark.parametrize("number", STATUS)
 @pytest.mark.parametrize(
-    ("strategy", "method", "at_step", "saved_at"),
+    ("number", "strategy", "method", "at_step", "saved_at"),
     [
-        ("adapt_planned", "validate", 0, None),  # before the first step: there is nothing to save
-        ("adapt_planned", "step", 0, 1),
-        ("adapt_planned", "step", 4, 5),
-        ("adapt_planned", "update_mixture", 3, 3),
-        ("adapt_planned", "validate", 4, 4),
-        ("adapt_planned", "save", 6, 6),
-        ("adapt_planned", "_log_step", 7, 7),
-        ("mos_diff", "measure_base_model", 0, None),
-        ("mos_diff", "update_mixture", 3, 3),
+        (signal.SIGTERM, "adapt_planned", "validate", 0, None),  # before the first step: there is nothing to save
+        (signal.SIGINT, "adapt_planned", "step", 0, 1),
+        (signal.SIGTERM, "adapt_planned", "step", 4, 5),
+        (signal.SIGINT, "adapt_planned", "update_mixture", 3, 3),
+        (signal.SIGTERM, "adapt_planned", "validate", 4, 4),
+        (signal.SIGINT, "adapt_planned", "save", 6, 6),
+        (signal.SIGTERM, "adapt_planned", "_log_step", 7, 7),
+        (signal.SIGINT, "mos_diff", "measure_base_model", 0, None),
+        (signal.SIGTERM, "mos_diff", "update_mixture", 3, 3),
     ],
 )
 def test_whatever_it_is_doing(

@@ -68,13 +68,17 @@ def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("config", "overrides"),
     [
-        ("tiny_uniform", []),
-        ("tiny_adapt", ["probe.estimator=finite_difference"]),
+        pytest.param("tiny_uniform", [], marks=pytest.mark.slow),
+        pytest.param("tiny_adapt", ["probe.estimator=finite_difference"], marks=pytest.mark.slow),
         ("tiny_adapt", ["probe.estimator=backward", "probe.exact_lookahead=true", "dtype=bf16"]),
-        ("tiny_adapt_planned", ["activation_checkpointing=true", "clip_grad_norm=1.0", "device=cpu"]),
-        ("tiny_mos_diff", []),
-        ("tiny_multidds", ["dtype=bf16", "sampling=dataset"]),
-        ("tiny_multiuat", ["reward.passes=2"]),  # LoRA's own dropout
+        pytest.param(
+            "tiny_adapt_planned",
+            ["activation_checkpointing=true", "clip_grad_norm=1.0", "device=cpu"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("tiny_mos_diff", [], marks=pytest.mark.slow),
+        pytest.param("tiny_multidds", ["dtype=bf16", "sampling=dataset"], marks=pytest.mark.slow),
+        pytest.param("tiny_multiuat", ["reward.passes=2"], marks=pytest.mark.slow),  # LoRA's own dropout
     ],
 )
 def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> None:
@@ -117,7 +121,8 @@ def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> No
         assert float(loss) == pytest.approx(done.summary["validation_losses"][task.name], abs=tolerance)
 
 
-@pytest.mark.parametrize("strategy", ["adapt", "adapt_planned", "mos_diff", "uniform"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["adapt", "mos_diff", "uniform"])
 def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(tmp_path: Path, base: Path, strategy: str) -> None:
     runs = Runs(tmp_path)
     changes = {"model": json.dumps(LORA | SIZES), "checkpointer.checkpoint_dir": base, "budget.tokens": 200}

@@ -204,6 +204,7 @@ def test_what_a_specialist_changes(run: Runner) -> None:
     assert all(abs(spec_cossim[name] - cossim[name]) > 1e-3 for name in cossim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", READS)
 def test_rewards_in_every_precision(runs: Runs, tmp_path: Path, strategy: str) -> None:
     """Measured after one step, so that the weights are nearly the same."""

@@ -292,6 +292,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mos_diff, checkpointed": ("mos_diff", SMALL | CHECKPOINTED),
     "multidds, tied, from a folder": ("multidds", SMALL | FROM_FOLDER),
 }
+IN_TIERS = [case if case in ("static", "adapt") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 LEARNED = [case for case, (strategy, _) in CASES.items() if RECIPES[strategy] != "sft_full_finetune"]
 
 
@@ -334,16 +335,28 @@ def jobs(runs: Runs, home: Path) -> Callable[..., Job]:
 
 
 @pytest.fixture(scope="module")
-def alone(jobs: Callable[..., Job], home: Path) -> dict[str, dict[str, Any]]:
-    """What one process does in each case, in ``home/alone``."""
-    return {case: do(jobs(strategy, home / "alone" / case, changes)) for case, (strategy, changes) in CASES.items()}
+def cases(request: pytest.FixtureRequest) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those of ``CASES`` that the tests of this session ask for."""
+    here = (item for item in request.session.items if item.path == request.path)
+    wanted = [
+        item.callspec.params.get("case")
+        for item in here
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    ]
+    return {case: settings for case, settings in CASES.items() if case in wanted}
 
 
 @pytest.fixture(scope="module")
-def both(jobs: Callable[..., Job], alone: Any, home: Path) -> dict[str, list[dict[str, Any]]]:
+def alone(jobs: Callable[..., Job], cases: Any, home: Path) -> dict[str, dict[str, Any]]:
+    """What one process does in each case, in ``home/alone``."""
+    return {case: do(jobs(strategy, home / "alone" / case, changes)) for case, (strategy, changes) in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def both(jobs: Callable[..., Job], cases: Any, alone: Any, home: Path) -> dict[str, list[dict[str, Any]]]:
     """What each of two does, in ``home/both``."""
     table = {}
-    for case, (strategy, changes) in CASES.items():
+    for case, (strategy, changes) in cases.items():
         log = home / "alone" / case if case in LEARNED else None
         table[case] = jobs(strategy, home / "both" / case, changes, log=log)
     return in_two(table, home / "in two")
@@ -399,7 +412,7 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
         assert max(difference(ours[key], theirs[key]) for key in ours) <= 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", IN_TIERS)
 def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str) -> None:
     (first, second), only = both[case], alone[case]
     assert [each["status"] for each in (only, first, second)] == [0, 0, 0], first["err"] + second["err"]
@@ -428,7 +441,7 @@ def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str)
     torch.testing.assert_close(ours["sampler"], theirs["sampler"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", IN_TIERS)
 def test_the_first_process_alone_speaks(alone: Any, both: Any, case: str) -> None:
     """As much as one does: the plan, some steps, the results."""
     (first, second), only = both[case], alone[case]
@@ -437,7 +450,7 @@ def test_the_first_process_alone_speaks(alone: Any, both: Any, case: str) -> Non
     assert first["out"].count("budget: ") == first["out"].count("results: ") == 1
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", IN_TIERS)
 def test_both_do_the_same_amount_of_work(both: Any, case: str) -> None:
     """As many forwards and backwards, of nearly as many tokens, and every example on one of them."""
     first, second = both[case]
@@ -450,6 +463,7 @@ def test_both_do_the_same_amount_of_work(both: Any, case: str) -> None:
         assert abs(work[0] - work[1]) <= max(int(batch.lengths.max()) for each in batches for batch in each)
 
 
+@pytest.mark.slow
 def test_the_cases_have_what_they_are_for(both: Any) -> None:
     """A process without examples, a task that one process lacks, micro-batches that one has more rows of."""
     first, second = both["three examples a step"]
@@ -497,6 +511,7 @@ def ended(jobs: Callable[..., Job], runs: Runs, halves: Any, home: Path) -> dict
     return in_two(table, home / "ended")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("strategy", STOPPED)
 def test_resumed_on_another_number_of_processes(
@@ -607,6 +622,7 @@ def unlike(folder: Path, runs: Runs, home: Path) -> None:
         (tasks / "b.jsonl").write_text((tasks / "b.jsonl").read_text().replace("yes3", f"yes{3 + number}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_several_processes_refuse(ended: Any, home: Path, case: str) -> None:
     first, second = ended[case]
@@ -615,6 +631,7 @@ def test_what_several_processes_refuse(ended: Any, home: Path, case: str) -> Non
     assert (home / case).exists() == (case == "mixtures apart after an update")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ENDED_AS_ALONE)
 def test_what_ends_as_on_one_process(jobs: Callable[..., Job], ended: Any, home: Path, case: str) -> None:
     strategy, changes, message = ENDED_AS_ALONE[case]

@@ -31,7 +31,12 @@ from running import (
 from adapt_recipes.training.checkpoint import rng_state
 from adapt_recipes.training.resume import FREE_TO_CHANGE
 
+# One strategy or two of each recipe: what a resume reads is the recipe's, and the mixture's own.
 STRATEGIES = ["adapt", "adapt_planned", "mos_diff", "uniform"]
+ONE_OF_EACH_RECIPE = [
+    "uniform",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapt_planned", "mos_diff")),
+]
 # What a run carries along from one update to the next, besides that.
 CARRYING: list[tuple[str, dict[str, Any]]] = [
     ("mos_cossim", {"mixture.optimizer": "adam", "mixture.ema": 0.5}),
@@ -72,18 +77,31 @@ def assert_nothing_left_over(folder: Path) -> None:
 # ---- stopped anywhere
 
 
-@pytest.mark.parametrize(("strategy", "changes"), [*((strategy, {}) for strategy in STRATEGIES), *CARRYING], ids=str)
-def test_stopped_before_every_step(runs: Runs, tmp_path: Path, strategy: str, changes: dict[str, Any]) -> None:
+# An update comes every 3 steps and a checkpoint every 2: these resumes are from 1, 2 and 1 steps after an update.
+THREE_STEPS = (5, 8, 11)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        *((strategy, {}) for strategy in STRATEGIES),
+        *(pytest.param(*carrying, marks=pytest.mark.slow) for carrying in CARRYING),
+    ],
+    ids=str,
+)
+def test_stopped_before_a_step(runs: Runs, tmp_path: Path, strategy: str, changes: dict[str, Any]) -> None:
+    """Before every step with one strategy, before three steps with the others."""
     expected = runs.whole(strategy, **changes)
     num_steps = summary(expected)["steps"]
     assert num_steps >= 10
-    for step in range(num_steps):
+    before = range(num_steps) if strategy == "adapt" and not changes else [n for n in THREE_STEPS if n < num_steps]
+    for step in before:
         runs.stop(strategy, tmp_path / "run", after=step, **changes)
         shutil.rmtree(runs.cache / "base_losses", ignore_errors=True)  # what a run needs is in its own folder
     assert runs.run(strategy, tmp_path / "run", **changes) == 0
     assert_same_run(tmp_path / "run", expected)
     resumed_at = [event["step"] for event in events(tmp_path / "run") if event["event"] == "resume"]
-    assert resumed_at == sorted(resumed_at) and set(resumed_at) == set(range(2, num_steps, 2))
+    assert resumed_at == sorted(resumed_at) and set(resumed_at) == {step - step % 2 for step in before} - {0}
     states = [load_checkpoint(path / "checkpoints" / f"step_{num_steps}") for path in (tmp_path / "run", expected)]
     for state in states:
         state["rng"] = state["rng"]["torch"]
@@ -135,7 +153,8 @@ def test_seconds_go_on_without_the_down_time(runs: Runs, folder: Path, monkeypat
     assert seconds[-1] < total < 500
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["adapt_planned", "mos_diff", "uniform"])
 def test_killed_before_random_operations_on_its_files(runs: Runs, tmp_path: Path, strategy: str) -> None:
     """kill -9 by the process itself: between making, writing, flushing, renaming and removing its files."""
     generator = random.Random(strategy)
@@ -149,6 +168,7 @@ def test_killed_before_random_operations_on_its_files(runs: Runs, tmp_path: Path
     assert_nothing_left_over(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_killed_before_every_operation_at_the_end(runs: Runs, tmp_path: Path) -> None:
     """The last checkpoint is there, and a model/ as well: what is left is to write it again, and the summary."""
     ready, left_behind = tmp_path / "ready", set()
@@ -182,9 +202,9 @@ def writing_summary(folder: Path) -> bool:
     return any(event["event"] == "end" for event in events(folder)[-1:])
 
 
-@pytest.mark.parametrize("strategy", ["adapt", "adapt_planned", "uniform"])
-def test_killed_from_outside_again_and_again(runs: Runs, tmp_path: Path, strategy: str) -> None:
-    generator = random.Random(strategy)
+@pytest.mark.slow
+def test_killed_from_outside_again_and_again(runs: Runs, tmp_path: Path) -> None:
+    strategy, generator = "adapt_planned", random.Random(0)
     changes: dict[str, Any] = {"budget.tokens": 1500}
     expected, kills = runs.whole(strategy, **changes), 0
     for moment in (writing_checkpoint, None, writing_checkpoint, None, writing_model, writing_summary):
@@ -404,6 +424,7 @@ def test_the_checkpoint_before_a_damaged_one_serves(
     assert_nothing_left_over(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["checkpoint", "model", "log"])
 def test_a_full_disk_ends_in_one_line_and_costs_nothing(runs: Runs, folder: Path, tmp_path: Path, full_at: str) -> None:
     """Stood in for by the system's limit on the size of a file."""
@@ -432,7 +453,7 @@ def test_a_full_disk_ends_in_one_line_and_costs_nothing(runs: Runs, folder: Path
 # ---- the same seed, the same run
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ONE_OF_EACH_RECIPE)
 def test_the_seed_alone_decides(runs: Runs, tmp_path: Path, strategy: str) -> None:
     assert runs.finish(strategy, tmp_path / "again") == 0
     assert_same_run(tmp_path / "again", runs.whole(strategy))
@@ -463,7 +484,7 @@ def test_each_line_of_the_log_is_there_when_it_is_written(
     assert [number for event, number in seen if event == "validation"] == [0, 4, 8, num_steps]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ONE_OF_EACH_RECIPE)
 def test_validation_does_not_touch_the_training(runs: Runs, tmp_path: Path, strategy: str) -> None:
     expected = runs.whole(strategy)  # validates every 4 steps
     for every in (0, 1):

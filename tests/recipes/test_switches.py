@@ -66,7 +66,9 @@ def assert_close(folder: Path, expected: list[float], within: float) -> None:
     torch.testing.assert_close(losses(folder)[:8], expected[:8], rtol=0, atol=within)
 
 
-@pytest.mark.parametrize("name", [*SWITCHES, *(pytest.param(name, marks=needs_compiler) for name in COMPILED)])
+@pytest.mark.parametrize(
+    "name", [*SWITCHES, *(pytest.param(name, marks=[needs_compiler, pytest.mark.slow]) for name in COMPILED)]
+)
 def test_says_the_same_on_one_process(runs: Runs, expected: list[float], tmp_path: Path, name: str) -> None:
     changes, within = (SWITCHES | COMPILED)[name]
     assert runs.run("adapt_planned", tmp_path / "run", **SETTINGS | changes) == 0
@@ -85,6 +87,7 @@ def on_two(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_TWO)
 def test_says_the_same_on_two(on_two: Path, expected: list[float], name: str) -> None:
     assert_close(on_two / name, expected, ON_TWO[name][1])
