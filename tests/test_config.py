@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
 from adapt_recipes.budget import BudgetConfig
-from adapt_recipes.config import STRICT, Component, Given, command_line, load, locate, to_dict
+from adapt_recipes.config import STRICT, Component, Injected, command_line, load, locate, to_dict
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "yaml").glob("*.yaml"))
@@ -38,7 +38,7 @@ class Schema:
     part: Component
     budget: BudgetConfig
     size: int = 3
-    fitted: Annotated[Component | None, Given("size")] = None
+    fitted: Annotated[Component | None, Injected("size")] = None
 
 
 FILE = """

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from adapt_recipes.config import load
-from adapt_recipes.planning.memory import LiveBytes, Memory, Shape, Size, build_model, reckon_memory
+from adapt_recipes.planning.memory import LiveBytes, Memory, Shape, Size, build_model, estimate_memory
 from adapt_recipes.planning.update import update_of
-from adapt_recipes.training.distributed import processes
-from adapt_recipes.training.sharding import local
+from adapt_recipes.training.process_group import process_group
+from adapt_recipes.training.sharding import to_local
 from tune_cli_ext import _recipe_path, _schema
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +156,7 @@ def measured(name: str, folder: Path, peak: Callable[[Callable[[], object], Any]
     recipe.step()  # the optimizer makes its state
     states = [value for state in recipe.optimizer.state.values() for value in state.values()]
     tensors = [*recipe.model.parameters(), *recipe.model.buffers(), *filter(torch.is_tensor, states)]
-    before = sum(local(tensor.detach()).untyped_storage().nbytes() for tensor in tensors)
+    before = sum(to_local(tensor.detach()).untyped_storage().nbytes() for tensor in tensors)
     found = {"before": before, "step": peak(recipe.step, recipe), "update": 0}
     if getattr(getattr(recipe, "mixture", None), "observes", ()):
         recipe.update_mixture()  # the first time DTensor works out what each operation means for it
@@ -176,7 +176,7 @@ def reckoned(name: str, folder: Path, shape: Shape, *, num_processes: int = 1) -
     reward = getattr(config, "reward", None)
     reward = reward.build(task_names=["a", "b", "c"], model=model) if reward else None
     update = update_of(config.mixture.build(**given).observes, getattr(config, "probe", None), reward)
-    return reckon_memory(model, config, shape, update=update, num_processes=num_processes)
+    return estimate_memory(model, config, shape, update=update, num_processes=num_processes)
 
 
 def assert_close(memory: Memory, found: dict[str, Any], *, within: float = 0.02) -> None:
@@ -204,7 +204,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     os.environ["HOME"] = str(folder)
     if os.environ["RANK"] == "0":
         write_tasks(folder / "tasks")
-    with processes("cpu", batch_size=8):
+    with process_group("cpu", batch_size=8):
         return {name: measured(name, folder, peak_of_tensors) for name in ON_TWO}
 
 

@@ -15,7 +15,7 @@ from torchtune.models.llama3_2 import llama3_2
 
 from adapt_recipes import probe
 from adapt_recipes.models.token_losses import TokenLosses
-from adapt_recipes.training.sharding import local
+from adapt_recipes.training.sharding import to_local
 
 NUM_TASKS, VOCABULARY = 5, 64
 EMPTY_TASK = 3  # has sequences, and no supervised token
@@ -405,9 +405,9 @@ def one_of_two_processes(rank, folder) -> None:
             # A recipe passes True. False is the hard case: everything stays gathered after a forward.
             for module in (*model.decoder.layers, model):
                 fully_shard(module, reshard_after_forward=kind == "resharded")
-        shards = [local(p).clone() for p in model.parameters()]
+        shards = [to_local(p).clone() for p in model.parameters()]
         measured[kind] = measure(model, mine)
-        assert all(torch.equal(local(p), s) for p, s in zip(model.parameters(), shards, strict=True))
+        assert all(torch.equal(to_local(p), s) for p, s in zip(model.parameters(), shards, strict=True))
     torch.save(measured, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -15,8 +15,8 @@ from torchtune.models.llama3_2 import llama3_2
 from adapt_recipes import probe, rewards
 from adapt_recipes.data import IGNORE_INDEX, Example, MicroBatch, micro_batches
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.training.distributed import processes, rank, world_size
-from adapt_recipes.training.sharding import local, shard, whole
+from adapt_recipes.training.process_group import process_group, rank, world_size
+from adapt_recipes.training.sharding import to_local, shard, full_tensor
 
 TASKS = ["long", "short", "absent", "both", "single"]
 N = len(TASKS)
@@ -72,11 +72,11 @@ def make_batches(kinds: dict[int, list[int]]) -> list[MicroBatch]:
 def measure(model: nn.Module) -> dict[str, Any]:
     """Everything, as whole tensors. It leaves the weights as they were, to the bit."""
     validation, train, pool = make_batches(VALIDATION), make_batches(TRAIN), make_batches(POOL)
-    before = [local(parameter).detach().clone() for parameter in model.parameters()]
+    before = [to_local(parameter).detach().clone() for parameter in model.parameters()]
     v = probe.loss_gradient(model, validation, WEIGHTS)
     measured: dict[str, Any] = {
         "losses": probe.task_losses(model, validation, N),
-        "gradient": torch.cat([whole(part).flatten() for part in v]),
+        "gradient": torch.cat([full_tensor(part).flatten() for part in v]),
         "dots": probe.gradient_dots(model, train, v, N, relative_step=1e-3),
         "dots by backward": probe.gradient_dots_by_backward(model, train, v, N),
         "embeddings": probe.task_embeddings(model, validation, N),
@@ -97,12 +97,12 @@ def measure(model: nn.Module) -> dict[str, Any]:
         "GradientNorm": rewards.GradientNorm(**arguments)(train=train),
     }
     for parameter, original in zip(model.parameters(), before, strict=True):
-        assert torch.equal(local(parameter), original) and parameter.grad is None
+        assert torch.equal(to_local(parameter), original) and parameter.grad is None
     return measured
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         result: dict[str, Any] = {kind: measure(make_model(kind)) for kind in ("resharded", "kept")}
         for name, kinds in {"train": TRAIN, "validation": VALIDATION, "pool": POOL}.items():
             rows = [batch.rows.tolist() for batch in make_batches(kinds)]

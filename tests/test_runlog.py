@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from adapt_recipes.runlog import RunLog, Silent, holds_run, is_finished, write_resolved, write_summary
+from adapt_recipes.runlog import RunLog, NullLog, has_run, is_finished, write_resolved, write_summary
 
 
 def test_lines_are_json_and_there_at_once(tmp_path: Path) -> None:
@@ -48,9 +48,9 @@ def test_a_log_that_was_cut_since_is_refused_and_left_alone(tmp_path: Path) -> N
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:
-    assert not holds_run(tmp_path) and not is_finished(tmp_path)
+    assert not has_run(tmp_path) and not is_finished(tmp_path)
     write_resolved(tmp_path, {"seed": 1, "mixture": {"_component_": "x"}})
-    assert holds_run(tmp_path) and not is_finished(tmp_path)
+    assert has_run(tmp_path) and not is_finished(tmp_path)
     resolved = yaml.safe_load((tmp_path / "resolved.yaml").read_text())
     assert resolved["seed"] == 1 and resolved["versions"]["torch"] == torch.__version__
     write_summary(tmp_path, {"losses": torch.tensor([1.5])})
@@ -61,8 +61,8 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
 
 def test_a_silent_stand_in_takes_every_call() -> None:
     """All that a recipe asks of the log."""
-    silent = Silent()
+    silent = NullLog()
     silent.write("step", loss=1.0)
     silent.close()
     public = {name for name in vars(RunLog) if not name.startswith("_")}
-    assert public <= {*vars(Silent)} and silent.num_bytes == 0
+    assert public <= {*vars(NullLog)} and silent.num_bytes == 0

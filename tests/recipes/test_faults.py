@@ -37,7 +37,7 @@ from torch import Tensor
 
 from adapt_recipes import data
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.training import checkpoint, distributed
+from adapt_recipes.training import checkpoint, process_group
 
 pytestmark = pytest.mark.slow
 
@@ -165,13 +165,13 @@ def see_no_summary(rank: int, *, victim: int, recipe: str) -> None:
 
 def work_elsewhere(rank: int, *, folder: Path) -> None:
     """As on a host of its own, where the same path is another folder."""
-    distributed.SHOWN = 1
+    process_group.NFS_VISIBILITY_SECONDS = 1
     (folder / str(rank)).mkdir()
     os.chdir(folder / str(rank))
 
 
 def meet_for_a_second(rank: int) -> None:
-    distributed.MEETING = timedelta(seconds=1)
+    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
 
 
 def slow_disk(rank: int, *, wait: str | None) -> None:

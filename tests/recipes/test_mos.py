@@ -163,7 +163,7 @@ def test_the_mixture_follows_from_the_rewards_and_the_steps_from_the_mixture(wat
         elif event["event"] == "step":
             p, left = scorer.probabilities(), BUDGET - int(had.sum())
             if watched.config.sampling == "dataset":
-                p = data.one_task(p, seed=SEED, step=event["step"] - 1)
+                p = data.sample_one_hot(p, seed=SEED, step=event["step"] - 1)
                 assert len(event["task_losses"]) == 1
             for draw in sampler.draw(p, max_examples=BATCH_SIZE, max_tokens=left):
                 had[draw.task] += draw.num_supervised_tokens

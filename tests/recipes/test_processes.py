@@ -46,7 +46,7 @@ from adapt_recipes.config import command_line, locate
 from adapt_recipes.data import IGNORE_INDEX, TokenSampler
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.training import distributed
-from adapt_recipes.training.distributed import rank, world_size
+from adapt_recipes.training.process_group import rank, world_size
 
 # ------------------------------------------------------------------------------------------------ what configs name
 
@@ -230,7 +230,7 @@ def devices(number: int) -> Iterator[None]:
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: True),
         mock.patch.object(torch.cuda, "device_count", lambda: number),
-        mock.patch.object(distributed.utils, "get_device", lambda name: torch.device("cpu")),
+        mock.patch.object(process_group.utils, "get_device", lambda name: torch.device("cpu")),
         mock.patch.object(torch.distributed, "init_process_group", lambda backend, **named: init("gloo", **named)),
     ):
         yield

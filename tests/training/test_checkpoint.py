@@ -35,7 +35,7 @@ from adapt_recipes.training.checkpoint import (
     config_differences,
     rng_state,
     set_rng_state,
-    written_whole,
+    atomic_folder,
 )
 
 
@@ -339,7 +339,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises((AttributeError, TypeError)):
         checkpoints(tmp_path).save(2, *small(), shared={"function": lambda: None}, own=None)
     assert names(tmp_path) == ["step_1"]
-    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model") as partial:
         (partial / "half").write_text("")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["step_1"]
