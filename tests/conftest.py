@@ -1,8 +1,8 @@
 """What every test starts from: one thread, no model hub, and marked tests only when asked for.
 
-There are two tiers. A test marked ``slow`` runs in ``make test-all`` only; every other one in ``make test`` as well, which
-takes a few minutes. Mark what takes seconds and what another quick test already stands for. Quick tests cover every
-module, a run of every recipe, a resume, a run on two processes, and bad input.
+There are two tiers. A test marked ``slow`` runs in ``make test-all`` only; every other one in ``make test`` as well,
+which takes a few minutes. Mark what takes seconds and what another quick test already stands for. Quick tests cover
+every module, a run of every recipe, a resume, a run on two processes, and bad input.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning import Plan, make_plan, show
 from adapt_recipes.planning.memory import Memory
 from adapt_recipes.planning.plan import TaskPlan
-from adapt_recipes.rewards import Uncertainty
+from adapt_recipes.signals.rewards import Uncertainty
 
 ROOT = Path(__file__).parents[1]
 KEYS = """
@@ -471,7 +471,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
             "missing key 'reward'",
         ),
         (["mos_full_finetune", *plain("hbo", *EVEN, "mixture=adapt_recipes.mixture.uniform", "~mixture.prior",
-          "~mixture.learning_rate")], "is for nothing"),
+          "~mixture.learning_rate")], "is unused"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.vocab_size=64")], "model.vocab_size: 64 is too few"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.num_heads=5")], "model: "),
         (["sft_full_finetune", *plain("uniform", *EVEN, "max_seq_len=4")], "longer than max_seq_len=4"),

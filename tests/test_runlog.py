@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from adapt_recipes.runlog import RunLog, NullLog, has_run, is_finished, write_resolved, write_summary
+from adapt_recipes.runlog import NullLog, RunLog, has_run, is_finished, write_resolved, write_summary
 
 
 def test_lines_are_json_and_there_at_once(tmp_path: Path) -> None:

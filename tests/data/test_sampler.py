@@ -13,8 +13,8 @@ from adapt_recipes.data import (
     Examples,
     Task,
     TokenSampler,
-    sample_one_hot,
     random_examples,
+    sample_one_hot,
     validation_examples,
 )
 

@@ -45,7 +45,6 @@ from adapt_recipes.budget import Ledger
 from adapt_recipes.config import command_line, locate
 from adapt_recipes.data import IGNORE_INDEX, TokenSampler
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.training import distributed
 from adapt_recipes.training.process_group import rank, world_size
 
 # ------------------------------------------------------------------------------------------------ what configs name

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from adapt_recipes.config import load, to_dict
 from adapt_recipes.data import IGNORE_INDEX, ChatTokenizer
-from adapt_recipes.mixture.contract import check_mixture, check_reward
+from adapt_recipes.mixture.interface import check_mixture
+from adapt_recipes.signals.reward_interface import check_reward
 
 CONFIGS = sorted((ROOT / "yaml").glob("*.yaml"))
 PARAMETERS = {  # by the name of the model in the name of the config
@@ -158,7 +159,7 @@ def test_its_name_tells_the_truth(path: Path, tmp_path: Path, recipes: dict[str,
     if strategy in REWARDS:
         reward = config.reward.build(task_names=names, model=decoder)
         check_reward(reward, mixture)
-        assert config.reward.component == f"adapt_recipes.rewards.{REWARDS[strategy]}"
+        assert config.reward.component == f"adapt_recipes.signals.rewards.{REWARDS[strategy]}"
         assert ("specialist" in config.reward.arguments) == strategy.startswith("mospec")
 
 

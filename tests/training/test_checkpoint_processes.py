@@ -33,10 +33,11 @@ from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 from torchtune.models.llama3_2 import llama3_2
 
+from adapt_recipes.files import NoSpaceLeft
 from adapt_recipes.models import TokenLosses, train_adapters_alone
 from adapt_recipes.models.lora import add_lora
 from adapt_recipes.training import checkpoint
-from adapt_recipes.training.checkpoint import Checkpoints, NoSpaceLeft
+from adapt_recipes.training.checkpoint import Checkpoints
 
 NUMBERS = (1, 2, 3)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from adapt_recipes.training import interrupt
-from adapt_recipes.training.process_group import process_group, rank, all_reduce_sum
 from adapt_recipes.training.interrupt import StopSignals
+from adapt_recipes.training.process_group import all_reduce_sum, process_group, rank
 
 Told = dict[int, dict[int, list[signal.Signals]]]  # process -> step -> signals
 

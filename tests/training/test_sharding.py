@@ -19,8 +19,8 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from adapt_recipes.data import IGNORE_INDEX, Example, micro_batches
 from adapt_recipes.models import TokenLosses, train_adapters_alone
-from adapt_recipes.training.process_group import all_gather_object, process_group, rank, all_reduce_sum, world_size
-from adapt_recipes.training.sharding import clip_grad_norm, load_weights, to_local, shard, full_tensor, on_meta
+from adapt_recipes.training.process_group import all_gather_object, all_reduce_sum, process_group, rank, world_size
+from adapt_recipes.training.sharding import clip_grad_norm, full_tensor, load_weights, on_meta, shard, to_local
 
 CPU = torch.device("cpu")
 # 65 and 3 rows cannot be cut in two equal parts; one row leaves the second process nothing.

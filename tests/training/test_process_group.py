@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.data import Example, MicroBatch, micro_batches
-from adapt_recipes.training import checkpoint, process_group, nonfinite
+from adapt_recipes.training import checkpoint, nonfinite
+from adapt_recipes.training import process_group as module
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.process_group import (
-    check_same,
     all_gather_object,
-    process_group,
-    rank,
     all_reduce_sum,
+    check_same,
+    process_group,
     raise_on_all_ranks,
+    rank,
     world_size,
 )
 from adapt_recipes.training.sockets import notice_lost_hosts
@@ -63,7 +64,7 @@ def all_goes_well(folder: Path) -> dict[str, Any]:
         other = {"optimizer": {"lr": 0.1 if rank() == 0 else 0.2}, "seed": rank()}
         return {
             "rank": (rank(), world_size()),
-            "device": distributed.get_device(None).type,
+            "device": module.get_device(None).type,
             "gathered": all_gather_object({"it": rank()}),
             "summed": all_reduce_sum(torch.tensor([1.0, rank()], dtype=torch.float64)),
             "turns": turns.read_text()[0],
@@ -126,14 +127,14 @@ def the_second_one_is_killed(folder: Path) -> None:
 
 
 def the_second_one_never_comes(folder: Path) -> None:
-    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
+    module.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     if os.environ["RANK"] == "0":
         with process_group("cpu", batch_size=2):
             pass
 
 
 def the_first_one_never_comes(folder: Path) -> None:
-    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
+    module.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     if os.environ["RANK"] == "1":
         with process_group("cpu", batch_size=2):
             pass
@@ -146,14 +147,14 @@ def no_way_to_connect(folder: Path) -> None:
 
 
 def the_second_one_takes_longer_than_a_meeting(folder: Path) -> list[int]:
-    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
+    module.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     with process_group("cpu", batch_size=2):
         time.sleep(2 * rank())
         return all_gather_object(rank())
 
 
 def checkpoints_may_take_longer_than_a_meeting(folder: Path) -> None:
-    process_group.RENDEZVOUS_TIMEOUT = checkpoint.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
+    module.RENDEZVOUS_TIMEOUT = checkpoint.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     with process_group("cpu", batch_size=2):
         checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
         time.sleep(2 * rank())
@@ -457,8 +458,8 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch, device: st
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"^--nproc_per_node: 3 processes and 2 CUDA devices; one each$"):
-        distributed.get_device(device)
-    assert distributed.get_device("cpu").type == "cpu"
+        module.get_device(device)
+    assert module.get_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -467,7 +468,7 @@ def test_a_device_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch, d
     with pytest.raises(
         ValueError, match=f"^device: '{device}' cannot be that of each of 2 processes; allowed: cpu, cuda"
     ):
-        distributed.get_device(device)
+        module.get_device(device)
 
 
 # ------------------------------------------------------------------------------------------------------ with torchrun

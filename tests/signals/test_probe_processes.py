@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torchtune.models.llama3_2 import llama3_2
 
-from adapt_recipes import probe, rewards
 from adapt_recipes.data import IGNORE_INDEX, Example, MicroBatch, micro_batches
 from adapt_recipes.models import TokenLosses
+from adapt_recipes.signals import passes, rewards
 from adapt_recipes.training.process_group import process_group, rank, world_size
-from adapt_recipes.training.sharding import to_local, shard, full_tensor
+from adapt_recipes.training.sharding import full_tensor, shard, to_local
 
 TASKS = ["long", "short", "absent", "both", "single"]
 N = len(TASKS)
@@ -73,19 +73,19 @@ def measure(model: nn.Module) -> dict[str, Any]:
     """Everything, as whole tensors. It leaves the weights as they were, to the bit."""
     validation, train, pool = make_batches(VALIDATION), make_batches(TRAIN), make_batches(POOL)
     before = [to_local(parameter).detach().clone() for parameter in model.parameters()]
-    v = probe.loss_gradient(model, validation, WEIGHTS)
+    v = passes.loss_gradient(model, validation, WEIGHTS)
     measured: dict[str, Any] = {
-        "losses": probe.task_losses(model, validation, N),
+        "losses": passes.task_losses(model, validation, N),
         "gradient": torch.cat([full_tensor(part).flatten() for part in v]),
-        "dots": probe.gradient_dots(model, train, v, N, relative_step=1e-3),
-        "dots by backward": probe.gradient_dots_by_backward(model, train, v, N),
-        "embeddings": probe.task_embeddings(model, validation, N),
-        "example losses": probe.example_losses(model, pool),
-        "uncertainties": probe.example_uncertainties(model, validation, rewards.MEASURES["EntSent"]),
+        "dots": passes.gradient_dots(model, train, v, N, relative_step=1e-3),
+        "dots by backward": passes.gradient_dots_by_backward(model, train, v, N),
+        "embeddings": passes.task_embeddings(model, validation, N),
+        "example losses": passes.example_losses(model, pool),
+        "uncertainties": passes.example_uncertainties(model, validation, rewards.MEASURES["EntSent"]),
     }
-    with probe.stepped(model, v, -0.05):
-        measured["losses ahead"] = probe.task_losses(model, validation, N)
-        measured["embeddings ahead"] = probe.task_embeddings(model, train, N)
+    with passes.stepped(model, v, -0.05):
+        measured["losses ahead"] = passes.task_losses(model, validation, N)
+        measured["embeddings ahead"] = passes.task_embeddings(model, train, N)
     arguments: dict[str, Any] = {"task_names": TASKS, "model": model}
     base_losses = measured["example losses"] + torch.arange(len(measured["example losses"])) / 10
     measured |= {
