@@ -400,7 +400,7 @@ def another_error_is_one_for_all(folder: Path) -> None:
         save(there, 3)
         assert newest(there) == 3
 
-    for victim, failing in ((0, "_sync"), *itertools.product(range(2), ("_checksums", "_Writer.write_data"))):
+    for victim, failing in ((0, "fsync"), *itertools.product(range(2), ("_checksums", "_Writer.write_data"))):
         there = folder / f"{victim} {failing}"
         assert forked(folder, 2, work) == [0, 0], (victim, failing)
 
