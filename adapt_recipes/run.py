@@ -94,23 +94,26 @@ class Run:
     def __enter__(self) -> Run:
         """Joins the processes, and looks at what the folder holds."""
         config = self.config
-        self._open.enter_context(process_group(config.device, batch_size=config.batch_size))
-        check_same(to_dict(config), advice="start all with the same command")
-        self.is_finished = config.resume and all_gather_object(is_finished(self.output_dir))[0]  # as rank 0 sees it
-        if self.is_finished:
-            print(f"the run in {self.output_dir} is finished already: see its summary.json")
-            return self
         try:
+            self._open.enter_context(process_group(config.device, batch_size=config.batch_size))
+            check_same(to_dict(config), advice="start all with the same command")
+            self.is_finished = config.resume and all_gather_object(is_finished(self.output_dir))[0]  # as rank 0 sees it
+            if self.is_finished:
+                print(f"the run in {self.output_dir} is finished already: see its summary.json")
+                return self
             with raise_on_all_ranks():
                 self.device = get_device(config.device)
                 if has_run(self.output_dir) and not config.resume:
                     advice = "set resume=true to continue it, or choose another folder"
                     raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
-            self.checkpoints = Checkpoints(
-                self.output_dir / "checkpoints", keep=config.keep_checkpoints, asynchronous=config.async_checkpointing
-            )
-            self._open.callback(self.checkpoints.close)
-            self.saved = self.checkpoints.newest()
+            with raise_on_all_ranks():
+                self.checkpoints = Checkpoints(
+                    self.output_dir / "checkpoints",
+                    keep=config.keep_checkpoints,
+                    asynchronous=config.async_checkpointing,
+                )
+                self._open.callback(self.checkpoints.close)
+                self.saved = self.checkpoints.newest()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -151,6 +154,7 @@ class Run:
             ValueError: the checkpoint is of another config or of other data; it names the keys.
         """
         config, saved = self.config, self.saved
+        self._ledger = ledger
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture
         self._states: dict[str, Stateful] = {**states, "run": self}
@@ -179,7 +183,6 @@ class Run:
             self._open.callback(self._log.close)
             write_resolved(self.output_dir, to_dict(config))
         self.checkpoints.clean()
-        self._ledger = ledger
         self._saved_at = ledger.steps
         self._show_plan(tasks)
         self._began += time.perf_counter()

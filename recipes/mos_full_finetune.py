@@ -159,18 +159,18 @@ class Recipe:
                 (losses.sum() * world_size() / step_tokens).backward()  # gradients are averaged over processes
                 loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())
 
-        # Clip, check, update.
+        # Clip, count, check, update.
         grad_norm = clip_grad_norm(self.model.parameters(), config.clip_grad_norm)
         loss_sums = all_reduce_sum(loss_sums.cpu())
         loss = float(loss_sums.sum()) / step_tokens
+        ledger.spend(task_tokens, unique=data.count_unique(draws), batches=batches)
         if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
             names = data.draw_names(draws, self.tasks)
-            raise_nonfinite(self.model, batches, names=names, step=ledger.steps + 1)
+            raise_nonfinite(self.model, batches, names=names, step=ledger.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        # Count and log.
-        ledger.spend(task_tokens, unique=data.count_unique(draws), batches=batches)
+        # Log.
         self.train_losses.add(loss_sums, task_tokens)
         self.run.log_step(
             loss=loss,
