@@ -77,9 +77,9 @@ def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) 
 
 
 def max_token(tasks: Sequence[Task]) -> int:
-    """The highest token id that any of the tasks holds."""
+    """The highest token id that any of the tasks holds; 0 where there are no tasks."""
     splits = [split for task in tasks for split in (task.train, task.validation) if split is not None]
-    return max(int(split.tokens.max()) for split in splits)
+    return max((int(split.tokens.max()) for split in splits), default=0)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
