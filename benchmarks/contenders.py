@@ -46,7 +46,7 @@ def ours(settings: dict[str, Any]) -> Training:
         losses.append(loss)
         log_step(loss=loss, **values)
 
-    run.log_step = keep_loss  # type: ignore[assignment]
+    run.log_step = keep_loss  # type: ignore[method-assign]
 
     def train() -> None:
         recipe.sampler.load_state_dict(start)

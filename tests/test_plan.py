@@ -419,7 +419,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
     """As a user types it, from a folder of theirs; without memory for the weights, which would be 5 GB."""
     source = (ROOT / "recipes" / "sft_full_finetune.py").read_text()
     (folder / "helper.py").write_text("")
-    (folder / "mine.py").write_text(source.replace("import contextlib\n", "import contextlib\nimport helper\n", 1))
+    (folder / "mine.py").write_text(source.replace("import torch\n", "import helper\nimport torch\n", 1))
     shipped = str(ROOT / "yaml" / "llama3_2_1b_uniform_10pct.yaml")
     overrides = [
         "tokenizer=adapt_recipes.data.ByteTokenizer",
@@ -453,7 +453,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         (["gone.py", *plain("adapt")], "no recipe of ours 'gone.py'"),
         (["plain.py", *plain("adapt")], "plain.py has no class Config"),
         (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
-        (["small.py", "--config", "small.yaml"], "has no 'strategy', without which there is no plan"),
+        (["small.py", "--config", "small.yaml"], "Config does not inherit TrainConfig, without which there is no plan"),
         (["adapt_full_finetune", "--config", "tiny_adapd"], "neither a file nor a known name"),
         (["adapt_full_finetune", *plain("adapt", "sede=1")], "unknown key 'sede'; did you mean 'seed'?"),
         (["adapt_full_finetune", *plain("adapt", "tasks.path=nowhere")], "nowhere"),

@@ -104,7 +104,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     """
     if not isinstance(config, TrainConfig):
         raise ValueError("the recipe's Config does not inherit TrainConfig, without which there is no plan")
-    if config.batch_size < num_processes:  # as ``training.distributed.processes`` says it
+    if config.batch_size < num_processes:  # as ``training.process_group`` says it
         raise ValueError(
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )

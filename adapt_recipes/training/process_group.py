@@ -3,7 +3,7 @@
 torchrun starts the processes (``tune run --nproc_per_node 2 RECIPE ...``), and each runs the same recipe from top to
 bottom. On one process every function here does the same without anybody to ask, so a recipe needs no branch.
 
-What a process does alone may fail there alone, while the others wait for it: such things stand in ``together``.
+What a process does alone may fail there alone, while the others wait for it: ``raise_on_all_ranks`` is for that.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def world_size() -> int:
 def process_group(device: str | None, *, batch_size: int) -> Iterator[None]:
     """The group of the processes that torchrun has started, until the end of the block; one alone needs none.
 
-    Only the first one's standard output is seen. An error that ``together`` has shared is said once, by the first.
+    Only rank 0's standard output is seen. An error that ``raise_on_all_ranks`` has shared is said once, by rank 0.
     After an error the group is left as it is, for ``command_line`` to say what is wrong and leave.
 
     Args:
