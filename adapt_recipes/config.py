@@ -41,6 +41,8 @@ Steps = Annotated[int, Field(ge=0)]
 class TrainConfig:
     """What every recipe's config has. Nodes with a `_component_` take that component's arguments as well."""
 
+    recipe: str | None = None
+    """the recipe that this config is for, by name or path; a shipped recipe called by name refuses another's"""
     strategy: str
     """name of the way to set the mixture; configs and results are named by it"""
     output_dir: Annotated[str, FREE_AT_RESUME, NOT_COMPARED]

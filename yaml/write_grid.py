@@ -417,6 +417,7 @@ probe:
 #         {lines(model.remedy, reading)}
 # Length: {length}, more where short answers are drawn; {millions} million examples assumed.
 {shares}
+recipe: {strategy.recipe}
 strategy: {strategy_name}
 output_dir: runs/{name}
 resume: true
