@@ -25,7 +25,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from adapt_recipes.cli import recipe_file, recipe_of  # noqa: E402 (runs without an installation as well)
+
 ENTROPIES = {"noise": math.log(16)}
 
 
@@ -58,9 +62,9 @@ def rows(words: Sequence[str]) -> list[Row]:
 def run(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     """One run of a shipped config, in a process of its own; nothing where it is finished."""
     path = ROOT / "yaml" / f"{config}.yaml"
-    recipe = ROOT / "recipes" / f"{path.read_text().split()[3]}.py"  # "# tune run RECIPE --config ..."
+    recipe = recipe_file(str(recipe_of(path)))
     seeds = [f"seed={seed}"] + ([f"tasks.seed={seed}"] if config.startswith("tiny_") else [])
-    command = [sys.executable, str(recipe), "--config", str(path), *seeds, f"output_dir={folder}", "resume=true"]
+    command = [sys.executable, recipe, "--config", str(path), *seeds, f"output_dir={folder}", "resume=true"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(folder.with_suffix(".txt"), "w") as output:
         subprocess.run([*command, *overrides], check=True, stdout=output, stderr=output, env=environment)

@@ -85,8 +85,7 @@ def row(model: str, num_processes: int) -> str:
 def reckoned(config_name: str, num_processes: int, overrides: Sequence[str]) -> Memory:
     """Of a shipped config with overrides."""
     path = common.CONFIGS / f"{config_name}.yaml"
-    recipe = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
-    module = common.load_module(recipe, common.ROOT / "recipes" / f"{recipe}.py")
+    module = common.load_recipe(path)
     config = load(module.Config, path, overrides)
     rows, length = config.micro_batch_tokens // config.max_seq_len, config.max_seq_len
     shape = Shape(rows, length, rows * length // TOKENS_PER_SUPERVISED)

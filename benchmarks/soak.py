@@ -32,7 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from adapt_recipes.config import command_line  # noqa: E402 (runs without an installation as well)
+from adapt_recipes.cli import recipe_file, recipe_of  # noqa: E402 (runs without an installation as well)
+from adapt_recipes.config import command_line  # noqa: E402
 
 SIZE = 2  # processes
 STOP_TIMEOUT = 60  # seconds, for the end of the one that was not killed
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments, overrides = parser.parse_known_args(argv)
     generator, happened, started = random.Random(arguments.seed), Counter[str](), time.monotonic()
     config = ROOT / "yaml" / f"{arguments.config}.yaml"
-    recipe = _load(ROOT / "recipes" / f"{config.read_text().split()[3]}.py")  # "# tune run RECIPE --config ..."
+    recipe = _load(Path(recipe_file(str(recipe_of(config)))))
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         budget = 64 * (arguments.kills * (MAX_STEPS - 2) + 20)  # in tokens, 64 a step: the last kill is before the end

@@ -107,8 +107,7 @@ def set_up(
 ) -> Any:
     """The shipped recipe with a shipped config, on the examples split into ``num_tasks`` tasks."""
     path = common.CONFIGS / f"smollm2_135m_{strategy}_10pct.yaml"
-    name = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
-    module = common.load_module(name, common.ROOT / "recipes" / f"{name}.py")
+    module = common.load_recipe(path)
     overrides = [
         *sources,
         "tasks=common.equal_tasks",

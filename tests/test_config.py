@@ -20,6 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
+from adapt_recipes import cli
 from adapt_recipes.budget import BudgetConfig
 from adapt_recipes.config import (
     FREE_AT_RESUME,
@@ -217,7 +218,7 @@ def test_config_differences_are_named() -> None:
 @cache
 def recipe_of(path: Path) -> ModuleType:
     """By its file: torchtune installs a package called `recipes` that raises when it is imported."""
-    name = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
+    name = str(cli.recipe_of(path))
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from tiers import slow_but
 
-import tune_cli_ext
+from adapt_recipes import cli
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning import Plan, make_plan, show
@@ -68,8 +68,8 @@ def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch
 
 def config_of(config: str, *overrides: str, recipe: str | None = None) -> Any:
     path = ROOT / "yaml" / f"tiny_{config}.yaml"
-    file = ROOT / "recipes" / f"{recipe}.py" if recipe else tune_cli_ext._recipe_path(str(path))
-    return load(tune_cli_ext._schema(str(file)), path, both([*COMMON, f"output_dir=run_{config}"], overrides))
+    schema = cli.schema(cli.recipe_file(recipe or str(cli.recipe_of(path))))
+    return load(schema, path, both([*COMMON, f"output_dir=run_{config}"], overrides))
 
 
 def both(common: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -235,7 +235,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     """(exit status, standard output, standard error) of `tune plan`."""
     status = 0
     try:
-        tune_cli_ext._plan(words)
+        cli.plan(words)
     except SystemExit as exit:
         status = int(exit.code or 0)
     captured = capsys.readouterr()

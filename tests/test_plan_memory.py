@@ -20,13 +20,13 @@ from tiers import slow_but
 
 import adapt_recipes.run
 from adapt_recipes import models
+from adapt_recipes.cli import recipe_file, recipe_of, schema
 from adapt_recipes.config import load
 from adapt_recipes.planning.memory import CPU, LiveBytes, Memory, Shape, Size, estimate_memory
 from adapt_recipes.planning.update import update_of
 from adapt_recipes.run import Run
 from adapt_recipes.training.process_group import process_group
 from adapt_recipes.training.sharding import to_local
-from tune_cli_ext import _recipe_path, _schema
 
 ROOT = Path(__file__).parents[1]
 # Large enough that what torch keeps of its own (a few hundred kB) is little beside it.
@@ -94,8 +94,7 @@ def write_tasks(folder: Path) -> None:
 
 def config_of(case: Case, folder: Path) -> Any:
     path = ROOT / "yaml" / f"tiny_{case.config}.yaml"
-    recipe = _recipe_path(str(path))
-    assert recipe is not None
+    recipe = recipe_file(str(recipe_of(path)))
     settings = MODEL | {
         "tasks": "adapt_recipes.data.jsonl_tasks",
         "tasks.path": folder / "tasks",
@@ -112,7 +111,7 @@ def config_of(case: Case, folder: Path) -> Any:
         settings["probe.examples"] = 4
     settings |= case.changes
     overrides = [key if value is None else f"{key}={value}" for key, value in settings.items()]
-    return load(_schema(recipe), path, ["~tasks.noise", "tokenizer.supervise_end=true", *overrides])
+    return load(schema(recipe), path, ["~tasks.noise", "tokenizer.supervise_end=true", *overrides])
 
 
 def peak(run: Callable[[], object], recipe: Any) -> int:

@@ -39,8 +39,8 @@ ROOT = HERE.parents[1]
 
 
 def recipe_of(config: Path) -> str:
-    """The recipe's name, as a config's first line says: "# tune run RECIPE --config ..."."""
-    return config.read_text().split()[3]
+    """The recipe's name, by the config's key ``recipe``."""
+    return next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("recipe: "))
 
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "yaml").glob("*.yaml"))}

@@ -40,10 +40,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from adapt_recipes import data
+from adapt_recipes import data, models
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.planning.memory import Shape, build_model, reckon_memory
+from adapt_recipes.planning.memory import CPU, Shape, estimate_memory
 
 SCRIPT = ROOT / "yaml" / "write_grid.py"
 # By its path: the folder is not a package.
@@ -232,12 +232,12 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
 def test_mos_is_set_as_in_its_paper() -> None:
     """The settings that the paper gives, and which reward is whose."""
     rewards = {
-        "mos_cossim": {"_component_": "adapt_recipes.rewards.CosineSimilarity"},
-        "mos_diff": {"_component_": "adapt_recipes.rewards.PerplexityRatio"},
-        "mospec_cossim": {"_component_": "adapt_recipes.rewards.CosineSimilarity", "specialist": "math"},
-        "mospec_diff": {"_component_": "adapt_recipes.rewards.PerplexityRatio", "specialist": "math"},
-        "multidds": {"_component_": "adapt_recipes.rewards.GradientAlignment"},
-        "multiuat": {"_component_": "adapt_recipes.rewards.Uncertainty", "measure": "EntSent"},
+        "mos_cossim": {"_component_": "adapt_recipes.signals.rewards.CosineSimilarity"},
+        "mos_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio"},
+        "mospec_cossim": {"_component_": "adapt_recipes.signals.rewards.CosineSimilarity", "specialist": "math"},
+        "mospec_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio", "specialist": "math"},
+        "multidds": {"_component_": "adapt_recipes.signals.rewards.GradientAlignment"},
+        "multiuat": {"_component_": "adapt_recipes.signals.rewards.Uncertainty", "measure": "EntSent"},
     }
     scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "learning_rate": 1e-4, "ema": 0.9}
     for config in MOS:
@@ -347,8 +347,8 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(TokenLosses, "forward", counted)
     for recipe in (
-        load_recipe("adapt_full_finetune").AdaptFullFinetune,
-        load_recipe("mos_full_finetune").MosFullFinetune,
+        load_recipe("adapt_full_finetune").Recipe,
+        load_recipe("mos_full_finetune").Recipe,
     ):
         monkeypatch.setattr(recipe, "update_mixture", measured(recipe.update_mixture))
     return costs
@@ -463,7 +463,7 @@ def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> Non
 @pytest.mark.slow
 def test_the_remedy_takes_the_memory_that_it_says() -> None:
     loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[TOO_LARGE], WITH_REMEDY)
-    memory, size = reckon_memory(build_model(loaded), loaded, Shape(4, 1024, 512))
+    memory, size = estimate_memory(models.build(loaded, [], device=CPU, checkpointer=None), loaded, Shape(4, 1024, 512))
     assert 0 < size.trained < size.parameters / 1000
     assert f"some {memory.total / 1e9:.0f} GB (reckoned" in REMEDY.replace("\n", " ")
 
