@@ -221,7 +221,7 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
         return {key: value for key, value in VALUES[config].items() if key not in ("output_dir", *keys)}
 
     of_model = ("model", "tokenizer", "checkpointer")
-    of_strategy = ("strategy", "mixture", "reward", "sampling", "mixture_update_every", "probe")
+    of_strategy = ("recipe", "strategy", "mixture", "reward", "sampling", "mixture_update_every", "probe")
     of_budget = ("budget", "checkpoint_every", "validate_every", "mixture_update_every", "probe")
     for config, name in NAMES.items():
         assert rest(config, *of_strategy) == rest(name.sibling(strategy="uniform"), *of_strategy)
