@@ -14,6 +14,8 @@ import pytest
 
 from adapt_recipes.data import RawTask
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

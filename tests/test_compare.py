@@ -23,6 +23,7 @@ def compare() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_comparison(
     compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

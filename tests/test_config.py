@@ -291,6 +291,7 @@ def misspellings(draw: st.DrawFn) -> tuple[str, str, str]:
     return where, key, draw(st.sampled_from(sorted(slips(key))))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(misspellings())
 def test_no_misspelling_gets_through(misspelling: tuple[str, str, str]) -> None:

@@ -58,6 +58,7 @@ def test_downloads_are_those_of_the_configs() -> None:
         assert f"# Model:  tune {shlex.join(words)}".replace("'", '"') in headers
 
 
+@pytest.mark.slow
 def test_what_tune_is_told(tmp_path: Path) -> None:
     """In the order of the pages, in one folder, as a reader would; runs are shortened and there is what they follow."""
     before = ["run", "adapt_full_finetune", "--config", "yaml/tiny_adapt_planned.yaml"]  # make demo

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tiers import slow_but
 
 import tune_cli_ext
 from adapt_recipes.config import load
@@ -105,12 +106,14 @@ EVEN = [
     ("config", "recipe", "overrides"),
     [
         ("uniform", None, ["budget.passes=2.3", "validate_every=4"]),
-        ("proportional", None, ["budget.tokens=99", "validate_every=0"]),
-        ("temperature", None, ["budget.fraction=0.9", "seed=3"]),
+        pytest.param("proportional", None, ["budget.tokens=99", "validate_every=0"], marks=pytest.mark.slow),
+        pytest.param("temperature", None, ["budget.fraction=0.9", "seed=3"], marks=pytest.mark.slow),
         ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.passes=1.5"]),
         ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.passes=1.5", "seed=5"]),
-        ("uniform", "adapt_full_finetune", ["budget.passes=1.1", "mixture_update_every=2"]),
-        ("adapt_planned", None, ["budget.tokens=60", "mixture_update_every=0"]),
+        pytest.param(
+            "uniform", "adapt_full_finetune", ["budget.passes=1.1", "mixture_update_every=2"], marks=pytest.mark.slow
+        ),
+        pytest.param("adapt_planned", None, ["budget.tokens=60", "mixture_update_every=0"], marks=pytest.mark.slow),
         ("mos_diff", None, ["budget.tokens=60", "mixture_update_every=50"]),  # it reads its pool once all the same
     ],
 )
@@ -125,6 +128,7 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
     assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["tokens", "dataset"])
 def test_a_run_knows_about_how_many_steps_it_makes(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As it starts, without drawing: to a few per cent where it is long, whether p is of tokens or of steps."""
@@ -173,7 +177,7 @@ LEARNED = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", slow_but(("adapt", "mos_diff"), LEARNED))
 def test_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all examples are alike a run has as many steps and reads as much, however its mixture has changed.
 
@@ -201,6 +205,7 @@ def test_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (sum(work) - work_of_validation) / (3 * plan.tokens / plan.steps) == pytest.approx(plan.mixture_cost_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapt", "hbo", "mos_diff"])
 def test_learned_of_unlike_examples(name: str) -> None:
     """With a mixture that learns next to nothing a run is the planned one, and each update reads other examples."""
@@ -214,6 +219,7 @@ def test_learned_of_unlike_examples(name: str) -> None:
     assert spent == summary["task_tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "per_token"), [("adapt", 2), ("adapt_planned", 1 / 3), ("hbo", 1), ("multidds", 2)])
 def test_the_cost_of_an_update_is_that_of_the_docs(config: str, per_token: float) -> None:
     """In docs/mixtures.md, in steps for r = tokens that a probe reads over tokens of a step."""
@@ -259,6 +265,7 @@ def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "a component is made" in err  # what components print does not come between
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_is_being_done_is_said_on_a_terminal_alone(folder: Path, terminal: bool) -> None:
     """On stderr: what a script reads from stdout stays one JSON object."""
@@ -282,6 +289,7 @@ def test_what_is_being_done_is_said_on_a_terminal_alone(folder: Path, terminal: 
     assert doings == ["reading tasks", "drawing examples", "reckoning memory"]
 
 
+@pytest.mark.slow
 def test_processes_share_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
     def planned(*words: str) -> dict[str, Any]:
         status, out, err = command(capsys, *words)
@@ -302,6 +310,7 @@ def test_processes_share_memory_alone(capsys: pytest.CaptureFixture[str]) -> Non
         assert whole / 4 <= share < whole / 2
 
 
+@pytest.mark.slow
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     words = plain("adapt", *EVEN, "mixture_update_every=3", "probe.examples=2")
     status, out, _ = command(capsys, "adapt_full_finetune", *words, "--nproc_per_node", "2")
@@ -415,6 +424,7 @@ def test_lines_are_broken_between_words_on_a_terminal_alone(terminal: bool) -> N
     assert all(word in words for line in lines for word in line.split() if "…" not in word and "─" not in word)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
     """As a user types it, from a folder of theirs; without memory for the weights, which would be 5 GB."""
     source = (ROOT / "recipes" / "sft_full_finetune.py").read_text()

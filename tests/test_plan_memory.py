@@ -16,6 +16,7 @@ from unittest import mock
 import group
 import pytest
 import torch
+from tiers import slow_but
 
 import adapt_recipes.run
 from adapt_recipes import models
@@ -190,7 +191,7 @@ def assert_close(memory: Memory, found: dict[str, Any], *, within: float = 0.02)
     assert memory.mixture == pytest.approx(total - step, abs=within * total)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(list(CASES)[:1], CASES))
 def test_on_one_process(name: str, tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks")
     found = measured(name, tmp_path, peak)
@@ -214,6 +215,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[group.En
     return folder / "on_two", group.run((on_two,), folder)["on_two"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_TWO)
 def test_on_two_processes(name: str, ended: tuple[Path, list[group.Ended]]) -> None:
     folder, (first, second) = ended

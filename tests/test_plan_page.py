@@ -30,6 +30,7 @@ def benchmark() -> ModuleType:
 
 
 # Not all rows: the largest take half a minute each.
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "processes"), [("qwen1_5_0_5b", 2)])
 def test_a_row_is_what_the_script_prints(model: str, processes: int) -> None:
     header, rule, row = benchmark().main(["--models", model, "--processes", str(processes)])

@@ -132,6 +132,7 @@ def listed(output: str) -> dict[str, list[str]]:
 # ---- the wheel
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_sources_and_nothing_beside_them(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "adapt_recipes").rglob("*.py")}
@@ -144,6 +145,7 @@ def test_the_wheel_holds_the_sources_and_nothing_beside_them(wheel: Path) -> Non
     assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -> None:
     """ls, cp, cat and validate, by name."""
     program = "import adapt_recipes as a, tune_cli_ext as t; print(a.__file__, t.__file__)"
@@ -183,6 +185,7 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
         assert status == 2 and hint in output and output.count("\n") == 1, output
 
 
+@pytest.mark.slow
 def test_run_by_name_from_an_empty_folder(installed: Environment, tmp_path: Path) -> None:
     """The literal command of the README where there is no folder yaml/, without the noise of our pins."""
     summary, output = installed.train("adapt_full_finetune", "yaml/tiny_adapt.yaml", tmp_path / "out", cwd=tmp_path)
@@ -190,6 +193,7 @@ def test_run_by_name_from_an_empty_folder(installed: Environment, tmp_path: Path
     assert "cpp extensions" not in output and "set_vital" not in output
 
 
+@pytest.mark.slow
 def test_edited_copies_win_over_the_bundled_files(installed: Environment, tmp_path: Path) -> None:
     """A recipe and a config are copied and edited: then `tune run ./mine.py --config yaml/...` runs the copies."""
     config = (ROOT / "yaml" / "tiny_adapt.yaml").read_text()
@@ -203,6 +207,7 @@ def test_edited_copies_win_over_the_bundled_files(installed: Environment, tmp_pa
     assert summary["strategy"] == "edited"
 
 
+@pytest.mark.slow
 def test_a_python_start_imports_nothing_heavy(installed: Environment, tmp_path: Path) -> None:
     program = "import sys; print(*sys.modules)"
     hooked = set(installed.run(installed.python, "-c", program, cwd=tmp_path).split())
@@ -218,6 +223,7 @@ def test_a_python_start_imports_nothing_heavy(installed: Environment, tmp_path: 
 # ---- the checkout
 
 
+@pytest.mark.slow
 def test_commands_from_the_checkout(editable: Environment, tmp_path: Path) -> None:
     """An editable install reads recipes and configs where they lie."""
     where = editable.run(editable.python, "-c", "import adapt_recipes; print(adapt_recipes.__file__)", cwd=tmp_path)
@@ -235,6 +241,7 @@ def test_commands_from_the_checkout(editable: Environment, tmp_path: Path) -> No
     assert summary["supervised_tokens"] == 64
 
 
+@pytest.mark.slow
 def test_module_without_a_pth_file(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
     command = [sys.executable, "-S", "-m", "tune_cli_ext", "ls"]  # -S: no .pth file is read
@@ -284,18 +291,14 @@ def validate(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]
 
 
 def test_hooking_twice_registers_once(empty_folder: Path) -> None:
+    """And each config with one recipe, that of its first line."""
     tune_cli_ext.hook()
     assert sum("tune_cli_ext" in str(finder) for finder in sys.meta_path) == 1
     recipes = registered()
     assert list(recipes)[: len(RECIPES)] == RECIPES
     assert all(recipes[name].supports_distributed for name in RECIPES)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_is_of_one_recipe(empty_folder: Path, config: str) -> None:
-    recipes = registered()
-    owners = [name for name in RECIPES if config in {entry.name for entry in recipes[name].configs}]
-    assert len(owners) == 1, f"yaml/{config}.yaml has to begin: # tune run RECIPE --config yaml/{config}.yaml"
+    owned = [(config.name, name) for name in RECIPES for config in recipes[name].configs if "/" not in config.name]
+    assert sorted(owned) == [(config, (ROOT / "yaml" / f"{config}.yaml").read_text().split()[3]) for config in CONFIGS]
 
 
 @pytest.mark.parametrize("word", ["my.py", "./my.py", "recipes/my.py", "../{name}/my.py", "{folder}/my.py"])

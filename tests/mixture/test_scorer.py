@@ -111,6 +111,7 @@ def test_an_update_is_the_gradient_that_its_form_says(form, floor) -> None:
 REWARDS = st.lists(st.floats(0.5, 3), min_size=2, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(REWARDS, st.integers(0, 3))
 def test_the_papers_form_ends_at_rewards_over_their_sum(rewards, seed) -> None:

@@ -1,12 +1,16 @@
-"""The six models at a tiny size, here and in transformers, with the same random weights."""
+"""The six models at a tiny size, here and in transformers, with the same random weights; one case for each family."""
 
 from __future__ import annotations
 
 import copy
+import re
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchtune.models.gemma import gemma
@@ -14,6 +18,7 @@ from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
 from torchtune.training import set_default_dtype
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.gemma import GemmaConfig
@@ -22,7 +27,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from adapt_recipes.models import HuggingFaceCheckpointer
+from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config
 from adapt_recipes.models.gemma3 import gemma3
 from adapt_recipes.models.qwen3 import qwen3
 
@@ -121,42 +126,86 @@ CASES = {
 }
 
 
-def randomise(model: nn.Module, *, seed: int = 0) -> None:
+class Tokenizer:
+    """As much of a tokenizer as a checkpointer needs."""
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def randomize(model: nn.Module, *, seed: int = 0) -> None:
     """Norms and biases too: at their defaults of 1 and 0 they hide what is wrong around them."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        centre = parameter.detach().mean().round() if parameter.ndim == 1 and "bias" not in name else 0.0
+        center = parameter.detach().mean().round() if parameter.ndim == 1 and "bias" not in name else 0.0
         std = 0.3 if parameter.ndim == 1 else 0.15
         with torch.no_grad():
-            parameter.copy_(centre + std * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(center + std * torch.randn(parameter.shape, generator=generator))
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> TransformerDecoder:
-    """Ours, with random weights."""
+    """Our decoder, with random weights."""
     with set_default_dtype(dtype):
         decoder = CASES[name].build(**(CASES[name].sizes | changes)).eval()
-    randomise(decoder)
+    randomize(decoder)
     return decoder
 
 
-def pair(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[TransformerDecoder, Any]:
-    """Ours and transformers' with the same weights, through the folder that transformers writes."""
-    case = CASES[name]
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(case.config), attn_implementation="sdpa", dtype=dtype).eval()
-    randomise(model)
+def transformers_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of transformers, with random weights."""
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa", dtype=dtype).eval()
+    randomize(model)
+    return model
+
+
+def write(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Any:
+    """A folder written by transformers; returns its model."""
+    model = transformers_model(CASES[name].config, dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def load(decoder: TransformerDecoder, folder: Path) -> HuggingFaceCheckpointer:
+    """Reads a folder into a decoder, as a recipe does at its start."""
+    checkpointer = HuggingFaceCheckpointer(str(folder))
+    checkpointer.check(decoder)
+    weights = checkpointer.load()
+    assert weights is not None
+    keys = decoder.load_state_dict(weights, strict=False)
+    assert not keys.unexpected_keys and set(keys.missing_keys) == set(get_adapter_params(decoder))
+    return checkpointer
+
+
+def save(decoder: TransformerDecoder, folder: Path, checkpointer: HuggingFaceCheckpointer, **arguments: Any) -> None:
+    """Writes a folder, as a recipe does at its end."""
+    arguments = {"config": checkpointer.config or huggingface_config(decoder), "tokenizer": Tokenizer()} | arguments
+    checkpointer.save(decoder.state_dict(), folder, **arguments)
+
+
+def make_pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[TransformerDecoder, Any]:
+    """Our decoder and the model of transformers with the same weights, through a folder that transformers writes."""
     decoder = build(name, dtype)
-    decoder.load_state_dict(translated(model, folder))
-    HuggingFaceCheckpointer(str(folder)).check(decoder)
+    with tempfile.TemporaryDirectory() as folder:
+        model = write(name, Path(folder), dtype=dtype)
+        load(decoder, Path(folder))
     return decoder, model
 
 
-def translated(model: Any, folder: Path) -> dict[str, Tensor]:
-    """A transformers model's weights under torchtune's names."""
-    model.save_pretrained(folder)
-    weights = HuggingFaceCheckpointer(str(folder)).load()
-    assert weights is not None
-    return weights
+# The same two models for all tests, none of which may change them.
+pair = cache(make_pair)
 
 
 def tokens(length: int = LENGTH, *, rows: int = 2, seed: int = 1) -> Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def assert_same_logits(decoder: TransformerDecoder, model: Any, length: int = LENGTH) -> None:
+    expected = model(tokens(length)).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(decoder(tokens(length)), expected, rtol=0, atol=2e-5)
+
+
+def refused(message: str) -> Any:
+    """A ValueError of one line that holds ``message``."""
+    return pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(message)}[^\n]*\Z")

@@ -121,6 +121,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_two_processes_write_the_bytes_of_one(
     ended: dict[str, list[group.Ended]], home: Path, tmp_path: Path, model: str
@@ -144,6 +145,7 @@ def test_what_one_process_writes_is_what_it_has(home: Path, tmp_path: Path) -> N
         assert torch.equal(after[name], ((weight.float() + 0.1) * 1.1).bfloat16())
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_the_first_process_ends_all(ended: dict[str, list[group.Ended]], home: Path) -> None:
     first, second = ended["the_disk_is_full"]
     assert (first.status, second.status) == (2, 2)

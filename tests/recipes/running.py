@@ -123,9 +123,9 @@ class Run(NamedTuple):
         return [{key: value for key, value in line.items() if key != "seconds"} for line in self.events("step")]
 
 
-def finished(config: str, *overrides: str, output_dir: Path) -> Run:
-    """A shipped config, by name, run to its end in this process."""
-    module = load_recipe(recipe_of(CONFIGS[config]))
+def finished(config: str, *overrides: str, output_dir: Path, recipe: str | None = None) -> Run:
+    """A shipped config, by name, run to its end in this process; by the recipe that it names, or another."""
+    module = load_recipe(recipe or recipe_of(CONFIGS[config]))
     assert module.main(load(module.Config, CONFIGS[config], [f"output_dir={output_dir}", *overrides])) == 0
     return Run(output_dir, events(output_dir), json.loads((output_dir / "summary.json").read_text()))
 

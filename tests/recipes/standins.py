@@ -37,7 +37,7 @@ def write_natural_instructions(folder: Path, types: Sequence[str], *, num_exampl
     (folder / "tasks").mkdir(parents=True)
     rng = random.Random(0)
     for number, category in enumerate(types):
-        inputs = [f"{category} {i} " + "x" * rng.randint(0, 40) for i in range(num_examples)]
+        inputs = [f"{category} {i} " + "x" * rng.randint(0, 20) for i in range(num_examples)]
         instances = [
             {"id": str(i), "input": each, "output": [rng.choice(["yes", "no"])]} for i, each in enumerate(inputs)
         ]

@@ -1,4 +1,7 @@
-"""The grid of configs is what its script writes, spends what it says on mixture updates, and runs to its end."""
+"""The grid of configs is what its script writes, spends what it says on mixture updates, and runs to its end.
+
+That each is what its name and its header say is shown in ``test_shipped_configs.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT, Run, Runner
+from conftest import Runner
+from running import CONFIGS, ROOT, Run, finished, load_recipe, recipe_of
 from standins import write_natural_instructions, write_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -43,11 +46,12 @@ from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.memory import Shape, build_model, reckon_memory
 
 SCRIPT = ROOT / "yaml" / "write_grid.py"
-MODULE = runpy.run_path(str(SCRIPT))  # by path, for the folder is no package
+# By its path: the folder is not a package.
+MODULE = runpy.run_path(str(SCRIPT))
 WRITTEN: dict[str, str] = MODULE["configs"]()
 GRID = [name.removesuffix(".yaml") for name in WRITTEN]
-CONFIGS = {name: yaml.safe_load(content) for name, content in zip(GRID, WRITTEN.values(), strict=True)}
-TYPES = CONFIGS[GRID[0]]["tasks"]["types"]
+VALUES = {name: yaml.safe_load(content) for name, content in zip(GRID, WRITTEN.values(), strict=True)}
+TYPES = VALUES[GRID[0]]["tasks"]["types"]
 DATASETS = ["dialogue", "math", "medical", "nlp"]  # in the order of their files
 # What an update costs for each example that it measures on: a forward is 1, a forward and its backward 3.
 COST = {
@@ -94,10 +98,10 @@ class Kind(NamedTuple):
     config: dict[str, Any]
 
 
-SIZES = {"vocab_size": 304, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48}
+SIZES = {"vocab_size": 304, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48}
 CONFIG = {
     "vocab_size": 304,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "hidden_size": 32,
@@ -114,7 +118,7 @@ KINDS = {
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "sliding_window": 24,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_types": ["sliding_attention", "full_attention"],
             "rope_parameters": {
                 "full_attention": {"rope_type": "default", "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -179,12 +183,8 @@ MOS = [config for config, name in NAMES.items() if name.grid is GRID_MOS]
 GRID_OF = {name.model: name.grid for name in NAMES.values()}
 
 
-def recipe_of(config: str) -> str:
-    return WRITTEN[f"{config}.yaml"].split()[3]  # "# tune run RECIPE --config ..."
-
-
 def names_of_tasks(config: str) -> list[str]:
-    return CONFIGS[config]["tasks"].get("types", DATASETS)
+    return VALUES[config]["tasks"].get("types", DATASETS)
 
 
 # ---- the files
@@ -218,7 +218,7 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
     """A comparison of strategies compares nothing else."""
 
     def rest(config: str, *keys: str) -> dict[str, Any]:
-        return {key: value for key, value in CONFIGS[config].items() if key not in ("output_dir", *keys)}
+        return {key: value for key, value in VALUES[config].items() if key not in ("output_dir", *keys)}
 
     of_model = ("model", "tokenizer", "checkpointer")
     of_strategy = ("strategy", "mixture", "reward", "sampling", "mixture_update_every", "probe")
@@ -227,26 +227,6 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
         assert rest(config, *of_strategy) == rest(name.sibling(strategy="uniform"), *of_strategy)
         assert rest(config, *of_model) == rest(name.sibling(model=next(iter(name.grid.models))), *of_model)
         assert rest(config, *of_budget) == rest(name.sibling(budget=next(iter(name.grid.budgets))), *of_budget)
-
-
-@pytest.mark.parametrize("config", GRID)
-def test_it_is_what_its_name_says(config: str, recipes: dict[str, ModuleType]) -> None:
-    """To the recipe that its first line names, and in its header."""
-    name, text, recipe = NAMES[config], WRITTEN[f"{config}.yaml"], recipe_of(config)
-    assert text.startswith(f"# tune run {recipe} --config yaml/{config}.yaml\n")
-    kind = "sft" if name.strategy in STATIC else "adapt" if name.strategy.startswith("adapt") else "mos"
-    assert recipe == f"{kind}_full_finetune"
-    loaded = load(recipes[recipe].Config, ROOT / "yaml" / f"{config}.yaml")
-    assert (loaded.strategy, loaded.output_dir) == (name.strategy, f"runs/{config}")
-    assert loaded.model.component.rpartition(".")[2] == name.model
-    setting, words = {
-        "1pct": ({"fraction": 0.01}, "1 % of"),
-        "5pct": ({"fraction": 0.05}, "5 % of"),
-        "10pct": ({"fraction": 0.1}, "10 % of"),
-        "3ep": ({"passes": 3}, "three times"),
-    }[name.budget]
-    assert CONFIGS[config]["budget"] == setting
-    assert f"with {words} their supervised tokens." in text.replace("\n# ", " ")
 
 
 def test_mos_is_set_as_in_its_paper() -> None:
@@ -261,7 +241,7 @@ def test_mos_is_set_as_in_its_paper() -> None:
     }
     scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "learning_rate": 1e-4, "ema": 0.9}
     for config in MOS:
-        values, strategy = CONFIGS[config], NAMES[config].strategy
+        values, strategy = VALUES[config], NAMES[config].strategy
         assert (values["batch_size"], values["optimizer"]["lr"], values["lr_schedule"]["warmup"]) == (64, 1e-5, 0.1)
         assert values["optimizer"]["_component_"] == "torch.optim.AdamW"
         assert values["lr_schedule"]["_component_"] == "adapt_recipes.training.schedule.linear"
@@ -278,7 +258,7 @@ def test_mos_is_set_as_in_its_paper() -> None:
 @pytest.mark.parametrize("config", [config for config, name in NAMES.items() if name.strategy in COST])
 def test_updates_are_many_and_cost_what_it_says(config: str) -> None:
     """And of ADAPT, whose settings are ours: at most 5 % of the time by passes over examples."""
-    values, text, name = CONFIGS[config], WRITTEN[f"{config}.yaml"], NAMES[config]
+    values, text, name = VALUES[config], WRITTEN[f"{config}.yaml"], NAMES[config]
     update_every, examples = values["mixture_update_every"], values["probe"]["examples"]
     update = len(names_of_tasks(config)) * examples * COST[name.strategy]
     steps = update_every * values["batch_size"] * 3
@@ -290,14 +270,6 @@ def test_updates_are_many_and_cost_what_it_says(config: str) -> None:
     millions = float(re.search(r"; ([\d.]+) million examples", text).group(1))
     passes = values["budget"].get("fraction") or values["budget"]["passes"]
     assert length == pytest.approx(passes * millions * 1e6 / values["batch_size"], abs=5)
-
-
-@pytest.mark.parametrize("config", GRID)
-def test_it_says_where_memory_is_reckoned(config: str) -> None:
-    lines = WRITTEN[f"{config}.yaml"].splitlines()
-    (place,) = (i for i, line in enumerate(lines) if line.startswith("# Memory: docs/scaling.md"))
-    command = f"tune plan --nproc_per_node N {recipe_of(config)} --config yaml/{config}.yaml"
-    assert lines[place + 1] == f"#         {command}"
 
 
 # ---- runs
@@ -325,7 +297,7 @@ def write_datasets(folder: Path) -> None:
     folder.mkdir()
     rng = random.Random(0)
     for size, name in zip((8, 12, 16, 24), DATASETS, strict=True):
-        prompts = [f"{name} {i} " + "x" * rng.randint(0, 40) for i in range(size)]
+        prompts = [f"{name} {i} " + "x" * rng.randint(0, 20) for i in range(size)]
         pairs = [{"prompt": prompt, "response": rng.choice(["yes", "no"])} for prompt in prompts]
         lines = [pair if i % 2 else messages(**pair) for i, pair in enumerate(pairs)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -350,13 +322,13 @@ def tiny(config: str, hub: Path, *, builder: str | None = None, batch_size: int 
     name, kind = NAMES[config], KINDS[NAMES[config].model]
     overrides = [f"model={builder or kind.builder}", *(f"model.{k}={v}" for k, v in (SIZES | kind.sizes).items())]
     if batch_size is None:
-        batch_size = 32 if config in MOS else round(200 * CONFIGS[config]["budget"]["fraction"])
+        batch_size = 32 if config in MOS else round(200 * VALUES[config]["budget"]["fraction"])
     overrides += ["device=cpu", "max_seq_len=256", "tasks.validation_examples=2", f"batch_size={batch_size}"]
     return overrides + (["mixture_update_every=2", "probe.examples=2"] if name.strategy in COST else [])
 
 
 @pytest.fixture
-def costs(recipes: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What each mixture update of the runs to come costs: sequences, counted 3 where they are to have a backward."""
     costs, total = [], [0]
     forward = TokenLosses.forward
@@ -374,28 +346,46 @@ def costs(recipes: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> li
         return update_mixture
 
     monkeypatch.setattr(TokenLosses, "forward", counted)
-    for recipe in (recipes["adapt_full_finetune"].AdaptFullFinetune, recipes["mos_full_finetune"].MosFullFinetune):
+    for recipe in (
+        load_recipe("adapt_full_finetune").AdaptFullFinetune,
+        load_recipe("mos_full_finetune").MosFullFinetune,
+    ):
         monkeypatch.setattr(recipe, "update_mixture", measured(recipe.update_mixture))
     return costs
 
 
-def tasks_of(done: Run, recipe: ModuleType) -> list[data.Task]:
+def tasks_of(done: Run, name: str) -> list[data.Task]:
     """The tasks of a run, as its ``resolved.yaml`` gives them."""
-    config = load(recipe.Config, done.folder / "resolved.yaml")
+    config = load(load_recipe(recipe_of(CONFIGS[name])).Config, done.folder / "resolved.yaml")
     return data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
 
 
-# Each strategy of MoS once, with its models in turn: each line of a config is a model's or a strategy's, never both's.
-RUNS = [config for config in GRID if config not in MOS]
-RUNS += [f"{(*GRID_MOS.models,)[i % 3]}_{strategy}_3ep" for i, strategy in enumerate(GRID_MOS.strategies)]
+def covering(grid: Any) -> list[str]:
+    """Each model, strategy and budget of a study at least once, in as few configs as there are strategies.
+
+    Each line of a config is of one of the three, but for how often the mixture is updated, which ``tiny`` overrides.
+    """
+    models, budgets = [*grid.models], [*grid.budgets]
+    strategies = enumerate(grid.strategies)
+    return [f"{models[i % len(models)]}_{strategy}_{budgets[i % len(budgets)]}" for i, strategy in strategies]
 
 
-@pytest.mark.parametrize("config", RUNS)
-def test_runs(run: Runner, recipes: dict[str, ModuleType], costs: list[int], hub: Path, config: str) -> None:
-    name, values = NAMES[config], CONFIGS[config]
+COVERING = [config for grid in (MODULE["ADAPT"], MODULE["MOS"]) for config in covering(grid)]
+
+
+def test_what_runs_covers_the_grid() -> None:
+    for field in ("model", "strategy", "budget"):
+        assert {getattr(NAMES[config], field) for config in COVERING} == {
+            getattr(each, field) for each in NAMES.values()
+        }
+
+
+@pytest.mark.parametrize("config", COVERING)
+def test_runs(run: Runner, costs: list[int], hub: Path, config: str) -> None:
+    name, values = NAMES[config], VALUES[config]
     ((unit, share),) = values["budget"].items()
     done = run(config, *tiny(config, hub), f"budget.{unit}={share}")
-    tasks, summary = tasks_of(done, recipes[recipe_of(config)]), done.summary
+    tasks, summary = tasks_of(done, config), done.summary
     sizes = {task.name: int(task.train.num_supervised.sum()) for task in tasks}
     assert summary["strategy"] == values["strategy"] and list(sizes) == names_of_tasks(config)
     assert summary["supervised_tokens"] == summary["budget_tokens"] == round(share * sum(sizes.values()))
@@ -419,62 +409,80 @@ def test_runs(run: Runner, recipes: dict[str, ModuleType], costs: list[int], hub
             assert later[-1]["rewards"]["math"] == pytest.approx(1) == max(later[-1]["rewards"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [config for config in GRID if config not in COVERING])
+def test_the_others_run_too(run: Runner, hub: Path, config: str) -> None:
+    """In three steps of two examples, with one update of a mixture that learns."""
+    done = run(config, *tiny(config, hub, batch_size=2), "budget.tokens=12")
+    assert (done.summary["strategy"], done.summary["steps"]) == (NAMES[config].strategy, 3)
+    assert done.summary["mixture_updates"] == (NAMES[config].strategy in COST)
+    assert (done.folder / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("model", KINDS)
-def test_the_model_folder_computes_what_was_trained(
-    run: Runner, recipes: dict[str, ModuleType], hub: Path, model: str
-) -> None:
+def test_the_model_folder_computes_what_was_trained(run: Runner, hub: Path, model: str) -> None:
     config = next(config for config, name in NAMES.items() if name.model == model)
     small = tiny(config, hub, batch_size=2)
     done = run(config, *small, "budget.tokens=20", "dtype=fp32", "optimizer.lr=1e-2")
     losses, initial = done.summary["validation_losses"], done.summary["initial_validation_losses"]
     assert all(abs(losses[name] - initial[name]) > 0.01 for name in names_of_tasks(config))
-    tasks = tasks_of(done, recipes[recipe_of(config)])
+    tasks = tasks_of(done, config)
     assert losses_in_transformers(done.folder / "model", tasks) == pytest.approx(losses, rel=1e-4)
     assert losses_in_transformers(hub / downloaded(model), tasks) == pytest.approx(initial, rel=1e-4)
 
 
-def test_the_remedy_for_a_model_that_is_too_large(run: Runner, mos_full_finetune: ModuleType, hub: Path) -> None:
-    """LoRA, with what the header says of it: it is what it says, takes what it says, and trains."""
+TOO_LARGE = "llama3_8b_mos_cossim_3ep"
+REMEDY = GRID_OF["llama3_8b"].models["llama3_8b"].remedy
+WITH_REMEDY = [
+    word for word in shlex.split(REMEDY) if "=" in word and not word.endswith((".", ","))
+]  # not a sentence's
+
+
+def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> None:
+    """LoRA, with what the header says of it: it is what it says, and trains."""
     models = {model: grid.models[model] for model, grid in GRID_OF.items()}
     assert [model for model, of_model in models.items() if of_model.remedy] == ["llama3_8b"]
-    config, remedy = "llama3_8b_mos_cossim_3ep", models["llama3_8b"].remedy
-    assert remedy in WRITTEN[f"{config}.yaml"].replace("\n#         ", "\n")
+    assert REMEDY in WRITTEN[f"{TOO_LARGE}.yaml"].replace("\n#         ", "\n")
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "scaling.md").read_text().splitlines()]
     on_80 = {(row[0].strip("`"), row[1]): row[-1] for row in rows if row[0].strip("`") in models}
     assert [model for model in models if on_80[model, "1"] not in ("yes", "C")] == ["llama3_8b"]
     assert (on_80["llama3_8b", "1"], on_80["llama3_8b", "2"], on_80["llama3_8b", "4"]) == ("L", "L", "C")
-    overrides = [word for word in shlex.split(remedy) if "=" in word]
-    overrides = [word for word in overrides if not word.endswith((".", ","))]  # within a sentence
-    loaded = load(mos_full_finetune.Config, ROOT / "yaml" / f"{config}.yaml", overrides)
-    assert loaded.activation_checkpointing and loaded.optimizer.arguments["lr"] == 1e-4
-    memory, size = reckon_memory(build_model(loaded), loaded, Shape(4, 1024, 512))
-    assert 0 < size.trained < size.parameters / 1000
-    assert f"some {memory.total / 1e9:.0f} GB (reckoned" in remedy.replace("\n", " ")
 
-    checkpointing, builder, modules, _ = overrides
-    small = tiny(config, hub, builder=builder.removeprefix("model=").replace("llama3_8b", "llama3"))
+    checkpointing, builder, modules, rate = WITH_REMEDY
+    assert (checkpointing, rate) == ("activation_checkpointing=true", "optimizer.lr=1e-4")
+    small = tiny(TOO_LARGE, hub, builder=builder.removeprefix("model=").replace("llama3_8b", "llama3"))
     small += [checkpointing, modules, "model.lora_rank=8", "model.lora_alpha=16"]  # the large builder's defaults
-    done = run(config, *small, "budget.passes=3", "dtype=fp32", "optimizer.lr=1e-2")
+    done = run(TOO_LARGE, *small, "budget.passes=3", "dtype=fp32", "optimizer.lr=1e-2")
     losses, initial = done.summary["validation_losses"], done.summary["initial_validation_losses"]
     assert all(losses[name] != initial[name] for name in DATASETS)
-    tasks = tasks_of(done, mos_full_finetune)
+    tasks = tasks_of(done, TOO_LARGE)
     assert losses_in_transformers(done.folder / "model", tasks) == pytest.approx(losses, rel=1e-4)
     assert (done.folder / "adapter").is_dir()
 
 
-def test_shares_of_batches_for_a_fixed_mixture(run: Runner, hub: Path) -> None:
+@pytest.mark.slow
+def test_the_remedy_takes_the_memory_that_it_says() -> None:
+    loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[TOO_LARGE], WITH_REMEDY)
+    memory, size = reckon_memory(build_model(loaded), loaded, Shape(4, 1024, 512))
+    assert 0 < size.trained < size.parameters / 1000
+    assert f"some {memory.total / 1e9:.0f} GB (reckoned" in REMEDY.replace("\n", " ")
+
+
+def test_shares_of_batches_for_a_fixed_mixture(tmp_path: Path, hub: Path) -> None:
     """The command that the headers of fixed mixtures offer."""
     for config in (config for config in MOS if NAMES[config].strategy in STATIC):
         header = WRITTEN[f"{config}.yaml"].partition("\n\n")[0]
         assert re.findall(r"^# +(tune run .*)$", header, re.MULTILINE)[1:] == [
             f"tune run mos_full_finetune --config yaml/{config}.yaml sampling=dataset"
         ]
-    done = run(config, *tiny(config, hub), "budget.passes=3", "sampling=dataset", recipe="mos_full_finetune")
+    options = ["budget.passes=3", "validate_every=0", "checkpoint_every=0", "sampling=dataset"]
+    done = finished(config, *tiny(config, hub), *options, output_dir=tmp_path / "run", recipe="mos_full_finetune")
     assert {len(step["task_losses"]) for step in done.events("step")} == {1}
     assert done.summary["mixture_updates"] == 0
     assert done.summary["probabilities"] == dict.fromkeys(DATASETS, 0.25)
 
 
+@pytest.mark.slow
 def test_the_literal_command(hub: Path) -> None:
     """What the header says, in a process of its own; at its end lies a model that transformers loads."""
     config = "gemma3_1b_adapt_1pct"

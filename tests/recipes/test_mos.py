@@ -193,6 +193,7 @@ def test_base_losses_from_the_cache_are_booked_all_the_same(runs: Runs, tmp_path
     assert_same_run(again.folder, first.folder)
 
 
+@pytest.mark.slow
 def test_what_a_specialist_changes(run: Runner) -> None:
     """Similarity is with its task alone, or its difficulty counts twice; the rest is as it was."""
     still = ("mixture.learning_rate=0", "tasks.num_validation_rows=16")
@@ -226,6 +227,7 @@ def test_rewards_in_every_precision(runs: Runs, tmp_path: Path, strategy: str) -
 # ---- batches of one task
 
 
+@pytest.mark.slow
 def test_tasks_of_batches_are_drawn_as_the_mixture_says(run: Runner) -> None:
     weights = {"facts_2": 0, "facts_8": 5, "facts_32": 3, "facts_64": 2, "facts_128": 1, "facts_256": 1, "facts_512": 1}
     mixture = f"mixture={{_component_: adapt_recipes.mixture.fixed_weights, weights: {weights}}}".replace("'", "")
@@ -296,6 +298,7 @@ class Everything:
         pass
 
 
+@pytest.mark.slow
 def test_a_mixture_may_observe_more_than_rewards(run: Runner) -> None:
     done = run("tiny_mos_diff", "mixture={_component_: test_mos.Everything}", "validate_every=3", "probe.examples=256")
     validated = {line["step"]: line["losses"] for line in done.events("validation")}

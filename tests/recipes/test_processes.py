@@ -36,6 +36,7 @@ from running import (
     summary,
 )
 from safetensors.torch import load_file
+from tiers import slow_but
 from torch import Tensor
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
@@ -301,7 +302,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mos_diff, checkpointed": ("mos_diff", SMALL | CHECKPOINTED),
     "multidds, tied, from a folder": ("multidds", SMALL | FROM_FOLDER),
 }
-IN_TIERS = [case if case in ("static", "adapt") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 LEARNED = [case for case, (strategy, _) in CASES.items() if RECIPES[strategy] != "sft_full_finetune"]
 
 
@@ -421,7 +421,7 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
         assert max(difference(ours[key], theirs[key]) for key in ours) <= 1e-5
 
 
-@pytest.mark.parametrize("case", IN_TIERS)
+@pytest.mark.parametrize("case", slow_but(("static", "adapt"), CASES))
 def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str) -> None:
     (first, second), only = both[case], alone[case]
     assert [each["status"] for each in (only, first, second)] == [0, 0, 0], first["err"] + second["err"]
@@ -450,7 +450,7 @@ def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str)
     torch.testing.assert_close(ours["sampler"], theirs["sampler"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", IN_TIERS)
+@pytest.mark.parametrize("case", slow_but(("static", "adapt"), CASES))
 def test_the_first_process_alone_speaks(alone: Any, both: Any, case: str) -> None:
     """As much as one does: the plan, some steps, the results."""
     (first, second), only = both[case], alone[case]
@@ -459,7 +459,7 @@ def test_the_first_process_alone_speaks(alone: Any, both: Any, case: str) -> Non
     assert first["out"].count("budget: ") == first["out"].count("results: ") == 1
 
 
-@pytest.mark.parametrize("case", IN_TIERS)
+@pytest.mark.parametrize("case", slow_but(("static", "adapt"), CASES))
 def test_both_do_the_same_amount_of_work(both: Any, case: str) -> None:
     """As many forwards and backwards, of nearly as many tokens, and every example on one of them."""
     first, second = both[case]

@@ -1,4 +1,4 @@
-"""Every shipped config is what its name says; those of SmolLM2 run on a tiny model and a few examples.
+"""Every shipped config is what its name and its header say; those of SmolLM2 run on a tiny model and a few examples.
 
 The configs of the grid run in ``test_grid.py``, the tiny ones in ``test_run_directory.py``.
 """
@@ -9,21 +9,22 @@ import json
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Runner
+from conftest import Runner
+from running import CONFIGS, learns, load_recipe, recipe_of
 from standins import write_natural_instructions, write_tokenizer
+from tiers import slow_but
 from torchtune._cli.tune import TuneCLIParser
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from adapt_recipes.config import load, to_dict
+from adapt_recipes.config import Component, load, to_dict
 from adapt_recipes.data import IGNORE_INDEX, ChatTokenizer
 from adapt_recipes.mixture.interface import check_mixture
 from adapt_recipes.signals.reward_interface import check_reward
 
-CONFIGS = sorted((ROOT / "yaml").glob("*.yaml"))
 PARAMETERS = {  # by the name of the model in the name of the config
     "tiny": 89_424,
     "smollm2_135m": 134_515_008,
@@ -68,10 +69,20 @@ SMOLLM2 = {
 }
 
 
-@pytest.fixture
-def model_and_data(tmp_path: Path) -> Path:
-    """What the configs of SmolLM2 expect in the current folder: a model of 0.03M parameters, and a few examples."""
-    folder = tmp_path / "models" / "SmolLM2-135M-Instruct"
+NAME = re.compile(rf"({'|'.join(PARAMETERS)})_(.+?)(?:_(\d+)(pct|ep))?")
+BUDGETS = {"1pct": "1 % of", "5pct": "5 % of", "10pct": "10 % of", "3ep": "three times"}
+
+
+SMOLLM2_CONFIGS = [name for name in CONFIGS if name.startswith("smollm2_")]
+# One of each recipe. A tiny config of each other strategy runs, too.
+QUICK = [f"smollm2_135m_{strategy}_10pct" for strategy in ("adapt_planned", "mos_diff", "uniform")]
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """models/ and data/ for the configs of SmolLM2: a model of 0.03M parameters, and a few examples."""
+    home = tmp_path_factory.mktemp("smollm2")
+    folder = home / "models" / "SmolLM2-135M-Instruct"
     vocab_size = write_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -86,21 +97,29 @@ def model_and_data(tmp_path: Path) -> Path:
         "Summarization",
         "Dialogue Generation",
     )
-    write_natural_instructions(tmp_path / "data" / "natural-instructions", types, num_examples=160)
-    return folder
+    write_natural_instructions(home / "data" / "natural-instructions", types, num_examples=80)
+    return home
 
 
-@pytest.mark.parametrize("config", [path.stem for path in CONFIGS if path.stem.startswith("smollm2_")])
-def test_runs(run: Runner, model_and_data: Path, config: str) -> None:
-    cadence = ["mixture_update_every=2"] if "mixture_update_every" in (ROOT / f"yaml/{config}.yaml").read_text() else []
-    done = run(config, "budget.tokens=200", "device=cpu", *cadence, "max_seq_len=256")
-    assert done.summary["strategy"] in config and done.summary["supervised_tokens"] == 200
+@pytest.fixture
+def small(smollm2: Path, tmp_path: Path) -> list[str]:
+    """Overrides for a run on what lies in ``smollm2``, which then lies in the current folder."""
+    for name in ("models", "data"):
+        (tmp_path / name).symlink_to(smollm2 / name)
+    return ["device=cpu", "max_seq_len=256", "tasks.validation_examples=8"]
+
+
+@pytest.mark.parametrize("config", slow_but(QUICK, SMOLLM2_CONFIGS))
+def test_runs(run: Runner, small: list[str], config: str) -> None:
+    cadence = ["mixture_update_every=2"] if learns(CONFIGS[config]) else []
+    done = run(config, "budget.tokens=140", *small, *cadence)
+    assert done.summary["strategy"] in config and done.summary["supervised_tokens"] == 140
     assert done.summary["mixture_updates"] == ((done.summary["steps"] - 1) // 2 if cadence else 0)
     assert done.summary["tokens"] >= 0.8 * done.summary["computed_tokens"], "little is padding"
     initial, final = done.summary["initial_validation_losses"], done.summary["validation_losses"]
     assert all(final[name] != initial[name] for name in final)
 
-    # The folder answers in transformers, and its losses are those that the recipe reports (bf16 compute: to 1 %).
+    # The folder answers in transformers.
     model = AutoModelForCausalLM.from_pretrained(done.folder / "model").eval()
     theirs = AutoTokenizer.from_pretrained(done.folder / "model")
     ours = ChatTokenizer(done.folder / "model")
@@ -113,31 +132,46 @@ def test_runs(run: Runner, model_and_data: Path, config: str) -> None:
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_its_name_tells_the_truth(path: Path, tmp_path: Path, recipes: dict[str, ModuleType]) -> None:
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    """Models and tasks by what configs say of them. Most configs share theirs."""
+    return {}
+
+
+def build_once(component: Component, built: dict[str, Any]) -> Any:
+    key = f"{component.component} {component.arguments}"
+    if key not in built:
+        built[key] = component.build()
+    return built[key]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_its_name_tells_the_truth(name: str, tmp_path: Path, built: dict[str, Any]) -> None:
     """All of it is built, the model without memory for its weights, on a few examples of each task."""
-    parts = re.fullmatch(rf"({'|'.join(PARAMETERS)})_(.+?)(?:_(\d+)(pct|ep))?", path.stem)
+    parts = NAME.fullmatch(name)
+    assert parts is not None
     model, strategy, number, unit = parts.groups()
     recipe = f"{'mos' if strategy in REWARDS else 'adapt' if strategy in LEARNED else 'sft'}_full_finetune"
-    module = recipes[recipe]
-    assert path.read_text().splitlines()[0] == f"# tune run {recipe} --config yaml/{path.name}"
-    config = load(module.Config, path)
+    assert recipe_of(CONFIGS[name]) == recipe
+    module = load_recipe(recipe)
+    config = load(module.Config, CONFIGS[name])
     assert config.strategy == strategy
-    assert config.output_dir == f"runs/{path.stem}"
+    assert config.output_dir == f"runs/{name}"
     component = "Scorer" if strategy in REWARDS else (LEARNED | STATIC)[strategy]
     assert config.mixture.component == f"adapt_recipes.mixture.{component}"
     reference = config.mixture.arguments.get("reference")
     assert type(reference) is REFERENCES.get(strategy.rpartition("_")[2], type(None))
     assert config.budget.fraction == (int(number) / 100 if unit == "pct" else None)
     assert config.budget.passes == (int(number) if unit == "ep" else None)
-    assert load(module.Config, path, ["seed=1"]).seed == 1
     assert to_dict(config)["mixture"]["_component_"] == config.mixture.component
 
     if model == "smollm2_135m":
         Path(config.model.arguments["path"]).mkdir(parents=True)
         Path(config.model.arguments["path"], "config.json").write_text(json.dumps({"model_type": "llama"} | SMOLLM2))
+    elif model != "tiny":
+        assert config.model.component.rpartition(".")[2] == model
     with torch.device("meta"):
-        decoder = config.model.build()
+        decoder = build_once(config.model, built)
     assert sum(parameter.numel() for parameter in decoder.parameters()) == PARAMETERS[model]
     assert decoder.max_seq_len >= config.max_seq_len
     optimizer = config.optimizer.build(params=decoder.parameters())
@@ -148,9 +182,9 @@ def test_its_name_tells_the_truth(path: Path, tmp_path: Path, recipes: dict[str,
         write_natural_instructions(tmp_path / "data" / "natural-instructions", [*types, "Another"], num_examples=3)
     if config.tasks.component == "adapt_recipes.data.jsonl_tasks":
         Path(config.tasks.arguments["path"]).mkdir(parents=True)
-        for name in DATASETS:
-            Path(config.tasks.arguments["path"], f"{name}.jsonl").write_text('{"prompt": "1 + 1", "response": "2"}')
-    names = [task.name for task in config.tasks.build()]
+        for task in DATASETS:
+            Path(config.tasks.arguments["path"], f"{task}.jsonl").write_text('{"prompt": "1 + 1", "response": "2"}')
+    names = [task.name for task in build_once(config.tasks, built)]
     assert names == (types or names)
     sizes = torch.arange(1, len(names) + 1)
     mixture = config.mixture.build(task_names=names, num_supervised_tokens=sizes, budget_tokens=1000)
@@ -163,9 +197,17 @@ def test_its_name_tells_the_truth(path: Path, tmp_path: Path, recipes: dict[str,
         assert ("specialist" in config.reward.arguments) == strategy.startswith("mospec")
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if not path.stem.startswith("tiny_")], ids=lambda p: p.stem)
-def test_its_header_says_how_to_run_it(path: Path) -> None:
-    header, _, content = path.read_text().partition("\n\n")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_its_header_says_how_to_run_it(name: str) -> None:
+    """Its command, its budget, where memory is given, and how to get the model and the data that it reads."""
+    header, _, content = CONFIGS[name].read_text().partition("\n\n")
+    command = f"{recipe_of(CONFIGS[name])} --config yaml/{name}.yaml"
+    assert header.startswith(f"# tune run {command}\n#\n")
+    parts = NAME.fullmatch(name)
+    assert parts is not None
+    if parts[1] == "tiny":
+        return
+    assert f"with {BUDGETS[parts[3] + parts[4]]} their supervised tokens." in header.replace("\n# ", " ")
     said = dict(re.findall(r"^# (\w+): +(.*)$", header, re.MULTILINE))
     download = TuneCLIParser()._parser.parse_args(shlex.split(said["Model"])[1:])
     folders = re.findall(r"(?:path|checkpoint_dir): (models/\S+)", content)
@@ -173,10 +215,15 @@ def test_its_header_says_how_to_run_it(path: Path) -> None:
     assert download.output_dir.name == download.repo_id.split("/")[1]
     assert not any(pattern.endswith("safetensors") for pattern in download.ignore_patterns or ())
     assert f"path: {said['Data'].split()[-1]}\n" in content
-    assert re.match(r"[\d.]+ GB |docs/scaling.md ", said["Memory"])
+    if parts[1] == "smollm2_135m":
+        assert re.match(r"[\d.]+ GB ", said["Memory"])
+    else:
+        assert re.findall(r"^# Memory: docs/scaling\.md .*\n# +(.*)$", header, re.MULTILINE) == [
+            f"tune plan --nproc_per_node N {command}"
+        ]
 
 
-def test_natural_instructions_by_file_with_examples(run: Runner, model_and_data: Path) -> None:
+def test_natural_instructions_by_file_with_examples(run: Runner, small: list[str]) -> None:
     options = ("tasks.group_by=file", "tasks.num_positive_examples=1", "tasks.all_outputs=true")
-    done = run("smollm2_135m_uniform_10pct", *options, "budget.tokens=50", "device=cpu")
+    done = run("smollm2_135m_uniform_10pct", "budget.tokens=50", *small, *options)
     assert set(done.summary["task_tokens"]) == {f"task{i}" for i in range(5)}

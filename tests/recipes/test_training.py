@@ -9,6 +9,7 @@ import torch
 from conftest import Runner
 from running import ROOT, Run
 from safetensors.torch import load_file
+from tiers import slow_but
 
 
 def assert_same_training(one: Run, other: Run) -> None:
@@ -39,7 +40,13 @@ def test_a_mixture_that_stands_still_is_uniform_bit_for_bit(run: Runner, config:
     assert_same_training(learned, run("tiny_uniform", *both, folder="uniform"))
 
 
-@pytest.mark.parametrize(("config", "without"), [("tiny_adapt_planned", []), ("tiny_mos_cossim", ["~reward"])])
+@pytest.mark.parametrize(
+    ("config", "without"),
+    [
+        ("tiny_adapt_planned", []),
+        pytest.param("tiny_mos_cossim", ["~reward"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_static_mixture_is_the_same_in_all_recipes(run: Runner, config: str, without: list[str]) -> None:
     static = "mixture={_component_: adapt_recipes.mixture.uniform}"
     learned = run(config, static, *without, folder="a")
@@ -48,6 +55,7 @@ def test_a_static_mixture_is_the_same_in_all_recipes(run: Runner, config: str, w
     assert [line["probe_tokens"] for line in learned.events("mixture")] == [0]
 
 
+@pytest.mark.slow
 def test_the_mixture_moves_towards_what_is_worst(run: Runner) -> None:
     """Not a stub: after a short run what is learned already has next to nothing left of its seventh."""
     done = run(
@@ -65,7 +73,7 @@ def test_exp3_explores_and_learns(run: Runner) -> None:
     assert all(max(each) > 1 / 7 + 1e-6 for each in p[13:])
 
 
-@pytest.mark.parametrize("config", ["tiny_adapt", "tiny_adapt_planned"])
+@pytest.mark.parametrize("config", slow_but(["tiny_adapt"], ["tiny_adapt", "tiny_adapt_planned"]))
 def test_micro_batches_do_not_change_the_mathematics(run: Runner, config: str) -> None:
     whole = run(config, "optimizer={_component_: torch.optim.SGD, lr: 0.1}", folder="whole")
     pieces = run(config, "optimizer={_component_: torch.optim.SGD, lr: 0.1}", "micro_batch_tokens=16", folder="pieces")
@@ -160,7 +168,10 @@ def test_a_mixture_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("page", "module", "options"),
-    [("README.md", "readme_mixture", "temperature: 0.5"), ("docs/mixtures.md", "docs_mixture", "strength: 3.0")],
+    [
+        ("README.md", "readme_mixture", "temperature: 0.5"),
+        pytest.param("docs/mixtures.md", "docs_mixture", "strength: 3.0", marks=pytest.mark.slow),
+    ],
 )
 def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, module: str, options: str) -> None:
     blocks = (ROOT / page).read_text().split("```python\n")[1:]

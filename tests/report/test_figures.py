@@ -203,6 +203,7 @@ def test_tasks_that_are_not_measured_have_no_line(tmp_path: Path) -> None:
     assert [len(panel.lines) for panel in both.panels] == [2, 1, 2]
 
 
+@pytest.mark.slow
 def test_what_has_not_happened_yet_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", finished=False)
     log = folder / "log.jsonl"

@@ -120,6 +120,7 @@ def test_a_mixture_before_its_first_update_is_not_called_fixed(tmp_path: Path, r
     assert said in page_of(folder).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_left", [0, 3])
 def test_a_finished_run_with_a_cut_log_is_told_by_its_summary(tmp_path: Path, steps_left: int) -> None:
     folder = write_run(tmp_path / "run", resolved={"mixture_update_every": 5})
@@ -343,6 +344,7 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     assert hostile in page.text
 
 
+@pytest.mark.slow
 def test_the_page_lies_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", strategy="uniform")
@@ -357,6 +359,7 @@ def test_the_page_lies_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path / "run")
     before = sorted(folder.iterdir())
@@ -399,6 +402,7 @@ def report(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str
     return status, captured.out + captured.err
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run")
     assert report(capsys, folder) == (0, f"{folder}/report.html\n8 figures in {folder}/report_figures/\n")
@@ -439,6 +443,7 @@ def test_a_package_that_is_missing_is_named(
     assert (status, output) == (2, "tune report: error: it needs the package 'plotly'; pip install plotly\n")
 
 
+@pytest.mark.slow
 def test_tune_has_the_command(tmp_path: Path) -> None:
     """Torchtune's own command line, in a process of its own."""
     folder = write_run(tmp_path / "run")

@@ -100,7 +100,7 @@ def other_torch(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
         other_precision,
         other_weights_dtype,
         other_number_of_threads,
-        compiled,
+        pytest.param(compiled, marks=pytest.mark.slow),
         other_torch,
     ],
     ids=lambda change: change.__name__,

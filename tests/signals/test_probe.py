@@ -419,6 +419,7 @@ def of_two_processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_measure_what_one_does(kind, of_two_processes) -> None:
     first, second = (measured[kind] for measured in of_two_processes)

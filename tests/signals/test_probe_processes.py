@@ -18,6 +18,8 @@ from adapt_recipes.signals import passes, rewards
 from adapt_recipes.training.process_group import process_group, rank, world_size
 from adapt_recipes.training.sharding import full_tensor, shard, to_local
 
+pytestmark = pytest.mark.slow
+
 TASKS = ["long", "short", "absent", "both", "single"]
 N = len(TASKS)
 WEIGHTS = torch.tensor([0.3, 0.1, 0.2, 0.4, 0.0], dtype=torch.float64)

@@ -436,6 +436,7 @@ def one_of_two_processes(rank, folder) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path) -> None:
     assert any(len(batched(each)) % 2 for each in EXAMPLES.values()), "a process that has no more"
     start = torch.multiprocessing.start_processes

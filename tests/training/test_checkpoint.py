@@ -643,6 +643,7 @@ def disk() -> Disk:
     return Disk()  # once: a hook cannot be taken away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_end_before_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, disk: Disk, asynchronous: bool) -> None:
     """Step 1 is saved again, and then step 2 over both. ``test_checkpoint_processes.py`` has the real kill -9."""

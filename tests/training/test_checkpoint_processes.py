@@ -39,6 +39,8 @@ from adapt_recipes.models.lora import add_lora
 from adapt_recipes.training import checkpoint
 from adapt_recipes.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = (1, 2, 3)
 
 

@@ -16,6 +16,8 @@ from adapt_recipes.training import interrupt
 from adapt_recipes.training.interrupt import StopSignals
 from adapt_recipes.training.process_group import all_reduce_sum, process_group, rank
 
+pytestmark = pytest.mark.slow
+
 Told = dict[int, dict[int, list[signal.Signals]]]  # process -> step -> signals
 
 CASES: dict[str, Told] = {

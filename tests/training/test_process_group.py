@@ -286,12 +286,14 @@ def errors(ended: list[group.Ended]) -> list[list[str]]:
     return [[line for line in each.err.splitlines() if line.startswith(("error: ", "Traceback"))] for each in ended]
 
 
+@pytest.mark.slow
 def test_a_normal_run_is_quiet_and_only_the_first_process_speaks(ended: dict[str, list[group.Ended]]) -> None:
     first, second = ended["all_goes_well"]
     assert (first.status, first.out, first.err) == (0, "hello from 0\n", "")
     assert (second.status, second.out, second.err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_what_processes_tell_each_other(ended: dict[str, list[group.Ended]]) -> None:
     for number, each in enumerate(ended["all_goes_well"]):
         assert each.result["rank"] == (number, 2) and each.result["device"] == "cpu"
@@ -300,6 +302,7 @@ def test_what_processes_tell_each_other(ended: dict[str, list[group.Ended]]) -> 
         assert each.result["turns"] == "0", "the first one first, though it was slower"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "first", "second"),
     [
@@ -324,6 +327,7 @@ def test_an_error_of_one_is_an_error_of_all(
     assert [each.result[case] for each in ended["all_goes_well"]] == [first, second]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "line"),
     [
@@ -338,11 +342,13 @@ def test_a_shared_error_is_said_once_and_ends_all(ended: dict[str, list[group.En
     assert errors(ended[case]) == [[f"error: {line}"], []]
 
 
+@pytest.mark.slow
 def test_on_each_host_one_goes_first(tmp_path: Path) -> None:
     for each in group.run((two_hosts_take_turns,), tmp_path, size=4)["two_hosts_take_turns"]:
         assert sorted(each.result[:2]) == ["0", "2"] and sorted(each.result[2:]) == ["1", "3"]
 
 
+@pytest.mark.slow
 def test_when_one_fails_on_its_own_the_others_say_why_they_end(ended: dict[str, list[group.Ended]]) -> None:
     first, second = ended["the_second_one_has_a_bug"]
     assert first.status == 2 and second.status == 1 and "KeyError: 'what'" in second.err
@@ -350,6 +356,7 @@ def test_when_one_fails_on_its_own_the_others_say_why_they_end(ended: dict[str, 
     assert first.seconds < 60
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_others_end_at_once(ended: dict[str, list[group.Ended]]) -> None:
     first, second = ended["the_second_one_is_killed"]
     assert second.status == -signal.SIGKILL and first.status == 2 and first.seconds < 60
@@ -359,6 +366,7 @@ def test_when_one_is_killed_the_others_end_at_once(ended: dict[str, list[group.E
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "who", "why"),
     [
@@ -373,6 +381,7 @@ def test_processes_that_do_not_meet(ended: dict[str, list[group.Ended]], case: s
     assert line.endswith("; start them with `tune run --nproc_per_node N RECIPE --config FILE`")
 
 
+@pytest.mark.slow
 def test_processes_that_meet_and_cannot_connect(ended: dict[str, list[group.Ended]]) -> None:
     for each in ended["no_way_to_connect"]:
         assert each.status == 2
@@ -381,12 +390,14 @@ def test_processes_that_meet_and_cannot_connect(ended: dict[str, list[group.Ende
         assert "; set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for cuda, to the network interface" in line
 
 
+@pytest.mark.slow
 def test_work_may_take_longer_than_a_meeting(ended: dict[str, list[group.Ended]]) -> None:
     assert [each.result for each in ended["the_second_one_takes_longer_than_a_meeting"]] == [[0, 1]] * 2
     assert [each.status for each in ended["checkpoints_may_take_longer_than_a_meeting"]] == [0, 0]
     assert [each.result for each in ended["how_long_they_wait"]] == [[timedelta(hours=1)] * 2] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not list a process's connections")
 def test_a_host_that_is_gone_is_asked_for(ended: dict[str, list[group.Ended]]) -> None:
     for each in ended["connections_that_ask_whether_the_other_host_is_there"]:
@@ -402,6 +413,7 @@ def test_asking_for_a_host_leaves_nothing_open() -> None:
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_named_alike_on_any_number_of_processes(ended: dict[str, list[group.Ended]]) -> None:
     first, second = (each.result for each in ended["one_of_two_not_finite"])
     assert first == second == not_finite()
@@ -496,6 +508,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["a worker", "the launcher"])
 def test_under_torchrun(tmp_path: Path, target: str) -> None:
     (tmp_path / "loop.py").write_text(LOOP)

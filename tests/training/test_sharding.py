@@ -22,6 +22,8 @@ from adapt_recipes.models import TokenLosses, train_adapters_alone
 from adapt_recipes.training.process_group import all_gather_object, all_reduce_sum, process_group, rank, world_size
 from adapt_recipes.training.sharding import clip_grad_norm, full_tensor, load_weights, on_meta, shard, to_local
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # 65 and 3 rows cannot be cut in two equal parts; one row leaves the second process nothing.
 SIZES: dict[str, Any] = {
