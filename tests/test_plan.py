@@ -477,7 +477,10 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
             "observes 'train_losses', which sft_full_finetune does not measure; it measures nothing",
         ),
         (
-            ["mos_full_finetune", *plain("uniform", *EVEN, "mixture=adapt_recipes.mixture.Scorer")],
+            [
+                str(ROOT / "recipes" / "mos_full_finetune.py"),
+                *plain("uniform", *EVEN, "mixture=adapt_recipes.mixture.Scorer"),
+            ],
             "missing key 'reward'",
         ),
         (["mos_full_finetune", *plain("hbo", *EVEN, "mixture=adapt_recipes.mixture.uniform", "~mixture.prior",

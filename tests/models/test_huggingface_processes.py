@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 
 from adapt_recipes.data import ByteTokenizer
+from adapt_recipes.files import NoSpaceLeft
 from adapt_recipes.models import HuggingFaceCheckpointer, TokenLosses, gemma3, huggingface_config, train_adapters_alone
 from adapt_recipes.models import huggingface as module
-from adapt_recipes.training.checkpoint import NoSpaceLeft
 from adapt_recipes.training.process_group import all_gather_object, process_group, rank, world_size
 from adapt_recipes.training.sharding import load_weights, on_meta, shard, to_local
 

@@ -347,8 +347,8 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(TokenLosses, "forward", counted)
     for recipe in (
-        load_recipe("adapt_full_finetune").Recipe,
-        load_recipe("mos_full_finetune").Recipe,
+        load_recipe("adapt_full_finetune").AdaptFullFinetune,
+        load_recipe("mos_full_finetune").MosFullFinetune,
     ):
         monkeypatch.setattr(recipe, "update_mixture", measured(recipe.update_mixture))
     return costs
@@ -440,12 +440,12 @@ WITH_REMEDY = [
 
 def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> None:
     """LoRA, with what the header says of it: it is what it says, and trains."""
-    models = {model: grid.models[model] for model, grid in GRID_OF.items()}
-    assert [model for model, of_model in models.items() if of_model.remedy] == ["llama3_8b"]
+    of_models = {model: grid.models[model] for model, grid in GRID_OF.items()}
+    assert [model for model, of_model in of_models.items() if of_model.remedy] == ["llama3_8b"]
     assert REMEDY in WRITTEN[f"{TOO_LARGE}.yaml"].replace("\n#         ", "\n")
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "scaling.md").read_text().splitlines()]
-    on_80 = {(row[0].strip("`"), row[1]): row[-1] for row in rows if row[0].strip("`") in models}
-    assert [model for model in models if on_80[model, "1"] not in ("yes", "C")] == ["llama3_8b"]
+    on_80 = {(row[0].strip("`"), row[1]): row[-1] for row in rows if row[0].strip("`") in of_models}
+    assert [model for model in of_models if on_80[model, "1"] not in ("yes", "C")] == ["llama3_8b"]
     assert (on_80["llama3_8b", "1"], on_80["llama3_8b", "2"], on_80["llama3_8b", "4"]) == ("L", "L", "C")
 
     checkpointing, builder, modules, rate = WITH_REMEDY
@@ -463,7 +463,8 @@ def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> Non
 @pytest.mark.slow
 def test_the_remedy_takes_the_memory_that_it_says() -> None:
     loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[TOO_LARGE], WITH_REMEDY)
-    memory, size = estimate_memory(models.build(loaded, [], device=CPU, checkpointer=None), loaded, Shape(4, 1024, 512))
+    model = models.build(loaded, [], device=CPU, checkpointer=None)
+    memory, size = estimate_memory(model, loaded, Shape(4, 1024, 512))
     assert 0 < size.trained < size.parameters / 1000
     assert f"some {memory.total / 1e9:.0f} GB (reckoned" in REMEDY.replace("\n", " ")
 

@@ -42,10 +42,11 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
 from adapt_recipes.budget import Ledger
-from adapt_recipes.config import command_line, locate
+from adapt_recipes.config import command_line
 from adapt_recipes.data import IGNORE_INDEX, TokenSampler
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.run import Run
+from adapt_recipes.strict import locate
 from adapt_recipes.training import process_group
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.process_group import rank, world_size
