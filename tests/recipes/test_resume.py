@@ -266,6 +266,7 @@ def test_without_resume_a_folder_that_holds_a_run_is_refused(runs: Runs, tmp_pat
 # ---- what may change and what may not
 
 CHANGES: dict[str, Any] = {
+    "recipe": "another.py",
     "strategy": "another",
     "seed": 1,
     "dtype": "bf16",
