@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from adapt_recipes.config import STRICT
+from adapt_recipes.strict import STRICT
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -61,6 +61,7 @@ class Ledger:
         num_tasks: number of tasks.
 
     Attributes:
+        steps: optimizer steps made.
         task_tokens: (num_tasks,) int64, supervised tokens spent on each task.
         tokens: positions the model read in training, padding left out.
         computed_tokens: the same with padding.
@@ -73,6 +74,7 @@ class Ledger:
 
     def __init__(self, budget_tokens: int, num_tasks: int) -> None:
         self.budget_tokens = budget_tokens
+        self.steps = 0
         self.task_tokens = torch.zeros(num_tasks, dtype=torch.int64)
         self.tokens = 0
         self.computed_tokens = 0
@@ -95,7 +97,7 @@ class Ledger:
         return (self.supervised_tokens + pending) / self.budget_tokens
 
     def spend(self, task_tokens: Tensor, *, unique: int, batches: Sequence[Any]) -> None:
-        """Book one training step.
+        """Count one training step.
 
         Args:
             task_tokens: (num_tasks,) int64, supervised tokens of the step by task.
@@ -103,20 +105,25 @@ class Ledger:
             batches: the step's micro-batches.
         """
         assert int(task_tokens.sum()) <= self.left, "a step may not spend more than is left"
+        self.steps += 1
         self.task_tokens += task_tokens
         self.unique_supervised_tokens += unique
         self.tokens += sum(batch.num_tokens for batch in batches)
         self.computed_tokens += sum(batch.computed_tokens for batch in batches)
 
     def probe(self, batches: Sequence[Any]) -> None:
-        """Book micro-batches that a probe or a validation has read."""
+        """Count micro-batches that a probe or a validation has read."""
         self.probe_tokens += sum(batch.num_supervised_tokens for batch in batches)
         self.probe_total_tokens += sum(batch.num_tokens for batch in batches)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"task_tokens": self.task_tokens.clone(), **{name: getattr(self, name) for name in self.COUNTS}}
+        return {
+            "steps": self.steps,
+            "task_tokens": self.task_tokens.clone(),
+            **{name: getattr(self, name) for name in self.COUNTS},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.task_tokens.copy_(state["task_tokens"])
-        for name in self.COUNTS:
+        for name in ("steps", *self.COUNTS):
             setattr(self, name, state[name])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from adapt_recipes.budget import Ledger
 from adapt_recipes.data import Task
+from adapt_recipes.events import Summary
 
 REFRESHES_PER_SECOND = 1  # each takes a few milliseconds
 RECENT_UPDATES = 5  # over which a probability's direction is shown
@@ -154,20 +154,20 @@ class Display:
             f"{count(batch_size, 'example')}, {where}"
         )
 
-    def results(self, summary: Mapping[str, Any], *, folder: Path) -> None:
-        """The end of a run, from its ``summary.json``."""
+    def results(self, summary: Summary, *, folder: Path) -> None:
+        """The end of a run."""
         table = task_table("p", "spent", "of budget", "loss before", "loss after")
-        for name, p in summary["probabilities"].items():
-            tokens = summary["task_tokens"][name]
-            losses = (summary[key][name] for key in ("initial_validation_losses", "validation_losses"))
-            share = f"{tokens / summary['budget_tokens']:.1%}"
+        for name, p in summary.probabilities.items():
+            tokens = summary.task_tokens[name]
+            losses = (summary.initial_validation_losses[name], summary.validation_losses[name])
+            share = f"{tokens / summary.budget_tokens:.1%}"
             table.add_row(task_name(name), f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
         self.console.print(table)
         self.say(
-            f"{summary['strategy']}: validation loss worst {summary['worst_validation_loss']:.4f}, "
-            f"mean {summary['mean_validation_loss']:.4f}\n"
-            f"{summary['supervised_tokens']:,} supervised tokens in {summary['steps']:,} steps and "
-            f"{summary['seconds']:.1f} s; probes and validation read {summary['probe_tokens']:,} more\n"
+            f"{summary.strategy}: validation loss worst {summary.worst_validation_loss:.4f}, "
+            f"mean {summary.mean_validation_loss:.4f}\n"
+            f"{summary.supervised_tokens:,} supervised tokens in {summary.steps:,} steps and "
+            f"{summary.seconds:.1f} s; probes and validation read {summary.probe_tokens:,} more\n"
             f"results: {folder}/summary.json, log.jsonl, model/"
         )
 

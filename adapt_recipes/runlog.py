@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import yaml
 from torch import Tensor
 
 import adapt_recipes
+from adapt_recipes.events import Event, MixtureEvent, StepEvent, Summary, ValidationEvent, to_line
+from adapt_recipes.files import atomic_file
 
 LOG, SUMMARY, RESOLVED, CHECKPOINTS = "log.jsonl", "summary.json", "resolved.yaml", "checkpoints"
 
 
-def holds_run(folder: Path) -> bool:
+def has_run(folder: Path) -> bool:
     """Whether a run has begun in this folder."""
     return any((folder / name).exists() for name in (LOG, SUMMARY, RESOLVED, CHECKPOINTS))
 
@@ -65,19 +68,19 @@ class RunLog:
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
-    def write(self, event: str, **values: Any) -> None:
+    def write(self, event: Event) -> None:
         """Add one line. Tensors become lists, numbers that are not finite become null.
 
         Raises:
             OSError: it cannot be written, as on a full disk; it names the file.
         """
         try:
-            self._file.write(_json({"event": event, **values}).encode() + b"\n")
+            self._file.write(_json(to_line(event)).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._file.name)) from error
-        if self._metric_logger and (metrics := self._metrics(event, values)):
-            self._metric_logger.log_dict(metrics, step=values["step"])
+        if self._metric_logger and (metrics := self._metrics(event)):
+            self._metric_logger.log_dict(metrics, step=event.step)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of what could not be written, and `write` has said so
@@ -85,30 +88,32 @@ class RunLog:
         if self._metric_logger:
             self._metric_logger.close()
 
-    def _metrics(self, event: str, values: Mapping[str, Any]) -> dict[str, float]:
+    def _metrics(self, event: Event) -> dict[str, float]:
         """By the names that docs/watching.md lists."""
-        if event == "step":
-            step, is_last = values["step"], values["supervised_tokens"] == self._budget_tokens
-            if step > 1 and not is_last and not (self._log_every and step % self._log_every == 0):
+        if isinstance(event, StepEvent):
+            is_last = event.supervised_tokens == self._budget_tokens
+            if event.step > 1 and not is_last and not (self._log_every and event.step % self._log_every == 0):
                 return {}
             names = ("loss", "lr", "grad_norm", "supervised_tokens", "tokens", "computed_tokens", "seconds")
-            return {name: values[name] for name in names}
-        if event == "mixture":
-            probabilities = {f"p/{task}": p for task, p in values["probabilities"].items()}
-            return probabilities | {n: values[n] for n in ("supervised_tokens", "probe_tokens", "mixture_seconds")}
-        if event == "validation":
-            measured = {f"validation_loss/{task}": loss for task, loss in values["losses"].items() if loss == loss}
+            return {name: getattr(event, name) for name in names}
+        if isinstance(event, MixtureEvent):
+            probabilities = {f"p/{task}": p for task, p in event.probabilities.items()}
+            return probabilities | {
+                n: getattr(event, n) for n in ("supervised_tokens", "probe_tokens", "mixture_seconds")
+            }
+        if isinstance(event, ValidationEvent):
+            measured = {f"validation_loss/{task}": loss for task, loss in event.losses.items() if loss == loss}
             worst, mean = max(measured.values()), sum(measured.values()) / len(measured)
             return measured | {"worst_validation_loss": worst, "mean_validation_loss": mean}
         return {}
 
 
-class Silent:
+class NullLog:
     """Stands in for the log on processes that do not write."""
 
     num_bytes = 0
 
-    def write(self, event: str, **values: Any) -> None: ...
+    def write(self, event: Event) -> None: ...
     def close(self) -> None: ...
 
 
@@ -118,21 +123,14 @@ def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:
     versions = {"adapt_recipes": adapt_recipes.__version__, "python": platform.python_version()}
     versions |= {package: version(package) for package in packages}
     text = yaml.safe_dump({**config, "versions": versions}, sort_keys=False, allow_unicode=True, width=120)
-    _write_atomically(folder / RESOLVED, text)
+    with atomic_file(folder / RESOLVED) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+def write_summary(folder: Path, summary: Summary) -> None:
     """``summary.json``, whole or absent."""
-    _write_atomically(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_file(folder / SUMMARY) as partial:
+        partial.write_text(json.dumps(_plain(asdict(summary)), indent=2) + "\n", encoding="utf-8")
 
 
 def _json(value: Any) -> str:

@@ -133,6 +133,14 @@ def _words(rng: random.Random, size: int) -> str:
     return " ".join(words)[:size].strip() or "a"
 
 
+def load_recipe(config: Path) -> ModuleType:
+    """The recipe that a config names."""
+    from adapt_recipes.cli import recipe_file, recipe_of
+
+    path = Path(recipe_file(str(recipe_of(config))))
+    return load_module(path.stem, path)
+
+
 def load_module(name: str, path: Path) -> ModuleType:
     """A recipe's module, by its path: torchtune installs a package ``recipes`` that cannot be imported."""
     if name not in sys.modules:

@@ -16,16 +16,25 @@ again, so a comparison that was interrupted goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Below, so that it runs without an installation as well.
+from adapt_recipes.cli import recipe_file, recipe_of  # noqa: E402
+from adapt_recipes.report.read import Run, mean_over_tasks, read_run, worst_over_tasks  # noqa: E402
+from adapt_recipes.report.tables import spread, tokens_to_reach  # noqa: E402
+
 ENTROPIES = {"noise": math.log(16)}
 
 
@@ -58,56 +67,51 @@ def rows(words: Sequence[str]) -> list[Row]:
 def run(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     """One run of a shipped config, in a process of its own; nothing where it is finished."""
     path = ROOT / "yaml" / f"{config}.yaml"
-    recipe = ROOT / "recipes" / f"{path.read_text().split()[3]}.py"  # "# tune run RECIPE --config ..."
+    recipe = recipe_file(str(recipe_of(path)))
     seeds = [f"seed={seed}"] + ([f"tasks.seed={seed}"] if config.startswith("tiny_") else [])
-    command = [sys.executable, str(recipe), "--config", str(path), *seeds, f"output_dir={folder}", "resume=true"]
+    command = [sys.executable, recipe, "--config", str(path), *seeds, f"output_dir={folder}", "resume=true"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(folder.with_suffix(".txt"), "w") as output:
         subprocess.run([*command, *overrides], check=True, stdout=output, stderr=output, env=environment)
 
 
-def excess(losses: dict[str, float | None]) -> list[float]:
-    """The losses that were measured, each above its task's lowest possible."""
-    return [loss - ENTROPIES.get(name, 0.0) for name, loss in losses.items() if loss is not None]
+def above_entropy(run: Run) -> Run:
+    """The run with every loss counted from the lowest that its task can have."""
+    lowest = np.array([ENTROPIES.get(task, 0.0) for task in run.tasks])
+    losses = dict(zip(run.tasks, (run.final_losses - lowest).tolist(), strict=True))
+    validations = run.validations._replace(losses=run.validations.losses - lowest)
+    return replace(run, summary=run.summary | {"validation_losses": losses}, validations=validations)
 
 
-def tokens_to_reach(folder: Path, worst: float) -> float:
-    """Supervised tokens at the first validation whose worst excess is no higher; NaN: never."""
-    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
-        if line["event"] == "validation" and max(excess(line["losses"])) <= worst:
-            return line["supervised_tokens"]
-    return math.nan
-
-
-def line(name: str, folders: Sequence[Path], baselines: Sequence[Path]) -> list[str]:
+def line(name: str, runs: Sequence[Run], baselines: Sequence[Run]) -> list[str]:
     """Of one row: means and ranges over seeds."""
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    targets = [max(excess(json.loads((base / "summary.json").read_text())["validation_losses"])) for base in baselines]
-    reached = [tokens_to_reach(folder, target) for folder, target in zip(folders, targets, strict=True)]
+    reached = [
+        tokens_to_reach(run, float(worst_over_tasks(base.final_losses)))
+        for run, base in zip(runs, baselines, strict=True)
+    ]
 
-    def cell(value: Callable[[dict[str, Any]], float], digits: int) -> str:
-        values = [value(summary) for summary in summaries]
-        return spread(values, digits)
+    def of_summary(value: Callable[[dict[str, Any]], float], digits: int) -> str:
+        return cell([value(run.summary) for run in runs], digits)
 
     return [
         name,
-        cell(lambda s: max(excess(s["validation_losses"])), 3),
-        cell(lambda s: sum(excess(s["validation_losses"])) / len(excess(s["validation_losses"])), 3),
-        spread(reached, 0),
-        cell(lambda s: s["task_tokens"].get("noise", 0) / s["budget_tokens"], 2),
-        cell(lambda s: s["steps"], 0),
-        cell(lambda s: s["mixture_updates"], 0),
-        cell(lambda s: s["probe_tokens"], 0),
-        cell(lambda s: s["seconds"], 0),
-        cell(lambda s: s["mixture_seconds"] / s["seconds"], 2),
+        cell([float(worst_over_tasks(run.final_losses)) for run in runs], 3),
+        cell([float(mean_over_tasks(run.final_losses)) for run in runs], 3),
+        cell(reached, 0),
+        of_summary(lambda s: s["task_tokens"].get("noise", 0) / s["budget_tokens"], 2),
+        of_summary(lambda s: s["steps"], 0),
+        of_summary(lambda s: s["mixture_updates"], 0),
+        of_summary(lambda s: s["probe_tokens"], 0),
+        of_summary(lambda s: s["seconds"], 0),
+        of_summary(lambda s: s["mixture_seconds"] / s["seconds"], 2),
     ]
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def cell(values: Sequence[float], digits: int) -> str:
     """The mean, and the range where there is one; "never" where a value is missing."""
-    if any(math.isnan(value) for value in values):
+    mean, low, high = spread(values)
+    if math.isnan(mean):
         return "never" if all(math.isnan(value) for value in values) else "not always"
-    low, high, mean = min(values), max(values), sum(values) / len(values)
     said = f"{mean:.{digits}f}"
     return said if low == high else f"{said} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -136,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns += ["probe tokens", "seconds", "of them updates"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
+    runs = {name: [above_entropy(read_run(folder)) for folder in folders[name]] for name in names}
     for name in names:
-        print("| " + " | ".join(line(name, folders[name], folders[names[0]])) + " |")
+        print("| " + " | ".join(line(name, runs[name], runs[names[0]])) + " |")
 
 
 if __name__ == "__main__":

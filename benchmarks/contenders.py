@@ -24,7 +24,7 @@ Training = tuple[nn.Module, Callable[[], None], list[float]]
 
 
 def ours(settings: dict[str, Any]) -> Training:
-    """``SFTFullFinetune.setup`` and ``.step`` of ``recipes/sft_full_finetune.py``, with a uniform mixture.
+    """``Recipe.setup`` and ``.step`` of ``recipes/sft_full_finetune.py``, with a uniform mixture.
 
     Everything a step does is in it: drawing, micro-batches, clipping, the log. Left out: validation and checkpoints.
     The sampler is put back after each pass, so that every pass draws the same examples.
@@ -32,20 +32,21 @@ def ours(settings: dict[str, Any]) -> Training:
     from common import CONFIGS, ROOT, load_module
 
     from adapt_recipes.config import load
+    from adapt_recipes.run import Run
 
     module = load_module("sft_full_finetune", ROOT / "recipes" / "sft_full_finetune.py")
     config = load(module.Config, CONFIGS / "smollm2_135m_uniform_10pct.yaml", settings["overrides"])
-    recipe = module.SFTFullFinetune(config)
+    run = Run(config).__enter__()  # until this process ends
+    recipe = module.Recipe(config, run)
     recipe.setup()
-    recipe.clock = time.perf_counter()
     start, losses = recipe.sampler.state_dict(), []
-    log_step = recipe._log_step
+    log_step = run.log_step
 
-    def keep_loss(loss: float, *arguments: Any) -> None:
+    def keep_loss(*, loss: float, **values: Any) -> None:
         losses.append(loss)
-        log_step(loss, *arguments)
+        log_step(loss=loss, **values)
 
-    recipe._log_step = keep_loss
+    run.log_step = keep_loss  # type: ignore[method-assign]
 
     def train() -> None:
         recipe.sampler.load_state_dict(start)

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import common
 
+from adapt_recipes import models
 from adapt_recipes.config import load
-from adapt_recipes.planning.memory import Memory, Shape, build_model, reckon_memory
+from adapt_recipes.planning.memory import CPU, Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import update_of
 
 # A shipped config of each model, and the builder that gives it adapters.
@@ -84,13 +85,13 @@ def row(model: str, num_processes: int) -> str:
 def reckoned(config_name: str, num_processes: int, overrides: Sequence[str]) -> Memory:
     """Of a shipped config with overrides."""
     path = common.CONFIGS / f"{config_name}.yaml"
-    recipe = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
-    module = common.load_module(recipe, common.ROOT / "recipes" / f"{recipe}.py")
+    module = common.load_recipe(path)
     config = load(module.Config, path, overrides)
     rows, length = config.micro_batch_tokens // config.max_seq_len, config.max_seq_len
     shape = Shape(rows, length, rows * length // TOKENS_PER_SUPERVISED)
     update = update_of(OBSERVES, Probe())
-    memory, _ = reckon_memory(build_model(config), config, shape, update=update, num_processes=num_processes)
+    model = models.build(config, [], device=CPU, checkpointer=None)
+    memory, _ = estimate_memory(model, config, shape, update=update, num_processes=num_processes)
     return memory
 
 

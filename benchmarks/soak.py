@@ -32,10 +32,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from adapt_recipes.config import command_line  # noqa: E402 (runs without an installation as well)
+from adapt_recipes.cli import recipe_file, recipe_of  # noqa: E402 (runs without an installation as well)
+from adapt_recipes.config import command_line  # noqa: E402
 
 SIZE = 2  # processes
-PATIENCE = 60  # seconds, for the end of the one that was not killed
+STOP_TIMEOUT = 60  # seconds, for the end of the one that was not killed
 MAX_STEPS = 10  # before a kill
 TIMES = ("seconds", "mixture_seconds", "validation_seconds")
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments, overrides = parser.parse_known_args(argv)
     generator, happened, started = random.Random(arguments.seed), Counter[str](), time.monotonic()
     config = ROOT / "yaml" / f"{arguments.config}.yaml"
-    recipe = _load(ROOT / "recipes" / f"{config.read_text().split()[3]}.py")  # "# tune run RECIPE --config ..."
+    recipe = _load(Path(recipe_file(str(recipe_of(config)))))
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         budget = 64 * (arguments.kills * (MAX_STEPS - 2) + 20)  # in tokens, 64 a step: the last kill is before the end
@@ -101,7 +102,7 @@ class Group:
 
     def num_steps(self) -> int:
         """How many it has done since it was started."""
-        out = self._said(0, "out")
+        out = self._one_line(0, "out")
         return len(re.findall(r"^step ", out, re.MULTILINE))
 
     def is_saving(self) -> bool:
@@ -134,7 +135,7 @@ class Group:
         for rank in victims:
             os.kill(self._pids[rank], signal.SIGKILL)
         started = time.monotonic()
-        statuses = self.wait(PATIENCE)
+        statuses = self.wait(STOP_TIMEOUT)
         expected = [-signal.SIGKILL if rank in victims else 2 for rank in range(SIZE)]
         errors = [line for rank, lines in enumerate(self.errors()) for line in lines if rank not in victims]
         if statuses != expected or len(errors) != SIZE - len(victims):
@@ -143,10 +144,10 @@ class Group:
 
     def errors(self) -> list[list[str]]:
         """Of each process."""
-        lines = (self._said(rank, "err").splitlines() for rank in range(SIZE))
+        lines = (self._one_line(rank, "err").splitlines() for rank in range(SIZE))
         return [[line for line in each if line.startswith(("error: ", "Traceback"))] for each in lines]
 
-    def _said(self, rank: int, kind: str) -> str:
+    def _one_line(self, rank: int, kind: str) -> str:
         path = self._file(rank, kind)
         return path.read_text() if path.exists() else ""
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import common
 
+from adapt_recipes.cli import recipe_file, recipe_of
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line ``argv``. Returns the numbers that ``--json`` writes."""
@@ -61,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def run(config: str, overrides: dict[str, str], output_dir: Path, *, threads: int) -> dict[str, Any]:
     """Run a recipe to its end and watch it from outside."""
-    recipe = "adapt_full_finetune" if "adapt" in config else "sft_full_finetune"
-    command = [sys.executable, str(common.ROOT / "recipes" / f"{recipe}.py")]
-    command += ["--config", str(common.CONFIGS / f"{config}.yaml"), *(f"{k}={v}" for k, v in overrides.items())]
+    path = common.CONFIGS / f"{config}.yaml"
+    command = [sys.executable, recipe_file(str(recipe_of(path))), "--config", str(path)]
+    command += [f"{key}={value}" for key, value in overrides.items()]
     python_path = os.pathsep.join([str(common.ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path}
     output = output_dir.with_suffix(".out")

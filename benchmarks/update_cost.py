@@ -35,6 +35,7 @@ import common
 import torch
 
 from adapt_recipes.config import load
+from adapt_recipes.run import Run
 
 STRATEGIES = "adapt,adapt_planned,dro,mos_cossim,mos_diff,multiuat,hbo,multidds"
 CHAT_TEMPLATE_TOKENS = 128  # a token is at least a byte; this much is left for what the template adds
@@ -48,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--strategies", default=STRATEGIES, help="of the configs smollm2_135m_*_10pct")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        numbers = measure(arguments, Path(folder))
+    unread = contextlib.redirect_stdout(io.StringIO())  # what runs say
+    with tempfile.TemporaryDirectory() as folder, unread, contextlib.ExitStack() as runs:
+        numbers = measure(arguments, Path(folder), runs)
     costs, of = numbers["cost_in_steps"], ("flatness", "share")
     rows: list[tuple[Any, ...]] = [(count, *costs[count].values()) for count in costs]
     rows += [(name, *numbers[key].values()) for name, key in zip(("max / min", "share, %"), of, strict=True)]
@@ -58,18 +60,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return common.write(arguments.json, numbers)
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The cost for each number of tasks and each strategy."""
+def measure(arguments: argparse.Namespace, folder: Path, runs: contextlib.ExitStack) -> dict[str, Any]:
+    """The cost for each number of tasks and each strategy, whose runs stay open in ``runs``."""
     torch.set_num_threads(arguments.threads)
     counts = [int(count) for count in arguments.tasks.split(",")]
     strategies = arguments.strategies.split(",")
     sources = common.sources(arguments, folder)
     recipes = {
-        (count, strategy): set_up(arguments, sources, count, strategy) for count in counts for strategy in strategies
+        (count, strategy): set_up(arguments, sources, count, strategy, runs)
+        for count in counts
+        for strategy in strategies
     }
     first = recipes[counts[0], strategies[0]]
     for recipe in recipes.values():  # one model and one optimizer for all
-        recipe.model, recipe.optimizer = first.model, first.optimizer
+        recipe.model = recipe.probe.model = first.model
+        recipe.optimizer = first.optimizer
         if getattr(recipe, "reward", None) is not None:
             recipe.reward.model = first.model
     first.step()  # AdamW makes its state
@@ -83,8 +88,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             before = recipe.ledger.tokens
             step_seconds.append(timed(recipe.step) / (recipe.ledger.tokens - before) * tokens)
             seconds[which].append(timed(recipe.update_mixture))
-    for recipe in recipes.values():
-        recipe.cleanup()
     step = min(step_seconds)
     costs = {count: {name: min(seconds[count, name]) / step for name in strategies} for count in counts}
     by_strategy = {name: [costs[count][name] for count in counts] for name in strategies}
@@ -99,11 +102,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def set_up(arguments: argparse.Namespace, sources: Sequence[str], num_tasks: int, strategy: str) -> Any:
-    """The shipped recipe with a shipped config, on the examples dealt out to ``num_tasks`` tasks."""
+def set_up(
+    arguments: argparse.Namespace, sources: Sequence[str], num_tasks: int, strategy: str, runs: contextlib.ExitStack
+) -> Any:
+    """The shipped recipe with a shipped config, on the examples split into ``num_tasks`` tasks."""
     path = common.CONFIGS / f"smollm2_135m_{strategy}_10pct.yaml"
-    name = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
-    module = common.load_module(name, common.ROOT / "recipes" / f"{name}.py")
+    module = common.load_recipe(path)
     overrides = [
         *sources,
         "tasks=common.equal_tasks",
@@ -118,15 +122,11 @@ def set_up(arguments: argparse.Namespace, sources: Sequence[str], num_tasks: int
         "log_every=0",
     ]
     overrides = [f"{o}_{num_tasks}_{strategy}" if o.startswith("output_dir=") else o for o in overrides]
-    recipe_class = getattr(module, "".join(part.capitalize() for part in name.split("_")))
-    recipe = recipe_class(load(module.Config, path, overrides))
-    with contextlib.redirect_stdout(io.StringIO()):
-        recipe.setup()
-        if hasattr(recipe, "measure_base_model"):
-            recipe.measure_base_model()
-    recipe.display.close()
-    recipe.display.mixture = recipe.display.step = lambda *_, **__: None
-    recipe.clock = time.perf_counter()
+    config = load(module.Config, path, overrides)
+    recipe = module.Recipe(config, runs.enter_context(Run(config)))
+    recipe.setup()
+    if hasattr(recipe, "measure_base_model"):
+        recipe.measure_base_model()
     return recipe
 
 

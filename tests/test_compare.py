@@ -71,7 +71,7 @@ def test_what_cannot_be_compared(
 
 
 def test_spread(compare: ModuleType) -> None:
-    assert compare.spread([1.0, 2.0], 1) == "1.5 (1.0 to 2.0)"
-    assert compare.spread([3.0, 3.0], 0) == "3"
-    assert compare.spread([math.nan, math.nan], 0) == "never"
-    assert compare.spread([math.nan, 2.0], 0) == "not always"
+    assert compare.cell([1.0, 2.0], 1) == "1.5 (1.0 to 2.0)"
+    assert compare.cell([3.0, 3.0], 0) == "3"
+    assert compare.cell([math.nan, math.nan], 0) == "never"
+    assert compare.cell([math.nan, 2.0], 0) == "not always"

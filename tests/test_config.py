@@ -20,8 +20,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
+from adapt_recipes import cli
 from adapt_recipes.budget import BudgetConfig
-from adapt_recipes.config import STRICT, Component, Given, command_line, load, locate, to_dict
+from adapt_recipes.config import (
+    FREE_AT_RESUME,
+    NOT_COMPARED,
+    STRICT,
+    Component,
+    Injected,
+    TrainConfig,
+    command_line,
+    load,
+    to_dict,
+)
+from adapt_recipes.strict import MOVED, config_differences, locate, marked
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "yaml").glob("*.yaml"))
@@ -38,7 +50,7 @@ class Schema:
     part: Component
     budget: BudgetConfig
     size: int = 3
-    fitted: Annotated[Component | None, Given("size")] = None
+    fitted: Annotated[Component | None, Injected("size")] = None
 
 
 FILE = """
@@ -135,6 +147,13 @@ def test_locate() -> None:
             locate(path)
 
 
+def test_a_component_that_has_moved_is_named_with_its_new_place() -> None:
+    assert MOVED
+    for old, new in MOVED.items():
+        with pytest.raises(ValueError, match=f"^'{old}.Name' has moved to '{new}.Name'$"):
+            locate(f"{old}.Name")
+
+
 def test_what_a_component_raises_begins_with_its_key_once(file: Path) -> None:
     node = load(Schema, file, ["part={_component_: builtins.int, x: y}"]).part
     with pytest.raises(ValueError, match=r"^part: builtins.int cannot be built: TypeError: .* \(ADAPT_TRACEBACK=1"):
@@ -144,13 +163,62 @@ def test_what_a_component_raises_begins_with_its_key_once(file: Path) -> None:
         node.build()
 
 
+def test_marked_keys_are_found_in_nodes_as_well() -> None:
+    @dataclass(kw_only=True, config=STRICT)
+    class Marked(TrainConfig):
+        mine: Annotated[int, NOT_COMPARED, FREE_AT_RESUME] = 0
+
+    base, own = (set(marked(schema, FREE_AT_RESUME)) for schema in (TrainConfig, Marked))
+    assert own == base | {"mine"} and {"resume", "tasks.cache_dir"} <= base and "seed" not in base
+    assert set(marked(Marked, NOT_COMPARED)) == set(marked(TrainConfig, NOT_COMPARED)) | {"mine"}
+
+
+def test_config_differences_are_named() -> None:
+    saved = {
+        "seed": 1,
+        "resume": False,
+        "model": {"path": "a", "size": {"x": 1}},
+        "tasks": ["a", "b"],
+        "gone": {},
+        "lr": 1,
+    }
+    now = {
+        "seed": 2,
+        "resume": True,
+        "model": {"path": "b", "size": {"x": 2}},
+        "tasks": ["b", "a"],
+        "new": None,
+        "lr": 1.0,
+    }
+    assert config_differences(saved, saved, free=()) == []
+    assert config_differences(saved, now, free=()) == [
+        "seed",
+        "resume",
+        "model.path",
+        "model.size.x",
+        "tasks",
+        "gone",
+        "new",
+    ]
+    assert config_differences(saved, now, free={"resume", "model.size", "gone", "new"}) == [
+        "seed",
+        "model.path",
+        "tasks",
+    ]
+    nan = {"lr": float("nan")}
+    assert config_differences(nan, {"lr": float("nan")}, free=()) == []
+    assert config_differences(nan, {"lr": 1.0}, free=()) == ["lr"]
+    assert config_differences({"model_path": 1}, {"model_path": 2}, free=["model"]) == ["model_path"]
+    assert config_differences({"model": {"path": "a"}}, {"model": None}, free=[]) == ["model.path", "model"]
+
+
 # ---- the configs that come with the recipes
 
 
 @cache
 def recipe_of(path: Path) -> ModuleType:
     """By its file: torchtune installs a package called `recipes` that raises when it is imported."""
-    name = path.read_text().split()[3]  # "# tune run RECIPE --config ..."
+    name = str(cli.recipe_of(path))
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

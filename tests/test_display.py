@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 from tiers import slow_but
 
-import tune_cli_ext
+from adapt_recipes import cli
 from adapt_recipes.budget import Ledger
 from adapt_recipes.config import load
 from adapt_recipes.data import Examples, Task
 from adapt_recipes.display import Display
+from adapt_recipes.events import Summary
 
 
 def task(name: str, *, validated: bool = True) -> Task:
@@ -114,7 +115,7 @@ def test_recipes_say_what_takes_a_while(recipe: str, tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = {"sft": "uniform", "adapt": "adapt", "mos": "mos_diff"}[recipe]
     root = Path(__file__).parents[1]
-    schema = tune_cli_ext._schema(str(root / "recipes" / f"{recipe}_full_finetune.py"))
+    schema = cli.schema(str(root / "recipes" / f"{recipe}_full_finetune.py"))
     few = ["budget.tokens=192", "tasks.num_validation_rows=8", "probe.examples=2", "mixture_update_every=1"]
     overrides = [f"output_dir={tmp_path / 'run'}", "validate_every=0", *few[: 2 if recipe == "sft" else None]]
     assert sys.modules[schema.__module__].main(load(schema, root / "yaml" / f"tiny_{config}.yaml", overrides)) == 0
@@ -161,20 +162,28 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["task"] == ["examples", "dropped", "sup.", "tokens", "held", "out", "p"], "the words of a plan"
     assert rows["one"] == ["20", "3", "20", "20", "0.250"] and rows["two"] == ["20", "3", "20", "-", "0.750"]
-    summary = {
-        "strategy": "uniform",
-        "probabilities": {"one": 0.25, "two": 0.75},
-        "task_tokens": {"one": 10, "two": 20},
-        "budget_tokens": 30,
-        "initial_validation_losses": {"one": 2.0, "two": float("nan")},
-        "validation_losses": {"one": 1.0, "two": float("nan")},
-        "worst_validation_loss": 1.0,
-        "mean_validation_loss": 1.0,
-        "supervised_tokens": 30,
-        "steps": 6,
-        "seconds": 3.21,
-        "probe_tokens": 40,
-    }
+    summary = Summary(
+        strategy="uniform",
+        seed=0,
+        budget_tokens=30,
+        supervised_tokens=30,
+        tokens=60,
+        computed_tokens=90,
+        unique_supervised_tokens=30,
+        probe_tokens=40,
+        probe_total_tokens=120,
+        task_tokens={"one": 10, "two": 20},
+        probabilities={"one": 0.25, "two": 0.75},
+        validation_losses={"one": 1.0, "two": float("nan")},
+        initial_validation_losses={"one": 2.0, "two": float("nan")},
+        worst_validation_loss=1.0,
+        mean_validation_loss=1.0,
+        seconds=3.21,
+        mixture_seconds=0.0,
+        validation_seconds=0.0,
+        steps=6,
+        mixture_updates=0,
+    )
     display.results(summary, folder=tmp_path)
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["one"] == ["0.250", "10", "33.3%", "2.000", "1.000"]

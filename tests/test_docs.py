@@ -23,6 +23,7 @@ from string import Template
 import pytest
 from test_tune_cli import TUNE_MANY
 
+from adapt_recipes.cli import recipe_of
 from adapt_recipes.config import load
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,6 @@ def test_benchmarks_have_what_they_are_told(words: list[str]) -> None:
     at = [i for i, word in enumerate(rest) if re.fullmatch(r"(tiny|smollm2)_\w+", word)]
     for here, after in pairwise([*at, len(rest)]):
         config = ROOT / "yaml" / f"{rest[here]}.yaml"
-        recipe = config.read_text().split()[3]  # "# tune run RECIPE --config ..."
+        recipe = str(recipe_of(config))
         for_all = [word for word in rest[: at[0]] if "=" in word]
         check(recipe, str(config), [*for_all, *(word for word in rest[here + 1 : after] if "=" in word)])

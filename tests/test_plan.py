@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 from tiers import slow_but
 
-import tune_cli_ext
+from adapt_recipes import cli
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning import Plan, make_plan, show
 from adapt_recipes.planning.memory import Memory
 from adapt_recipes.planning.plan import TaskPlan
-from adapt_recipes.rewards import Uncertainty
+from adapt_recipes.signals.rewards import Uncertainty
 
 ROOT = Path(__file__).parents[1]
 KEYS = """
@@ -68,8 +68,8 @@ def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch
 
 def config_of(config: str, *overrides: str, recipe: str | None = None) -> Any:
     path = ROOT / "yaml" / f"tiny_{config}.yaml"
-    file = ROOT / "recipes" / f"{recipe}.py" if recipe else tune_cli_ext._recipe_path(str(path))
-    return load(tune_cli_ext._schema(str(file)), path, both([*COMMON, f"output_dir=run_{config}"], overrides))
+    schema = cli.schema(cli.recipe_file(recipe or str(cli.recipe_of(path))))
+    return load(schema, path, both([*COMMON, f"output_dir=run_{config}"], overrides))
 
 
 def both(common: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -235,7 +235,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     """(exit status, standard output, standard error) of `tune plan`."""
     status = 0
     try:
-        tune_cli_ext._plan(words)
+        cli.plan(words)
     except SystemExit as exit:
         status = int(exit.code or 0)
     captured = capsys.readouterr()
@@ -429,7 +429,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
     """As a user types it, from a folder of theirs; without memory for the weights, which would be 5 GB."""
     source = (ROOT / "recipes" / "sft_full_finetune.py").read_text()
     (folder / "helper.py").write_text("")
-    (folder / "mine.py").write_text(source.replace("import contextlib\n", "import contextlib\nimport helper\n", 1))
+    (folder / "mine.py").write_text(source.replace("import torch\n", "import helper\nimport torch\n", 1))
     shipped = str(ROOT / "yaml" / "llama3_2_1b_uniform_10pct.yaml")
     overrides = [
         "tokenizer=adapt_recipes.data.ByteTokenizer",
@@ -463,7 +463,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         (["gone.py", *plain("adapt")], "no recipe of ours 'gone.py'"),
         (["plain.py", *plain("adapt")], "plain.py has no class Config"),
         (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
-        (["small.py", "--config", "small.yaml"], "has no 'strategy', without which there is no plan"),
+        (["small.py", "--config", "small.yaml"], "Config does not inherit TrainConfig, without which there is no plan"),
         (["adapt_full_finetune", "--config", "tiny_adapd"], "neither a file nor a known name"),
         (["adapt_full_finetune", *plain("adapt", "sede=1")], "unknown key 'sede'; did you mean 'seed'?"),
         (["adapt_full_finetune", *plain("adapt", "tasks.path=nowhere")], "nowhere"),
@@ -477,11 +477,14 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
             "observes 'train_losses', which sft_full_finetune does not measure; it measures nothing",
         ),
         (
-            ["mos_full_finetune", *plain("uniform", *EVEN, "mixture=adapt_recipes.mixture.Scorer")],
+            [
+                str(ROOT / "recipes" / "mos_full_finetune.py"),
+                *plain("uniform", *EVEN, "mixture=adapt_recipes.mixture.Scorer"),
+            ],
             "missing key 'reward'",
         ),
         (["mos_full_finetune", *plain("hbo", *EVEN, "mixture=adapt_recipes.mixture.uniform", "~mixture.prior",
-          "~mixture.learning_rate")], "is for nothing"),
+          "~mixture.learning_rate")], "is unused"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.vocab_size=64")], "model.vocab_size: 64 is too few"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.num_heads=5")], "model: "),
         (["sft_full_finetune", *plain("uniform", *EVEN, "max_seq_len=4")], "longer than max_seq_len=4"),

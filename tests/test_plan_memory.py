@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import group
 import pytest
 import torch
 from tiers import slow_but
 
+import adapt_recipes.run
+from adapt_recipes import models
+from adapt_recipes.cli import recipe_file, recipe_of, schema
 from adapt_recipes.config import load
-from adapt_recipes.planning.memory import LiveBytes, Memory, Shape, Size, build_model, reckon_memory
+from adapt_recipes.planning.memory import CPU, LiveBytes, Memory, Shape, Size, estimate_memory
 from adapt_recipes.planning.update import update_of
-from adapt_recipes.training.distributed import processes
-from adapt_recipes.training.sharding import local
-from tune_cli_ext import _recipe_path, _schema
+from adapt_recipes.run import Run
+from adapt_recipes.training.process_group import process_group
+from adapt_recipes.training.sharding import to_local
 
 ROOT = Path(__file__).parents[1]
 # Large enough that what torch keeps of its own (a few hundred kB) is little beside it.
@@ -90,8 +94,7 @@ def write_tasks(folder: Path) -> None:
 
 def config_of(case: Case, folder: Path) -> Any:
     path = ROOT / "yaml" / f"tiny_{case.config}.yaml"
-    recipe = _recipe_path(str(path))
-    assert recipe is not None
+    recipe = recipe_file(str(recipe_of(path)))
     settings = MODEL | {
         "tasks": "adapt_recipes.data.jsonl_tasks",
         "tasks.path": folder / "tasks",
@@ -108,14 +111,7 @@ def config_of(case: Case, folder: Path) -> Any:
         settings["probe.examples"] = 4
     settings |= case.changes
     overrides = [key if value is None else f"{key}={value}" for key, value in settings.items()]
-    return load(_schema(recipe), path, ["~tasks.noise", "tokenizer.supervise_end=true", *overrides])
-
-
-def recipe_of(config: Any) -> Any:
-    """The recipe's object, by the module of its schema."""
-    values = vars(sys.modules[type(config).__module__]).values()
-    (recipe,) = (value for value in values if isinstance(value, type) and "TOTALS" in vars(value))
-    return recipe(config)
+    return load(schema(recipe), path, ["~tasks.noise", "tokenizer.supervise_end=true", *overrides])
 
 
 def peak(run: Callable[[], object], recipe: Any) -> int:
@@ -147,37 +143,39 @@ def peak_of_tensors(run: Callable[[], object], recipe: Any) -> int:
 
 def measured(name: str, folder: Path, peak: Callable[[Callable[[], object], Any], int]) -> dict[str, Any]:
     """Of a process: what is there before a step, the peaks of a step and of an update, and the largest micro-batch."""
-    recipe = recipe_of(config_of(CASES[name], folder))
-    recipe.setup()
-    recipe.clock = time.perf_counter()
-    batches, make = [], recipe._batches
-    recipe._batches = lambda examples: batches.append(make(examples)) or batches[-1]
-    if hasattr(recipe, "measure_base_model"):
-        recipe.measure_base_model()
-    recipe.step()  # the optimizer makes its state
-    states = [value for state in recipe.optimizer.state.values() for value in state.values()]
-    tensors = [*recipe.model.parameters(), *recipe.model.buffers(), *filter(torch.is_tensor, states)]
-    before = sum(local(tensor.detach()).untyped_storage().nbytes() for tensor in tensors)
-    found = {"before": before, "step": peak(recipe.step, recipe), "update": 0}
-    if getattr(getattr(recipe, "mixture", None), "observes", ()):
-        recipe.update_mixture()  # the first time DTensor works out what each operation means for it
-        found["update"] = peak(recipe.update_mixture, recipe)
-    recipe.save()
-    found["checkpoint"] = sum(file.stat().st_size for file in recipe.checkpoints.newest().folder.rglob("*.distcp"))
+    config = config_of(CASES[name], folder)
+    with Run(config) as run:
+        recipe = sys.modules[type(config).__module__].Recipe(config, run)
+        recipe.setup()
+        batches, make = [], recipe.batches
+        recipe.batches = lambda examples: batches.append(make(examples)) or batches[-1]
+        if hasattr(recipe, "measure_base_model"):
+            recipe.measure_base_model()
+        recipe.step()  # the optimizer makes its state
+        states = [value for state in recipe.optimizer.state.values() for value in state.values()]
+        tensors = [*recipe.model.parameters(), *recipe.model.buffers(), *filter(torch.is_tensor, states)]
+        before = sum(to_local(tensor.detach()).untyped_storage().nbytes() for tensor in tensors)
+        found = {"before": before, "step": peak(recipe.step, recipe), "update": 0}
+        if recipe.mixture.observes:
+            recipe.update_mixture()  # the first time DTensor works out what each operation means for it
+            found["update"] = peak(recipe.update_mixture, recipe)
+        run.save()
+        saved = run.checkpoints.newest()
+        assert saved is not None
+        found["checkpoint"] = sum(file.stat().st_size for file in saved.folder.rglob("*.distcp"))
     largest = max((batch for each in batches for batch in each), key=lambda batch: batch.tokens.numel())
     found["shape"] = Shape(*largest.tokens.shape, int((largest.labels != -100).sum()), len(batches[0]) > 1)
-    recipe.cleanup()
     return found
 
 
 def reckoned(name: str, folder: Path, shape: Shape, *, num_processes: int = 1) -> tuple[Memory, Size]:
     config = config_of(CASES[name], folder)
-    model = build_model(config)
+    model = models.build(config, [], device=CPU, checkpointer=None)
     given = {"task_names": ["a", "b", "c"], "num_supervised_tokens": torch.ones(3), "budget_tokens": 1}
     reward = getattr(config, "reward", None)
     reward = reward.build(task_names=["a", "b", "c"], model=model) if reward else None
     update = update_of(config.mixture.build(**given).observes, getattr(config, "probe", None), reward)
-    return reckon_memory(model, config, shape, update=update, num_processes=num_processes)
+    return estimate_memory(model, config, shape, update=update, num_processes=num_processes)
 
 
 def assert_close(memory: Memory, found: dict[str, Any], *, within: float = 0.02) -> None:
@@ -205,7 +203,8 @@ def on_two(folder: Path) -> dict[str, Any]:
     os.environ["HOME"] = str(folder)
     if os.environ["RANK"] == "0":
         write_tasks(folder / "tasks")
-    with processes("cpu", batch_size=8):
+    one_for_all = mock.patch.object(adapt_recipes.run, "process_group", lambda *_, **__: contextlib.nullcontext())
+    with process_group("cpu", batch_size=8), one_for_all:
         return {name: measured(name, folder, peak_of_tensors) for name in ON_TWO}
 
 

@@ -3,35 +3,97 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from adapt_recipes.runlog import RunLog, Silent, holds_run, is_finished, write_resolved, write_summary
+from adapt_recipes.events import (
+    CheckpointEvent,
+    EndEvent,
+    MixtureEvent,
+    NoteEvent,
+    ResumeEvent,
+    StepEvent,
+    Summary,
+    ValidationEvent,
+)
+from adapt_recipes.runlog import NullLog, RunLog, has_run, is_finished, write_resolved, write_summary
+
+SUMMARY = Summary(
+    strategy="uniform",
+    seed=0,
+    budget_tokens=30,
+    supervised_tokens=30,
+    tokens=60,
+    computed_tokens=90,
+    unique_supervised_tokens=30,
+    probe_tokens=8,
+    probe_total_tokens=24,
+    task_tokens={"one": 10, "two": 20},
+    probabilities={"one": 0.25, "two": 0.75},
+    validation_losses={"one": 1.5, "two": math.nan},
+    initial_validation_losses={"one": 2.5, "two": math.nan},
+    worst_validation_loss=1.5,
+    mean_validation_loss=1.5,
+    seconds=3.5,
+    mixture_seconds=0.0,
+    validation_seconds=0.5,
+    steps=6,
+    mixture_updates=0,
+)
+
+
+def step(number: int, *, spent: int = 0) -> StepEvent:
+    return StepEvent(
+        step=number,
+        loss=2.0,
+        lr=0.1,
+        grad_norm=1.0,
+        supervised_tokens=spent,
+        tokens=2 * spent,
+        computed_tokens=3 * spent,
+        task_tokens={"one": spent},
+        task_losses={"one": 2.0},
+        seconds=0.5,
+    )
 
 
 def test_lines_are_json_and_there_at_once(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    log.write("step", loss=0.1, tensor=torch.tensor([1.0, float("nan")]), nested={"a": float("inf")}, name="é")
+    signals = {"z": torch.tensor([1.0, math.nan]), "objective": torch.tensor(0.5)}
+    log.write(
+        MixtureEvent(
+            step=3,
+            supervised_tokens=8,
+            probe_tokens=4,
+            mixture_seconds=0.5,
+            probabilities={"é": math.inf},
+            signals=signals,
+        )
+    )
     line = (tmp_path / "log.jsonl").read_text(encoding="utf-8")
-    assert json.loads(line) == {"event": "step", "loss": 0.1, "tensor": [1.0, None], "nested": {"a": None}, "name": "é"}
-    assert line.endswith("\n") and log.num_bytes == len(line.encode())
+    expected = {"event": "mixture", "step": 3, "supervised_tokens": 8, "probe_tokens": 4, "mixture_seconds": 0.5}
+    assert json.loads(line) == expected | {"probabilities": {"é": None}, "z": [1.0, None], "objective": 0.5}
+    assert "é" in line and line.endswith("\n") and log.num_bytes == len(line.encode())
     log.close()
 
 
 def test_a_resume_cuts_the_log_where_the_checkpoint_was(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    log.write("step", step=1)
+    log.write(CheckpointEvent(step=1))
     length = log.num_bytes
-    log.write("step", step=2)
+    log.write(CheckpointEvent(step=2))
     log.close()
     log = RunLog(tmp_path, keep_bytes=length)
-    log.write("resume", step=1)
+    log.write(ResumeEvent(step=1, supervised_tokens=8))
     log.close()
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert events == [{"event": "step", "step": 1}, {"event": "resume", "step": 1}]
+    assert events == [{"event": "checkpoint", "step": 1}, {"event": "resume", "step": 1, "supervised_tokens": 8}]
 
 
 def test_a_new_run_replaces_a_stale_log(tmp_path: Path) -> None:
@@ -48,21 +110,72 @@ def test_a_log_that_was_cut_since_is_refused_and_left_alone(tmp_path: Path) -> N
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:
-    assert not holds_run(tmp_path) and not is_finished(tmp_path)
+    assert not has_run(tmp_path) and not is_finished(tmp_path)
     write_resolved(tmp_path, {"seed": 1, "mixture": {"_component_": "x"}})
-    assert holds_run(tmp_path) and not is_finished(tmp_path)
+    assert has_run(tmp_path) and not is_finished(tmp_path)
     resolved = yaml.safe_load((tmp_path / "resolved.yaml").read_text())
     assert resolved["seed"] == 1 and resolved["versions"]["torch"] == torch.__version__
-    write_summary(tmp_path, {"losses": torch.tensor([1.5])})
+    write_summary(tmp_path, SUMMARY)
     assert is_finished(tmp_path)
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"losses": [1.5]}
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert list(written) == list(asdict(SUMMARY)), "in this order"
+    unmeasured = {
+        "validation_losses": {"one": 1.5, "two": None},
+        "initial_validation_losses": {"one": 2.5, "two": None},
+    }
+    assert written == asdict(SUMMARY) | unmeasured
     assert not list(tmp_path.glob("*.partial"))
+
+
+class Logger:
+    """A metric logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, Any]]] = []
+        self.closed = False
+
+    def log_dict(self, metrics: dict[str, Any], step: int) -> None:
+        self.lines.append((step, metrics))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_metric_logger_gets_the_first_the_last_and_some_steps(tmp_path: Path) -> None:
+    logger = Logger()
+    log = RunLog(tmp_path, metric_logger=logger, log_every=3, budget_tokens=80)
+    for number in range(1, 9):
+        log.write(step(number, spent=10 * number))
+    assert [number for number, _ in logger.lines] == [1, 3, 6, 8]
+    numbers = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "supervised_tokens": 60, "tokens": 120}
+    assert logger.lines[2][1] == numbers | {"computed_tokens": 180, "seconds": 0.5}
+    log.close()
+    assert logger.closed
+
+
+def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
+    logger = Logger()
+    log = RunLog(tmp_path, metric_logger=logger)
+    shares = {"step": 3, "supervised_tokens": 8, "probe_tokens": 4, "mixture_seconds": 0.5}
+    log.write(MixtureEvent(**shares, probabilities={"one": 0.25, "two": 0.75}, signals={"z": 1.0}))
+    log.write(ValidationEvent(step=4, supervised_tokens=9, losses={"one": 1.0, "two": 2.0, "unmeasured": math.nan}))
+    for event in (
+        CheckpointEvent(step=5),
+        ResumeEvent(step=5, supervised_tokens=9),
+        NoteEvent(step=5, text="so"),
+        EndEvent(reason="error", step=5, message="no"),
+    ):
+        log.write(event)
+    totals = {name: value for name, value in shares.items() if name != "step"}
+    losses = {"validation_loss/one": 1.0, "validation_loss/two": 2.0}
+    losses |= {"worst_validation_loss": 2.0, "mean_validation_loss": 1.5}
+    assert logger.lines == [(3, {"p/one": 0.25, "p/two": 0.75} | totals), (4, losses)]
 
 
 def test_a_silent_stand_in_takes_every_call() -> None:
     """All that a recipe asks of the log."""
-    silent = Silent()
-    silent.write("step", loss=1.0)
+    silent = NullLog()
+    silent.write(step(1))
     silent.close()
     public = {name for name in vars(RunLog) if not name.startswith("_")}
-    assert public <= {*vars(Silent)} and silent.num_bytes == 0
+    assert public <= {*vars(NullLog)} and silent.num_bytes == 0

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import tune_cli_ext
+from adapt_recipes import cli
 
 ROOT = Path(tune_cli_ext.__file__).resolve().parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -166,13 +167,14 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
         ["validate", "llama2/7B_full", "seed=3"],
         ["run", "adapt_full_finetun", "--config", "tiny_adapt"],
         ["run", "./gone.py", "--config", "tiny_adapt"],
+        ["run", "adapt_full_finetune", "--config", "tiny_mos_diff"],
         cwd=tmp_path,
     )
     recipes = listed(ls[1])
     assert list(recipes)[: len(RECIPES)] == RECIPES
     assert "llama2/7B_full" in recipes["full_finetune_distributed"]
-    for config in CONFIGS:
-        assert [name for name in RECIPES if {config, f"yaml/{config}.yaml"} <= set(recipes[name])], config
+    listed_configs = [config for name in RECIPES for config in recipes[name]]
+    assert sorted(listed_configs) == sorted(CONFIGS), "each once"
     assert cp_recipe[0] == cp_config[0] == cat[0] == 0
     assert (tmp_path / "mine.py").read_text() == (ROOT / "recipes" / "adapt_full_finetune.py").read_text()
     assert (tmp_path / "tiny_adapt.yaml").read_text() == (ROOT / "yaml" / "tiny_adapt.yaml").read_text()
@@ -181,6 +183,7 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
     assert validations[:3] == [WELL_FORMED] * 3
     hints = ["did you mean 'seed'?", "did you mean 'tokens'?", "did you mean 'tiny_adapt'?", "no config of ours"]
     hints += ["no recipe 'adapt_full_finetun', by name or by path; did you mean 'adapt_full_finetune'?", "`tune ls`"]
+    hints += ["--config tiny_mos_diff: is a config of mos_full_finetune, not of adapt_full_finetune; name that recipe"]
     for (status, output), hint in zip(validations[3:], hints, strict=True):
         assert status == 2 and hint in output and output.count("\n") == 1, output
 
@@ -291,14 +294,14 @@ def validate(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]
 
 
 def test_hooking_twice_registers_once(empty_folder: Path) -> None:
-    """And each config with one recipe, that of its first line."""
+    """And each config with one recipe, which it names."""
     tune_cli_ext.hook()
     assert sum("tune_cli_ext" in str(finder) for finder in sys.meta_path) == 1
     recipes = registered()
     assert list(recipes)[: len(RECIPES)] == RECIPES
     assert all(recipes[name].supports_distributed for name in RECIPES)
     owned = [(config.name, name) for name in RECIPES for config in recipes[name].configs if "/" not in config.name]
-    assert sorted(owned) == [(config, (ROOT / "yaml" / f"{config}.yaml").read_text().split()[3]) for config in CONFIGS]
+    assert sorted(owned) == [(config, cli.recipe_of(ROOT / "yaml" / f"{config}.yaml")) for config in CONFIGS]
 
 
 @pytest.mark.parametrize("word", ["my.py", "./my.py", "recipes/my.py", "../{name}/my.py", "{folder}/my.py"])
@@ -333,7 +336,7 @@ def test_what_is_wrong_with_our_files_leaves_torchtune_as_it_was(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The stock recipes stay, and one line says why ours are missing."""
-    monkeypatch.setattr(tune_cli_ext, "_bundle", lambda: str(empty_folder / "nowhere"))
+    monkeypatch.setattr(cli, "bundle", lambda: empty_folder / "nowhere")
     assert "full_finetune_distributed" in registered()
     error = capsys.readouterr().err
     assert error.startswith("adapt-recipes could not extend torchtune's `tune`: FileNotFoundError")
@@ -354,14 +357,12 @@ def test_an_error_in_the_finder_stops_no_import(
 
 
 def test_validate_knows_whose_a_config_is(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the recipe in its first line, by name or path, else by its strategy; a config of neither is torchtune's."""
+    """By its key `recipe`, a name or a path; a config without a `strategy` is torchtune's."""
     text = (ROOT / "yaml" / "tiny_uniform.yaml").read_text()
-    rest = text.partition("\n")[2]
     (empty_folder / "mine.py").write_text((ROOT / "recipes" / "sft_full_finetune.py").read_text())
     ours = {
         "by_name.yaml": text,
-        "by_path.yaml": f"# tune run mine.py --config yaml/x.yaml\n{rest}",
-        "by_strategy.yaml": rest,
+        "by_path.yaml": text.replace("recipe: sft_full_finetune", "recipe: mine.py"),
     }
     for name, content in ours.items():
         (empty_folder / name).write_text(content)
@@ -376,8 +377,9 @@ def test_validate_knows_whose_a_config_is(empty_folder: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ("# tune run gone.py --config mine.yaml\nstrategy: uniform\n", "gone.py, which is not a file"),
-        ("strategy: unifrom\n", "did you mean 'uniform'?"),
+        ("recipe: gone.py\nstrategy: uniform\n", "recipe: no recipe of ours 'gone.py', by name or by path"),
+        ("recipe: sft_full_finetun\n", "did you mean 'sft_full_finetune'?"),
+        ("strategy: uniform\n", "missing key 'recipe'; allowed: adapt_full_finetune, "),
         ("strategy: [\n", "expected"),
         ("- strategy\n", "mapping"),
     ],

@@ -262,7 +262,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             title="MoS with transferability as its reward (CosSim: what a dataset has in common with all of them)",
             mixture=SCORER,
             reward="""\
-  _component_: adapt_recipes.rewards.CosineSimilarity""",
+  _component_: adapt_recipes.signals.rewards.CosineSimilarity""",
             passes=1,  # hidden states
             updates=SCORER_UPDATES,
         ),
@@ -271,7 +271,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             title="MoS with difficulty as its reward (Diff: how little of a dataset has been learned)",
             mixture=SCORER,
             reward="""\
-  _component_: adapt_recipes.rewards.PerplexityRatio""",
+  _component_: adapt_recipes.signals.rewards.PerplexityRatio""",
             passes=1,  # losses; those of the model at the start are taken once
             updates=SCORER_UPDATES,
         ),
@@ -281,7 +281,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             "has in common with that one)",
             mixture=SCORER,
             reward="""\
-  _component_: adapt_recipes.rewards.CosineSimilarity
+  _component_: adapt_recipes.signals.rewards.CosineSimilarity
   specialist: math  # ours: the dataset that counts""",
             passes=1,
             updates=SCORER_UPDATES,
@@ -292,7 +292,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             "dataset has been learned, and twice that for this one)",
             mixture=SCORER,
             reward="""\
-  _component_: adapt_recipes.rewards.PerplexityRatio
+  _component_: adapt_recipes.signals.rewards.PerplexityRatio
   specialist: math  # ours: the dataset that counts""",
             passes=1,
             updates=SCORER_UPDATES,
@@ -302,7 +302,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             title="MultiDDS-S, a baseline of the paper's (what a step on a dataset does for all of them)",
             mixture=SCORER,
             reward="""\
-  _component_: adapt_recipes.rewards.GradientAlignment""",
+  _component_: adapt_recipes.signals.rewards.GradientAlignment""",
             passes=6,  # gradients of validation losses (3) and of training losses (3)
             updates=SCORER_UPDATES,
         ),
@@ -311,7 +311,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             title="MultiUAT, a baseline of the paper's (how unsure the model is of a dataset's answers)",
             mixture=SCORER,
             reward="""\
-  _component_: adapt_recipes.rewards.Uncertainty
+  _component_: adapt_recipes.signals.rewards.Uncertainty
   measure: EntSent  # ours; PreTP is near 1 for any long answer""",
             passes=1,  # the models have no dropout: one pass without it in the place of 30
             updates=SCORER_UPDATES,
@@ -417,6 +417,7 @@ probe:
 #         {lines(model.remedy, reading)}
 # Length: {length}, more where short answers are drawn; {millions} million examples assumed.
 {shares}
+recipe: {strategy.recipe}
 strategy: {strategy_name}
 output_dir: runs/{name}
 resume: true

@@ -1,15 +1,23 @@
 """Tasks: where they come from, how they become tokens, how they are split, and the order in which a run reads them."""
 
-from adapt_recipes.data.batching import MicroBatch, micro_batches
+from adapt_recipes.data.batching import MicroBatch, build_batches, micro_batches
 from adapt_recipes.data.byte_tokenizer import ByteTokenizer
 from adapt_recipes.data.chat import ChatTokenizer
 from adapt_recipes.data.examples import IGNORE_INDEX, Example, Examples, RawTask, Task
 from adapt_recipes.data.hf import hf_tasks
 from adapt_recipes.data.jsonl import jsonl_tasks
-from adapt_recipes.data.load import TasksConfig, fingerprint, load_tasks, max_token
+from adapt_recipes.data.load import TasksConfig, build_tasks, fingerprint, load_tasks, max_token
 from adapt_recipes.data.natural_instructions import natural_instructions
 from adapt_recipes.data.prepare import prepare_tasks
-from adapt_recipes.data.sampler import TokenSampler, one_task, random_examples, validation_examples
+from adapt_recipes.data.sampler import (
+    TokenSampler,
+    count_tokens,
+    count_unique,
+    draw_names,
+    random_examples,
+    sample_one_hot,
+    validation_examples,
+)
 from adapt_recipes.data.toy import toy_tasks
 
 __all__ = [
@@ -23,6 +31,11 @@ __all__ = [
     "Task",
     "TasksConfig",
     "TokenSampler",
+    "build_batches",
+    "build_tasks",
+    "count_tokens",
+    "count_unique",
+    "draw_names",
     "fingerprint",
     "hf_tasks",
     "jsonl_tasks",
@@ -30,7 +43,7 @@ __all__ = [
     "max_token",
     "micro_batches",
     "natural_instructions",
-    "one_task",
+    "sample_one_hot",
     "prepare_tasks",
     "random_examples",
     "toy_tasks",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from adapt_recipes.data.examples import IGNORE_INDEX, Example
+from adapt_recipes.training.process_group import rank, world_size
 
 # What one more forward and backward cost besides their tokens, in tokens computed: chiefly one more gradient of every
 # weight to write and add up. 145 measured (135M weights, bf16, CPU); the total is flat around its minimum.
@@ -104,6 +105,18 @@ def micro_batches(
         else:
             batches.append(_dummy(tasks[order[parts[0][0]]], totals))
     return batches
+
+
+def build_batches(
+    examples: Sequence[tuple[int, Example]],  # each with the index of its task
+    *,
+    max_tokens: int,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """``micro_batches`` of this process, on its device."""
+    tasks, rows = [task for task, _ in examples], [example for _, example in examples]
+    batches = micro_batches(rows, tasks, max_tokens=max_tokens, rank=rank(), world_size=world_size())
+    return [batch.to(device) for batch in batches]
 
 
 Part = Sequence[int]  # places in the sorted list

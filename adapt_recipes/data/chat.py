@@ -17,7 +17,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from adapt_recipes.data.chat_template import compile_chat_template, read_chat_template
-from adapt_recipes.data.conversations import located
+from adapt_recipes.data.conversations import error_prefix
 from adapt_recipes.data.examples import Conversation
 
 _FILES = (
@@ -59,9 +59,9 @@ class ChatTokenizer:
     def __init__(self, path: str | Path, *, chat_template: str | Path | None = None) -> None:
         self._path = Path(path).expanduser()
         self._template_file = None if chat_template is None else Path(chat_template).expanduser()
-        with located("tokenizer.path"):
+        with error_prefix("tokenizer.path"):
             config = self._read_tokenizer()
-        with located("tokenizer.path" if self._template_file is None else "tokenizer.chat_template"):
+        with error_prefix("tokenizer.path" if self._template_file is None else "tokenizer.chat_template"):
             template = read_chat_template(self._path, config, self._template_file)
             self._template = compile_chat_template(template)
         parts = [

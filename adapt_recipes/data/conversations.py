@@ -28,7 +28,7 @@ def checked_conversation(messages: Any) -> Conversation:
     """A conversation with nothing but roles and contents, after an optional system message: user, assistant, user, ...
 
     Raises:
-        ValueError: what is wrong with which message; the caller knows the file and line, see :func:`located`.
+        ValueError: what is wrong with which message; the caller knows the file and line, see :func:`error_prefix`.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of {role, content} with at least a user's and an assistant's message")
@@ -66,7 +66,7 @@ def conversation_of(
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
+def error_prefix(where: str) -> Iterator[None]:
     """Puts ``where: `` in front of a ``ValueError``."""
     try:
         yield

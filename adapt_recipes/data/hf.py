@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import datasets
 
-from adapt_recipes.data.conversations import conversation_of, folder_of, located
+from adapt_recipes.data.conversations import conversation_of, error_prefix, folder_of
 from adapt_recipes.data.examples import Conversation, RawTask
 from adapt_recipes.errors import nearest
 
@@ -60,7 +60,7 @@ def hf_tasks(
     def conversations(splits: dict[str, Any], name: str, where: str) -> list[Conversation]:
         if name not in splits:
             raise ValueError(f"{where}: no split {name!r}{nearest(name, splits)}")
-        with located(f"{where}, split {name!r}"):
+        with error_prefix(f"{where}, split {name!r}"):
             return _conversations(splits[name], messages, prompt, response)
 
     if task_per == "split":
@@ -120,6 +120,6 @@ def _conversations(dataset: datasets.Dataset, messages: str, prompt: str, respon
             raise ValueError(f"neither a column {messages!r} nor both {prompt!r} and {response!r}: no {column!r}{hint}")
     conversations = []
     for index, row in enumerate(dataset.select_columns(columns)):
-        with located(f"row {index}"):
+        with error_prefix(f"row {index}"):
             conversations.append(conversation_of(row, messages=messages, prompt=prompt, response=response))
     return conversations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from adapt_recipes.data.conversations import conversation_of, folder_of, located
+from adapt_recipes.data.conversations import conversation_of, error_prefix, folder_of
 from adapt_recipes.data.examples import Conversation, RawTask
 
 
@@ -30,7 +30,7 @@ def _conversations(file: Path) -> list[Conversation]:
     with file.open("rb") as lines:  # bytes: a line ends at \n alone, and an error in the encoding has a line too
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                with located(f"{file}, line {number}"):
+                with error_prefix(f"{file}, line {number}"):
                     try:
                         record = json.loads(line.decode())
                     except UnicodeDecodeError:

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from adapt_recipes.config import Component
 from adapt_recipes.data.examples import Task
 from adapt_recipes.data.prepare import prepare_tasks
+from adapt_recipes.strict import FREE_AT_RESUME, Component
+from adapt_recipes.training.process_group import raise_on_all_ranks
 
 
 class TasksConfig(Component):
@@ -24,7 +25,7 @@ class TasksConfig(Component):
     """use at most as many examples of each task"""
     no_validation: list[str] = []
     """tasks that are trained on but left out of the objective and of the results"""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, FREE_AT_RESUME] = None
     """where tokenised tasks are kept; default: $XDG_CACHE_HOME/adapt_recipes, or ~/.cache/adapt_recipes"""
 
     @property
@@ -59,10 +60,26 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
     return tasks
 
 
+def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) -> tuple[Any, list[Task]]:
+    """The tokenizer and the tasks of a config, on every process; the first of each host fills the cache.
+
+    Args:
+        config: the ``tasks`` node.
+        tokenizer: the ``tokenizer`` node.
+        max_seq_len: rendered tokens; longer examples are dropped and counted.
+
+    Raises:
+        ValueError: see ``load_tasks``.
+    """
+    with raise_on_all_ranks(in_turn=True):
+        built = tokenizer.build()
+        return built, load_tasks(config, tokenizer=built, max_seq_len=max_seq_len)
+
+
 def max_token(tasks: Sequence[Task]) -> int:
-    """The highest token id that any of the tasks holds."""
+    """The highest token id that any of the tasks holds; 0 where there are no tasks."""
     splits = [split for task in tasks for split in (task.train, task.validation) if split is not None]
-    return max(int(split.tokens.max()) for split in splits)
+    return max((int(split.tokens.max()) for split in splits), default=0)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:

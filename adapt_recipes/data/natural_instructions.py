@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from adapt_recipes.data.conversations import folder_of, located, text_of
+from adapt_recipes.data.conversations import error_prefix, folder_of, text_of
 from adapt_recipes.data.examples import Conversation, RawTask
 from adapt_recipes.errors import nearest, warn
 
@@ -53,7 +53,7 @@ def natural_instructions(
     conversations: dict[Path, list[Conversation]] = {}
     num_empty: dict[Path, int] = {}
     for file in files:
-        with located(str(file)):
+        with error_prefix(str(file)):
             content = _read(file)
             categories = _texts(content, "Categories")
             for category in categories:
@@ -115,13 +115,13 @@ def _conversations(
     if num_positive_examples:
         examples = _list(content, "Positive Examples", or_empty=True)[:num_positive_examples]
         for index, example in enumerate(examples):
-            with located(f"positive example {index}"):
+            with error_prefix(f"positive example {index}"):
                 shown, output = _texts(example, "input")[0], _texts(example, "output")[0]
             opening += f"Positive Example {index + 1} -\nInput: {shown}\nOutput: {output}\n\n"
         opening, closing = f"{opening}Now complete the following example -\nInput: ", "\nOutput:"
     conversations, num_empty = [], 0
     for index, instance in enumerate(_list(content, "Instances")):
-        with located(f"instance {index}"):
+        with error_prefix(f"instance {index}"):
             prompt = (opening + _texts(instance, "input")[0] + closing).strip()
             outputs = [output for output in _texts(instance, "output") if output]
             num_empty += not outputs

@@ -104,7 +104,25 @@ class TokenSampler:
         self._num_drawn[:] = state["num_drawn"].numpy()
 
 
-def one_task(probabilities: Tensor, *, seed: int, step: int) -> Tensor:
+def count_tokens(draws: Sequence[Draw], num_tasks: int) -> Tensor:
+    """(num_tasks,) int64: supervised tokens of the draws, by task."""
+    counts = torch.zeros(num_tasks, dtype=torch.int64)
+    for draw in draws:
+        counts[draw.task] += draw.num_supervised_tokens
+    return counts
+
+
+def count_unique(draws: Sequence[Draw]) -> int:
+    """Supervised tokens of examples that are drawn for the first time."""
+    return sum(draw.num_supervised_tokens for draw in draws if draw.first_time)
+
+
+def draw_names(draws: Sequence[Draw], tasks: Sequence[Task]) -> list[str]:
+    """What an error calls each of the draws."""
+    return [f"training example {draw.example_index} of task '{tasks[draw.task].name}'" for draw in draws]
+
+
+def sample_one_hot(probabilities: Tensor, *, seed: int, step: int) -> Tensor:
     """A mixture of one task alone, drawn from a mixture: MoS (arXiv 2406.08811) takes each batch from one dataset.
 
     Args:

@@ -15,7 +15,6 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -23,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapt_recipes.data.conversations import checked_conversation, content_hash, located
+from adapt_recipes.data.conversations import checked_conversation, content_hash, error_prefix
 from adapt_recipes.data.examples import Conversation, Examples
+from adapt_recipes.files import atomic_file
 
 _CACHE_FORMAT = 1  # counted up whenever the same conversations would give other tokens, masks or hashes
 _CHUNK = 256  # conversations a piece of work
@@ -118,7 +118,7 @@ def _tokenise_chunk(tokenizer: ConversationTokenizer, chunk: _Chunk) -> tuple[np
     supervised: list[bool] = []
     lengths, prompts, contents = [], [], []
     for index, messages in enumerate(chunk.conversations, start=chunk.start):
-        with located(f"{chunk.where} {index}"):
+        with error_prefix(f"{chunk.where} {index}"):
             conversation = checked_conversation(messages)
             ids, mask = tokenizer.encode(conversation)
             mask[:1] = [False]  # nothing precedes the first token, so nothing predicts it
@@ -190,9 +190,5 @@ def _read(file: Path) -> Tokenised | None:
 def _write(file: Path, tokenised: Tokenised) -> None:
     """Beside, then renamed: another process sees the whole entry or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{uuid4().hex}.tmp")
-    try:
-        save_file(tokenised._asdict(), beside, metadata={"checksum": _checksum(tokenised)})
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_file(file, shared=True) as partial:
+        save_file(tokenised._asdict(), partial, metadata={"checksum": _checksum(tokenised)})

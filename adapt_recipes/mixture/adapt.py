@@ -14,8 +14,8 @@ reading* of it, and every default below is *ours*. With one logit a_i a task:
 
 r_j, what losses are counted from, is 0, or a reference (``adapt_recipes.mixture.reference``) that keeps a task which
 cannot be learned from being the worst case. (2) is linear in p, so (5) is exact and needs first derivatives only. The
-model is the recipe's business: it measures validation losses and dot products <v, g_i> (``adapt_recipes.probe``), v at
-theta' or, to first order in eta, at theta.
+model is the recipe's business: it measures validation losses and dot products <v, g_i> (``adapt_recipes.signals``), v
+at theta' or, to first order in eta, at theta.
 """
 
 from __future__ import annotations

@@ -10,15 +10,20 @@ from adapt_recipes.models.qwen1_5 import lora_qwen1_5_0_5b, qwen1_5_0_5b
 from adapt_recipes.models.qwen3 import lora_qwen3, lora_qwen3_0_6b, qwen3, qwen3_0_6b
 from adapt_recipes.models.token_losses import TokenLosses, check_decoder
 
+# Last: it needs all of the above.
+from adapt_recipes.models.build import build, prepare, save  # isort: skip
+
 __all__ = [
     "HuggingFaceCheckpointer",
     "TokenLosses",
     "add_lora",
+    "build",
     "check_decoder",
     "gemma3",
     "gemma3_1b",
     "huggingface_config",
     "llama_from_folder",
+    "prepare",
     "lora_gemma3",
     "lora_gemma3_1b",
     "lora_qwen1_5_0_5b",
@@ -27,5 +32,6 @@ __all__ = [
     "qwen1_5_0_5b",
     "qwen3",
     "qwen3_0_6b",
+    "save",
     "train_adapters_alone",
 ]

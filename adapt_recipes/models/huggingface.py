@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
+from adapt_recipes.files import atomic_folder
 from adapt_recipes.models.adapters import Adapters, merged
 from adapt_recipes.models.architecture import architecture_of_config, architecture_of_decoder, read_config
 from adapt_recipes.models.families import (
@@ -29,9 +30,8 @@ from adapt_recipes.models.families import (
     to_torchtune,
     torchtune_name,
 )
-from adapt_recipes.training.checkpoint import written_whole
-from adapt_recipes.training.distributed import rank, together
-from adapt_recipes.training.sharding import whole
+from adapt_recipes.training.process_group import raise_on_all_ranks, rank
+from adapt_recipes.training.sharding import full_tensor
 
 StateDict = dict[str, Tensor]
 
@@ -207,13 +207,13 @@ class HuggingFaceCheckpointer:
                 sources[name] = key
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
 
-        def gathered() -> Iterator[tuple[str, Tensor]]:
+        def mapped() -> Iterator[tuple[str, Tensor]]:
             """The weights in the order in which they are written, and the adapters after them."""
             keys = [sources[name] for names in split.filename_to_tensors.values() for name in names]
             for key in (*keys, *filter(is_adapter, state_dict)):
                 projection = key.removesuffix(".weight")
                 parts = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
-                needed = {part: whole(state_dict[part]) for part in parts if part in state_dict}
+                needed = {part: full_tensor(state_dict[part]) for part in parts if part in state_dict}
                 if rank() == 0:
                     weight = merged(key, {part: each.cpu() for part, each in needed.items()}, adapters)
                     name = peft_name(family, key) if is_adapter(key) else str(huggingface_name(family, key))
@@ -222,8 +222,8 @@ class HuggingFaceCheckpointer:
                 else:
                     yield key, torch.empty(0)
 
-        weights = gathered()
-        with together():
+        weights = mapped()
+        with raise_on_all_ranks():
             try:
                 if rank() == 0:
                     self._write(folder, weights, split, config, tokenizer)
@@ -240,7 +240,7 @@ class HuggingFaceCheckpointer:
         config: Mapping[str, Any],
         tokenizer: SavesItself,
     ) -> None:
-        with written_whole(folder) as partial:
+        with atomic_folder(folder) as partial:
             _write_json(partial / "config.json", config)
             for file, names in split.filename_to_tensors.items():
                 _write_weights(partial / file, dict(islice(weights, len(names))), readable_as=partial / "config.json")
@@ -251,7 +251,7 @@ class HuggingFaceCheckpointer:
             tokenizer.save(partial)
 
     def _write_adapters(self, folder: Path, weights: StateDict, adapters: Adapters) -> None:
-        with written_whole(folder) as partial:
+        with atomic_folder(folder) as partial:
             adapter_config = {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",

@@ -24,13 +24,10 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchtune import training
-from torchtune.modules import TransformerSelfAttentionLayer
 
-from adapt_recipes.models import TokenLosses, check_decoder, train_adapters_alone
+from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.update import Update
-from adapt_recipes.training import precision
-from adapt_recipes.training.sharding import local, spread, without_weights
+from adapt_recipes.training.sharding import apply_fsdp, to_local
 
 CPU = torch.device("cpu")  # fake tensors say that they are on it, whatever device the run will have
 
@@ -89,27 +86,7 @@ class Size:
     checkpoint_bytes: int
 
 
-def build_model(config: Any, *, max_token: int = 0) -> TokenLosses:
-    """The model of a config, without weights, as a recipe builds it.
-
-    Args:
-        config: of a recipe.
-        max_token: the highest token id in the data.
-
-    Raises:
-        ValueError: the model cannot be built, or not read the data.
-    """
-    with training.set_default_dtype(precision.weights_dtype(config.dtype)), without_weights():
-        decoder = config.model.build()
-    check_decoder(decoder, max_seq_len=config.max_seq_len, max_token=max_token)
-    train_adapters_alone(decoder)
-    if config.activation_checkpointing:
-        training.set_activation_checkpointing(decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
-    compute_dtype = precision.compute_dtype(config.dtype)
-    return TokenLosses(decoder, compute_dtype=compute_dtype, loss_chunk_tokens=config.loss_chunk_tokens).train()
-
-
-def reckon_memory(
+def estimate_memory(
     model: TokenLosses,
     config: Any,
     shape: Shape,
@@ -121,7 +98,7 @@ def reckon_memory(
     """What a run of a config needs. ``torch.compile`` is left out of account: it needs no more.
 
     Args:
-        model: of ``build_model``. It is of no use afterwards.
+        model: of ``models.build``, without values. It is of no use afterwards.
         config: of a recipe.
         shape: of training's largest micro-batch.
         read: of the largest one that validation and probes read; None: the same.
@@ -141,12 +118,12 @@ def reckon_memory(
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         whole_state, _ = _optimizer_bytes(config, [p for p in model.parameters() if p.requires_grad], live)
         if mesh is not None:
-            spread(model, model.decoder.layers, mesh=mesh, policy=OffloadPolicy())
+            apply_fsdp(model, model.decoder.layers, mesh=mesh, policy=OffloadPolicy())
             gc.collect()
         weights = live.now
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        gradients = _num_bytes(local(parameter.detach()) for parameter in trainable)
-        shards = [nn.Parameter(local(parameter.detach())) for parameter in trainable]
+        gradients = _num_bytes(to_local(parameter.detach()) for parameter in trainable)
+        shards = [nn.Parameter(to_local(parameter.detach())) for parameter in trainable]
         optimizer, stepping = _optimizer_bytes(config, shards, live)
         forward = weights + _forward_bytes(model, live, read)
         backward = of_update = _backward_bytes(model, live, shape)
@@ -156,7 +133,9 @@ def reckon_memory(
     training_peak = max(backward, weights + gradients + stepping, forward)
     update_peak = forward + update.kept_in_forward * gradients
     if update.has_backward:
-        product = max(_num_bytes([local(parameter.detach())]) for parameter in trainable)  # of two gradients, in turn
+        product = max(
+            _num_bytes([to_local(parameter.detach())]) for parameter in trainable
+        )  # of two gradients, in turn
         of_update = max(of_update, weights + gradients + product)
         update_peak = max(update_peak, of_update + update.kept_in_backward * gradients)
     memory = Memory(

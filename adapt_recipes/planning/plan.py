@@ -12,35 +12,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from adapt_recipes import data
+from adapt_recipes import data, models
+from adapt_recipes.config import TrainConfig
 from adapt_recipes.display import count, of_available, task_name, task_table
-from adapt_recipes.mixture.contract import check_mixture, check_reward
-from adapt_recipes.planning.memory import Memory, Shape, build_model, reckon_memory
+from adapt_recipes.mixture.interface import check_mixture
+from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import Pass, Source, Update, update_of
+from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.training import precision
 
 MANY_PASSES = 4  # over a task; what comes after is worth ever less (Muennighoff et al., arXiv 2305.16264)
 WIDE = 100  # columns of a terminal; with fewer there is no room for names beside all of a table's numbers, and
 WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")  # go: they follow from others
 WARNING = "yellow"
-NEEDED = (  # of a recipe's Config
-    "strategy",
-    "seed",
-    "device",
-    "dtype",
-    "model",
-    "tokenizer",
-    "tasks",
-    "max_seq_len",
-    "budget",
-    "mixture",
-    "optimizer",
-    "batch_size",
-    "micro_batch_tokens",
-    "activation_checkpointing",
-    "loss_chunk_tokens",
-    "keep_checkpoints",
-)
 
 
 @dataclass(frozen=True)
@@ -111,16 +95,16 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     """Work out what a run would do.
 
     Args:
-        config: of a recipe, ours or one written like ours: with the keys ``NEEDED``.
+        config: of a recipe, ours or one of the user's whose ``Config`` inherits ``TrainConfig``.
         num_processes: that the run would have.
         say: is told what is being done, as it may take minutes.
 
     Raises:
-        ValueError: the run would be refused, or the config lacks a key.
+        ValueError: the run would be refused, or the config is no ``TrainConfig``.
     """
-    if lacking := [name for name in NEEDED if not hasattr(config, name)]:
-        raise ValueError(f"the recipe's Config has no '{lacking[0]}', without which there is no plan")
-    if config.batch_size < num_processes:  # as ``training.distributed.processes`` says it
+    if not isinstance(config, TrainConfig):
+        raise ValueError("the recipe's Config does not inherit TrainConfig, without which there is no plan")
+    if config.batch_size < num_processes:  # as ``training.process_group`` says it
         raise ValueError(
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )
@@ -133,7 +117,8 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     mixture = config.mixture.build(**given)
     update_every = getattr(config, "mixture_update_every", 0)
     _check_mixture(mixture, config, num_tasks=len(tasks))
-    model = build_model(config, max_token=data.max_token(tasks))
+    model = models.build(config, tasks, device=torch.device("cpu"), checkpointer=None)
+    model.activation_offloading = False
     reward = None
     if hasattr(config, "reward"):
         reward = config.reward.build(task_names=names, model=model) if config.reward else None
@@ -163,7 +148,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
 
     say("reckoning memory")
     in_step, in_reading = _shapes(config, tasks, reads, num_processes)
-    memory, size = reckon_memory(
+    memory, size = estimate_memory(
         model,
         config,
         in_step,
@@ -290,7 +275,7 @@ def _draw(config: Any, tasks: Sequence[data.Task], probabilities: Tensor, budget
     while (left := budget_tokens - sum(spent)) > 0:
         p = probabilities
         if getattr(config, "sampling", "tokens") == "dataset":
-            p = data.one_task(p, seed=config.seed, step=drawn.steps)
+            p = data.sample_one_hot(p, seed=config.seed, step=drawn.steps)
         for draw in sampler.draw(p, max_examples=config.batch_size, max_tokens=left):
             spent[draw.task] += draw.num_supervised_tokens
             drawn.tokens += lengths[draw.task][draw.example_index]

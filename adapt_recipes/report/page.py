@@ -16,6 +16,7 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from adapt_recipes.files import atomic_file
 from adapt_recipes.report.figures import NAMED, Chart, charts, to_plotly, to_png
 from adapt_recipes.report.read import Run, mean_over_tasks, read_run, worst_over_tasks
 from adapt_recipes.report.tables import (
@@ -68,12 +69,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
     figures = {out.with_name(f"{out.stem}_figures") / f"{chart.name}.png": to_png(chart) for chart in made}
     for path, content in {**figures, out: page.encode()}.items():  # the page last: where it is, all is
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        try:
+        with atomic_file(path) as partial:
             partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     return [out, *figures]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from adapt_recipes.runlog import LOG, RESOLVED, SUMMARY, holds_run
+from adapt_recipes.runlog import LOG, RESOLVED, SUMMARY, has_run
 
 Array = NDArray[np.float64]
 
@@ -324,7 +324,7 @@ def _no_run(folder: Path) -> str:
     """Why a folder cannot be read, and where runs lie that may have been meant."""
     if not folder.is_dir():
         return f"{folder}: " + ("is no folder" if folder.exists() else "there is no such folder")
-    if holds_run(folder):
+    if has_run(folder):
         return f"{folder}: the run has no {LOG}"
     inside = sum((child / LOG).is_file() for child in folder.iterdir())
     return f"{folder}: holds no run" + (f" itself, but {inside} of its folders do: give {folder}/*/" if inside else "")

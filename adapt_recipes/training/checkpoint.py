@@ -22,43 +22,34 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
-import random
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from adapt_recipes.training.sockets import MEETING, notice_lost_hosts, wait_for_answers
+from adapt_recipes.files import PARTIAL, REMOVED, NoSpaceLeft, fsync, is_no_space, remove_folder
+from adapt_recipes.training.sockets import RENDEZVOUS_TIMEOUT, notice_lost_hosts, set_collective_timeout
 
 _SHARED, _METADATA, _CHECKSUMS = "shared.pt", ".metadata", "checksums.json"
-_PARTIAL, _REMOVED, _REPLACED = ".partial", ".removed", ".replaced"
+_REPLACED = ".replaced"
 _NAME = r"step_(\d+)(\.\w+)?"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, a limit on the size of a file
 
 # One process is no mistake here. For good, not for the time of a write: that may be in another thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-DISK_SPEED = 200_000_000  # bytes a second, of a disk that is neither fast nor alone
-
 T = TypeVar("T")
-
-
-class NoSpaceLeft(OSError):
-    """There was no room to write something; nothing of it is left behind."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +89,8 @@ class Checkpoints:
         self._rank, self._num_processes = 0, 1
         if dist.is_initialized():
             # A group of its own: a write in the background must not come between the collectives of the run.
-            self._group = dist.new_group(backend="gloo", timeout=MEETING)
-            wait_for_answers(self._group)
+            self._group = dist.new_group(backend="gloo", timeout=RENDEZVOUS_TIMEOUT)
+            set_collective_timeout(self._group)
             notice_lost_hosts()
             self._rank, self._num_processes = dist.get_rank(), dist.get_world_size()
         device: dict[str, Any] = {}  # a thread has CUDA's first one, whichever this process has
@@ -252,22 +243,22 @@ class Checkpoints:
                 folder, damaged = self.checkpoints_dir / f"step_{match[1]}", int(match[1]) in self._damaged
                 if match[2] == _REPLACED and not folder.exists() and not damaged:
                     os.rename(path, folder)
-                elif match[2] in (_PARTIAL, _REMOVED, _REPLACED) or (match[2] is None and damaged):
+                elif match[2] in (PARTIAL, REMOVED, _REPLACED) or (match[2] is None and damaged):
                     shutil.rmtree(path)
             for _, old in sorted(_whole_checkpoints(self.checkpoints_dir).items())[: -self._keep]:
-                _remove(old)
+                remove_folder(old)
         self._damaged = []
 
     def _write(self, step: int, state: dict[str, Any], rest: dict[str, Any], own: Any) -> None:
         folder = self.checkpoints_dir / f"step_{step}"
-        partial = folder.with_name(folder.name + _PARTIAL)
+        partial = folder.with_name(folder.name + PARTIAL)
 
         def make() -> None:
             self.clean()
             if self._rank == 0:
                 if not self.checkpoints_dir.is_dir():
                     self.checkpoints_dir.mkdir(parents=True)
-                    _sync(self.checkpoints_dir.parent)  # or a power cut takes it away with all that is in it
+                    fsync(self.checkpoints_dir.parent)  # or a power cut takes it away with all that is in it
                 partial.mkdir()
 
         def mine() -> tuple[dict[str, str], Any]:
@@ -282,7 +273,7 @@ class Checkpoints:
         except BaseException as error:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            if not _is_no_space(error):
+            if not is_no_space(error):
                 raise
             newest = max(_whole_checkpoints(self.checkpoints_dir), default=None)
             standing = "there is no whole one" if newest is None else f"the newest whole checkpoint is step_{newest}"
@@ -306,11 +297,11 @@ class Checkpoints:
             checksums |= theirs
         (partial / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
         for path in (partial / _SHARED, partial / _CHECKSUMS, partial):
-            _sync(path)
+            fsync(path)
         if folder.exists():  # this step again, after a resume
             os.rename(folder, folder.with_name(folder.name + _REPLACED))
         os.rename(partial, folder)
-        _sync(self.checkpoints_dir)
+        fsync(self.checkpoints_dir)
         self.clean()
 
     def _look_at(self, folder: Path) -> tuple[list[str], Exception | None]:
@@ -372,7 +363,7 @@ class Checkpoints:
             result = action()
         except BaseException as raised:
             error = raised
-        said = None if error is None else (_is_no_space(error), f"{type(error).__name__}: {error}")
+        said = None if error is None else (is_no_space(error), f"{type(error).__name__}: {error}")
         everyone: list[Any] = [(result, said)]
         if self._group is not None:
             everyone = [None] * self._num_processes
@@ -396,116 +387,9 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except Exception as error:
-            if _is_no_space(error):
+            if is_no_space(error):
                 raise OSError(errno.ENOSPC, str(error)) from error
             raise
-
-
-def too_slow_to_stop(model: nn.Module) -> str | None:
-    """What to say where torchrun may kill a run before it is saved, as it does some time after SIGTERM or Ctrl-C.
-
-    Reckoned from the model alone: its weights, and two numbers more for each that is trained, as Adam has them.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    wait = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))  # seconds; this is torchrun's own default
-    num_bytes = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
-    seconds = num_bytes / DISK_SPEED
-    if seconds <= wait:
-        return None
-    return (
-        f"warning: a checkpoint of {num_bytes / 1e9:.1f} GB may take {seconds:.0f} s to write, and torchrun kills a "
-        f"run {wait} s after SIGTERM or Ctrl-C; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} before "
-        "`tune run`, or count on the checkpoint before"
-    )
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes ``folder`` at the end of the block, or is removed if the block fails.
-
-    A ``folder`` that exists is replaced. For a moment there is none then, but never half of one.
-
-    Raises:
-        NoSpaceLeft: the disk, the quota or the allowed size of a file ran out.
-    """
-    partial = folder.with_name(folder.name + _PARTIAL)
-    try:
-        for rest in (partial, folder.with_name(folder.name + _REMOVED)):
-            if rest.exists():
-                shutil.rmtree(rest)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if _is_no_space(error):
-            raise NoSpaceLeft(f"no space left while writing {folder}") from error
-        raise
-    if folder.exists():
-        _remove(folder)
-    os.rename(partial, folder)
-    _sync(folder.parent)
-
-
-def rng_state() -> dict[str, Any]:
-    """Every generator that a run may draw from: Python's, numpy's, torch's on the CPU and on the current CUDA device.
-
-    In types that ``Checkpoints.save`` accepts.
-    """
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    return {
-        "python": random.getstate(),
-        "numpy": numpy_state,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts every generator where ``rng_state`` found it; CUDA's only where both were on such a device."""
-    random.setstate(state["python"])
-    numpy_state = state["numpy"]
-    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def config_differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
-    """The settings in which two configs differ.
-
-    Args:
-        saved, now: nested dicts; lists are compared as wholes, and a key that one lacks differs.
-        free: dotted keys that may differ, each with everything below it.
-
-    Returns:
-        Dotted keys, in the order of ``saved`` and then of ``now``.
-    """
-    old, new = dict(_leaves(saved)), dict(_leaves(now))
-    missing = object()
-    return [
-        key
-        for key in old | new
-        if not _equal(old.get(key, missing), new.get(key, missing))
-        and not any(key == prefix or key.startswith(f"{prefix}.") for prefix in free)
-    ]
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """``==``, but NaN is NaN."""
-    return one == other or (one != one and other != other)
 
 
 def _whole_checkpoints(checkpoints_dir: Path) -> dict[int, Path]:
@@ -566,32 +450,4 @@ def _first_cause() -> Iterator[None]:
         yield
     except dcp.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        raise next(filter(_is_no_space, causes), causes[0]) from None
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder so that a kill in between leaves no half of it under its name."""
-    removed = folder.with_name(folder.name + _REMOVED)
-    os.rename(folder, removed)
-    _sync(folder.parent)
-    shutil.rmtree(removed)
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_no_space(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it was raised during, says that there is no room."""
-    while error is not None:
-        # safetensors has no errno to look at: its writer says "... (os error 28)".
-        spoken = re.search(r"\(os error (\d+)\)", str(error))
-        if (isinstance(error, OSError) and error.errno in _NO_SPACE) or (spoken and int(spoken[1]) in _NO_SPACE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        raise next(filter(is_no_space, causes), causes[0]) from None

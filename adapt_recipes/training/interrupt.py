@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import sys
 from datetime import timedelta
@@ -10,11 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from adapt_recipes.training.distributed import world_size
-from adapt_recipes.training.sockets import ANSWER
+from adapt_recipes.training.process_group import world_size
+from adapt_recipes.training.sockets import COLLECTIVE_TIMEOUT
 
-PATIENCE = timedelta(seconds=10)  # at a boundary that all processes are about to reach
+DISK_SPEED = 200_000_000  # bytes per second, of a disk that is neither fast nor unshared
+STOP_TIMEOUT = timedelta(seconds=10)  # at a boundary that all processes are about to reach
 
 
 class StopSignals:
@@ -46,7 +50,7 @@ class StopSignals:
             if world_size() > 1:
                 options = dist.AllreduceOptions()
                 options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
-                options.timeout = PATIENCE if self._noted else ANSWER
+                options.timeout = STOP_TIMEOUT if self._noted else COLLECTIVE_TIMEOUT
                 assert dist.group.WORLD is not None
                 try:
                     dist.group.WORLD.allreduce([number], options).wait()
@@ -80,3 +84,22 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+def checkpoint_timeout_warning(model: nn.Module) -> str | None:
+    """What to say where torchrun may kill a run before it is saved, as it does some time after SIGTERM or Ctrl-C.
+
+    Reckoned from the model alone: its weights, and two numbers more for each that is trained, as Adam has them.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    wait = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))  # seconds; this is torchrun's own default
+    num_bytes = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+    seconds = num_bytes / DISK_SPEED
+    if seconds <= wait:
+        return None
+    return (
+        f"warning: a checkpoint of {num_bytes / 1e9:.1f} GB may take {seconds:.0f} s to write, and torchrun kills a "
+        f"run {wait} s after SIGTERM or Ctrl-C; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} before "
+        "`tune run`, or count on the checkpoint before"
+    )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from adapt_recipes.data import Task
-from adapt_recipes.training.distributed import gathered, together
-from adapt_recipes.training.sharding import device_of, local
+from adapt_recipes.training.process_group import all_gather_object, raise_on_all_ranks
+from adapt_recipes.training.sharding import device_of, to_local
 
 ADVICE = "look at it, lower optimizer.lr, or set clip_grad_norm; checkpoints are from before this step"
 
@@ -36,9 +36,9 @@ def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence
         if row >= 0
     ]
     device = device_of(model)
-    with together():
+    with raise_on_all_ranks():
         # Each process computes every example, so that all see the same and take part in every forward.
-        for row, tokens, labels in sorted(chain(*gathered(mine)), key=lambda example: example[0]):
+        for row, tokens, labels in sorted(chain(*all_gather_object(mine)), key=lambda example: example[0]):
             model.zero_grad(set_to_none=True)
             losses = model(tokens.to(device), labels.to(device))
             if not _finite([losses]):
@@ -50,25 +50,30 @@ def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence
 
 
 def check_finite(
-    model: nn.Module, batches: Sequence[Any], values: Sequence[Tensor], *, tasks: Sequence[Task], step: int
+    model: nn.Module,
+    batches: Sequence[Any],
+    values: Sequence[Tensor],
+    *,
+    tasks: Sequence[Task],
+    step: int,
+    of: str = "validation",
 ) -> None:
-    """Refuse what was measured on validation examples if it is not finite.
+    """Refuse what was measured on examples if it is not finite.
 
     Args:
         model: see ``raise_nonfinite``.
-        batches: what was read: of each task all validation examples, or the first so many.
+        batches: what was read: of each task all examples, or the first so many.
         values: losses, or a gradient of them.
         tasks: in the order of the mixture.
         step: of the run.
+        of: what kind of examples they are.
 
     Raises:
         ValueError: it names the step, the task and the example.
     """
     if not _finite(values):
-        read = sum(gathered(_num_examples(batches)), Counter())
-        names = [
-            f"validation example {i} of task '{tasks[task].name}'" for task in sorted(read) for i in range(read[task])
-        ]
+        read = sum(all_gather_object(_num_examples(batches)), Counter())
+        names = [f"{of} example {i} of task '{tasks[task].name}'" for task in sorted(read) for i in range(read[task])]
         raise_nonfinite(model, batches, names=names, step=step)
 
 
@@ -78,8 +83,8 @@ def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str
     Raises:
         ValueError: it names the step and the task, one of whose training examples has such a gradient.
     """
-    measured = sum(gathered(_num_examples(batches)), Counter())
-    with together():
+    measured = sum(all_gather_object(_num_examples(batches)), Counter())
+    with raise_on_all_ranks():
         for task in sorted(measured):
             if not dots[task].isfinite():
                 of = f"training examples of task '{task_names[task]}'"
@@ -103,8 +108,8 @@ def check_rewards(
     """
     N = len(task_names)
     is_tensor = isinstance(rewards, Tensor)
-    measured = [sum(gathered(_num_examples(each)), Counter()) for each in batches]
-    with together():
+    measured = [sum(all_gather_object(_num_examples(each)), Counter()) for each in batches]
+    with raise_on_all_ranks():
         fits = is_tensor and rewards.shape == (N,) and rewards.dtype == torch.float64 and rewards.device.type == "cpu"
         if not fits or rewards.requires_grad:
             given = (
@@ -122,7 +127,7 @@ def check_rewards(
 
 def _finite(values: Sequence[Tensor]) -> bool:
     """Of all processes' values and shards."""
-    return all(gathered(all(bool(local(value).isfinite().all()) for value in values)))
+    return all(all_gather_object(all(bool(to_local(value).isfinite().all()) for value in values)))
 
 
 def _num_examples(batches: Sequence[Any]) -> Counter[int]:

@@ -25,7 +25,7 @@ def compute_dtype(dtype: DType) -> torch.dtype | None:
 
 
 def finite_difference_step(dtype: DType) -> dict[str, float]:
-    """How far a central finite difference goes: rounding against curvature, see ``probe.gradient_dots`` (measured)."""
+    """How far a central finite difference goes: rounding against curvature, see ``passes.gradient_dots`` (measured)."""
     return {"relative_step": 3e-3, "loss_step": 1.0} if dtype == "bf16" else {"relative_step": 1e-3, "loss_step": 0.05}
 
 

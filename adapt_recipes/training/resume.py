@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapt_recipes.errors import warn
-from adapt_recipes.training.checkpoint import Saved, config_differences
-from adapt_recipes.training.distributed import world_size
-
-FREE_TO_CHANGE = (
-    "resume",
-    "output_dir",
-    "device",
-    "activation_offloading",
-    "fsdp_cpu_offload",
-    "metric_logger",
-    "checkpoint_every",
-    "validate_every",
-    "log_every",
-    "keep_checkpoints",
-    "async_checkpointing",
-    "tasks.cache_dir",
-    "micro_batch_tokens",
-)
+from adapt_recipes.strict import config_differences
+from adapt_recipes.training.checkpoint import Saved
+from adapt_recipes.training.process_group import world_size
 
 
-def check_resume(saved: Saved, now: Mapping[str, Any]) -> None:
+def check_resume(saved: Saved, now: Mapping[str, Any], *, free: Sequence[str]) -> None:
     """Refuse to go on with a run whose config or data is another.
 
     Args:
         saved: the checkpoint, which shares ``{"fingerprint": {"config": ..., "data": fingerprint}}``.
         now: that fingerprint of the run that is starting.
+        free: dotted keys of the config that may change.
 
     Raises:
         ValueError: it names the keys that differ, or says that the data has changed.
     """
     before = saved.shared["fingerprint"]
-    changed = config_differences(before["config"], now["config"], FREE_TO_CHANGE)
+    changed = config_differences(before["config"], now["config"], free)
     if changed:
         raise ValueError(
             f"resume: {', '.join(changed)} changed since the run began; put back, or take another output_dir"

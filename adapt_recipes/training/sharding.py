@@ -20,22 +20,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchtune.modules.peft import LoRALinear
 
-from adapt_recipes.training.distributed import HOW, rank, world_size
+from adapt_recipes.training.process_group import LAUNCH_HINT, rank, world_size
 
 
 @contextlib.contextmanager
-def without_weights(yes: bool = True) -> Iterator[None]:
+def on_meta(enabled: bool = True) -> Iterator[None]:
     """What is built in here has parameters without values, on the meta device; buffers are as ever.
 
     No memory is taken and no random number drawn, until ``shard`` makes room and ``load_weights`` fills it.
 
     Args:
-        yes: false: build as ever, for a model that starts from random weights: those of one process, which each
+        enabled: false: build as usual, for a model that starts from random weights: those of one process, which each
             process then holds whole until ``shard``.
     """
 
     def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if not yes or parameter is None or parameter.is_meta:
+        if not enabled or parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
@@ -59,16 +59,16 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], *, device: torch.device
         ValueError: one process alone, which FSDP2 does nothing for, is to offload.
     """
     if cpu_offload and world_size() == 1:
-        raise ValueError(f"fsdp_cpu_offload: needs several processes; {HOW}")
+        raise ValueError(f"fsdp_cpu_offload: needs several processes; {LAUNCH_HINT}")
     if world_size() > 1:
         mesh = init_device_mesh(device.type, (world_size(),))
         policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-        spread(model, layers, mesh=mesh, policy=policy)
+        apply_fsdp(model, layers, mesh=mesh, policy=policy)
     home = torch.device("cpu") if cpu_offload else device
     model._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor)
 
 
-def spread(model: nn.Module, layers: Iterable[nn.Module], *, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
+def apply_fsdp(model: nn.Module, layers: Iterable[nn.Module], *, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
     """The first half of ``shard``: every parameter becomes a shard of itself, and one without values stays so."""
     for module in (*layers, model):
         # False would be faster and keep the root's weights: a probe that moves the shards would not move those.
@@ -96,12 +96,12 @@ def load_weights(decoder: nn.Module, weights: Mapping[str, Tensor], *, seed: int
             _fill(module.lora_b.weight, torch.zeros(module.lora_b.weight.shape))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor gathered from its shards, which all processes have to ask for; one that has none as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This process's shard, in the same memory; one that has none as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -111,9 +111,9 @@ def device_of(model: nn.Module) -> torch.device:
     return next(chain(model.buffers(), model.parameters())).device
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scales gradients so that their norm, over all shards, is at most ``max_norm``; returns what it was."""
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> float:
+    """Scales gradients to a norm, over all shards, of at most ``max_norm`` (None: any); returns what it was."""
+    return float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))))
 
 
 def _fill(parameter: Tensor, weight: Tensor) -> None:
@@ -121,4 +121,4 @@ def _fill(parameter: Tensor, weight: Tensor) -> None:
     if isinstance(parameter, DTensor):
         rows = math.ceil(len(weight) / world_size())
         weight = weight[rank() * rows : (rank() + 1) * rows]
-    local(parameter).copy_(weight)
+    to_local(parameter).copy_(weight)

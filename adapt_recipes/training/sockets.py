@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-MEETING = timedelta(minutes=5)  # for all processes to start
-ANSWER = timedelta(hours=1)  # of the slowest process: the first may have a whole collection to tokenise
-LOST = 60  # seconds without an answer from another host's kernel, however busy its processes are
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # for all processes to start
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # of the slowest process: the first may have a whole collection to tokenise
+DEAD_PEER_SECONDS = 60  # seconds without an answer from another host's kernel, however busy its processes are
 
 
-def wait_for_answers(group: dist.ProcessGroup) -> None:
-    """Lets gloo wait for ``ANSWER`` from now on, in a group that has connected.
+def set_collective_timeout(group: dist.ProcessGroup) -> None:
+    """Lets gloo wait for ``COLLECTIVE_TIMEOUT`` from now on, in a group that has connected.
 
     torch has no public way to wait for a connection less long than for an answer.
     """
-    group._get_backend(torch.device("cpu"))._set_default_timeout(ANSWER)
+    group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
 
 
 def notice_lost_hosts() -> None:
@@ -44,6 +44,6 @@ def _ask_for_the_other_side(descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as connection:
         if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # asks while nothing is sent
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(LOST // 6, 1))
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(LOST // 6, 1))
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(DEAD_PEER_SECONDS // 6, 1))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(DEAD_PEER_SECONDS // 6, 1))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * DEAD_PEER_SECONDS)

@@ -13,8 +13,8 @@ from adapt_recipes.data import (
     Examples,
     Task,
     TokenSampler,
-    one_task,
     random_examples,
+    sample_one_hot,
     validation_examples,
 )
 
@@ -166,22 +166,22 @@ def test_the_pool_is_the_same_at_every_update() -> None:
 def test_one_task_depends_on_seed_and_step_alone(data: st.DataObject, num_tasks: int, seed: int, step: int) -> None:
     p = data.draw(st.composite(lambda draw: mixture(draw, num_tasks))())
     given_p, generator = p.clone(), torch.get_rng_state()
-    alone = one_task(p, seed=seed, step=step)
+    alone = sample_one_hot(p, seed=seed, step=step)
     assert alone.dtype == torch.float64 and sorted(alone.tolist()) == [0.0] * (num_tasks - 1) + [1.0]
     assert p[alone.argmax()] > 0
     assert torch.equal(p, given_p) and torch.equal(torch.get_rng_state(), generator)
-    one_task(p, seed=seed + 1, step=step), torch.rand(2)
-    assert torch.equal(one_task(p, seed=seed, step=step), alone)
+    sample_one_hot(p, seed=seed + 1, step=step), torch.rand(2)
+    assert torch.equal(sample_one_hot(p, seed=seed, step=step), alone)
 
 
 def test_one_task_is_drawn_as_often_as_the_mixture_says() -> None:
     """Within four standard deviations, in pairs of steps too; the draws are the same every time."""
     p, num_steps = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64), 4000
-    drawn = torch.stack([one_task(p, seed=0, step=step) for step in range(num_steps)])
+    drawn = torch.stack([sample_one_hot(p, seed=0, step=step) for step in range(num_steps)])
     assert ((drawn.mean(0) - p).abs() <= 4 * (p * (1 - p) / num_steps).sqrt()).all()
     pairs, expected = drawn[:-1].T @ drawn[1:] / (num_steps - 1), torch.outer(p, p)
     assert ((pairs - expected).abs() <= 4 * (expected / num_steps).sqrt()).all(), "a step says nothing about the next"
-    other = torch.stack([one_task(p, seed=1, step=step) for step in range(num_steps)])
+    other = torch.stack([sample_one_hot(p, seed=1, step=step) for step in range(num_steps)])
     same = float((drawn * other).sum(1).mean())
     assert same == pytest.approx(float(p.square().sum()), abs=4 * (0.25 / num_steps) ** 0.5), "nor a seed about another"
 
@@ -190,7 +190,7 @@ def test_a_batch_is_of_the_task_that_was_drawn() -> None:
     sampler = TokenSampler([task(str(i), [1, 5, 2]) for i in range(3)], seed=0)
     p = torch.tensor([0.2, 0.0, 0.8], dtype=torch.float64)
     for step in range(20):
-        alone = one_task(p, seed=0, step=step)
+        alone = sample_one_hot(p, seed=0, step=step)
         draws = sampler.draw(alone, max_examples=4, max_tokens=10**9)
         assert {draw.task for draw in draws} == {int(alone.argmax())}
 

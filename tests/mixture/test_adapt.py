@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from adapt_recipes import probe
 from adapt_recipes.mixture import Adapt, uniform
 from adapt_recipes.mixture.adapt import SMALLEST_NORMALISER
+from adapt_recipes.signals import passes
 
 NAN = math.nan
 
@@ -112,11 +112,11 @@ def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_
     with_logits(mixture, [0.3, -1.2, 0.8, 0.1])
 
     # What a recipe does, exact look-ahead.
-    step = probe.loss_gradient(model, train, mixture.probabilities())
-    with probe.stepped(model, step, -eta):
-        losses = probe.task_losses(model, validation, num_tasks)
-        v = probe.loss_gradient(model, validation, mixture.objective_weights(losses))
-    dots = probe.gradient_dots_by_backward(model, train, v, num_tasks)
+    step = passes.loss_gradient(model, train, mixture.probabilities())
+    with passes.stepped(model, step, -eta):
+        losses = passes.task_losses(model, validation, num_tasks)
+        v = passes.loss_gradient(model, validation, mixture.objective_weights(losses))
+    dots = passes.gradient_dots_by_backward(model, train, v, num_tasks)
     logged = mixture.update(
         task_tokens=torch.zeros(num_tasks), validation_losses=losses, gradient_dots=dots, rewards=dots
     )

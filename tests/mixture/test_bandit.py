@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_recipes.mixture import Exp3, uniform
-from adapt_recipes.mixture.contract import check_mixture
+from adapt_recipes.mixture.interface import check_mixture
 
 NAN = math.nan
 

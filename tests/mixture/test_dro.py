@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_recipes.mixture import GroupDRO, uniform
-from adapt_recipes.mixture.contract import check_mixture
+from adapt_recipes.mixture.interface import check_mixture
 
 NAN = math.nan
 FORMS = ["softmax", "exponentiated_gradient"]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_recipes.mixture import Scorer, proportional, temperature, uniform
-from adapt_recipes.mixture.contract import check_mixture
+from adapt_recipes.mixture.interface import check_mixture
 
 NAN = math.nan
 SIZES = st.lists(st.integers(0, 10**9), min_size=1, max_size=8).filter(any)

@@ -24,9 +24,9 @@ from torchtune.models.phi3 import phi3
 from torchtune.modules import TransformerDecoder
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adapt_recipes.files import NoSpaceLeft
 from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config, llama_from_folder
 from adapt_recipes.models.architecture import Architecture, architecture_of_config, architecture_of_decoder
-from adapt_recipes.training.checkpoint import NoSpaceLeft
 
 FAMILIES = {  # one case of each
     "llama": "llama3",

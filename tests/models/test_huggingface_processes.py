@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 
 from adapt_recipes.data import ByteTokenizer
+from adapt_recipes.files import NoSpaceLeft
 from adapt_recipes.models import HuggingFaceCheckpointer, TokenLosses, gemma3, huggingface_config, train_adapters_alone
 from adapt_recipes.models import huggingface as module
-from adapt_recipes.training.checkpoint import NoSpaceLeft
-from adapt_recipes.training.distributed import gathered, processes, rank, world_size
-from adapt_recipes.training.sharding import load_weights, local, shard, without_weights
+from adapt_recipes.training.process_group import all_gather_object, process_group, rank, world_size
+from adapt_recipes.training.sharding import load_weights, on_meta, shard, to_local
 
 CPU = torch.device("cpu")
 # Two processes cannot share 65, 49 or 3 rows equally, and a gemma's only head of keys lies across both.
@@ -54,7 +54,7 @@ def write_base(model: str, folder: Path) -> None:
 def there_and_back(model: str, base: Path, out: Path) -> dict[str, Any]:
     """As a recipe does: built without weights, loaded, trained (each row alike, for a test), and saved."""
     checkpointer = HuggingFaceCheckpointer(str(base))
-    with without_weights():
+    with on_meta():
         decoder = MODELS[model]()
     adapters = train_adapters_alone(decoder)
     checkpointer.check(decoder)
@@ -66,7 +66,7 @@ def there_and_back(model: str, base: Path, out: Path) -> dict[str, Any]:
         for parameter in decoder.parameters():
             assert isinstance(parameter, DTensor) == (world_size() > 1)
             if parameter.requires_grad:
-                local(parameter).add_(0.1).mul_(1.1)
+                to_local(parameter).add_(0.1).mul_(1.1)
     arguments: dict[str, Any] = {
         "config": checkpointer.config,
         "tokenizer": ByteTokenizer(),
@@ -78,14 +78,14 @@ def there_and_back(model: str, base: Path, out: Path) -> dict[str, Any]:
 
 
 def write_together(folder: Path) -> None:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         for model in MODELS:
             there_and_back(model, folder.parent / "bases" / model, folder / model / "model")
 
 
 def the_disk_is_full(folder: Path) -> None:
     """In the middle of the second file."""
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         first = there_and_back("llama", folder.parent / "bases" / "llama", folder / "first")
         checkpointer, state_dict = first.pop("checkpointer"), first.pop("state_dict")
         write, files = module._write_weights, []
@@ -102,7 +102,7 @@ def the_disk_is_full(folder: Path) -> None:
         except Exception as error:
             assert isinstance(error, NoSpaceLeft if rank() == 0 else ValueError)
             (folder / f"failed on {rank()}").touch()
-            assert gathered(rank()) == [0, 1], "nobody is behind"
+            assert all_gather_object(rank()) == [0, 1], "nobody is behind"
             raise
 
 

@@ -30,6 +30,8 @@ import torch
 from group import free_ports
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import adapt_recipes.run
+from adapt_recipes import models
 from adapt_recipes.config import command_line, load
 
 HERE = Path(__file__).parent
@@ -37,8 +39,8 @@ ROOT = HERE.parents[1]
 
 
 def recipe_of(config: Path) -> str:
-    """The recipe's name, as a config's first line says: "# tune run RECIPE --config ..."."""
-    return config.read_text().split()[3]
+    """The recipe's name, by the config's key ``recipe``."""
+    return next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("recipe: "))
 
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "yaml").glob("*.yaml"))}
@@ -71,10 +73,30 @@ def learns(config: Path) -> bool:
 
 
 def recipe_class(strategy: str) -> Any:
-    """The class that the strategy's recipe defines."""
-    values = vars(load_recipe(RECIPES[strategy])).values()
-    (recipe,) = (value for value in values if isinstance(value, type) and "TOTALS" in vars(value))
-    return recipe
+    """The ``Recipe`` of the strategy's module."""
+    return load_recipe(RECIPES[strategy]).Recipe
+
+
+def before(strategy: str, method: str, act: Callable[[], object], *, after: int = 0) -> Any:
+    """Patches the runs of a strategy: ``act`` is called before a method, each time that enough steps are done.
+
+    Args:
+        strategy: what the config is called.
+        method: of the recipe or of ``adapt_recipes.run.Run``; "finish" comes when the budget is spent, before model/.
+        act: takes nothing.
+        after: steps done, or more.
+    """
+    recipe, run = recipe_class(strategy), adapt_recipes.run.Run
+    owner: Any = models if method == "finish" else recipe if hasattr(recipe, method) else run
+    name = "save" if method == "finish" else method
+    original = getattr(owner, name)
+
+    def acting(self: Any, *arguments: Any, **named: Any) -> Any:
+        if method == "finish" or self.ledger.steps >= after:
+            act()
+        return original(self, *arguments, **named)
+
+    return mock.patch.object(owner, name, acting)
 
 
 def exit_status(recipe: str, argv: list[str]) -> int:
@@ -168,16 +190,12 @@ class Runs:
         return folder
 
     def stop(self, strategy: str, output_dir: Path, /, *, method: str = "step", after: int = 0, **changes: Any) -> None:
-        """Run in this process up to the first call of ``method`` with ``after`` steps done or more, and die there."""
-        recipe = recipe_class(strategy)
-        original = getattr(recipe, method)
+        """Run in this process up to the first call of a method, as ``before`` says it, and die there."""
 
-        def dying(self: Any) -> Any:
-            if self.num_steps >= after:
-                raise Killed
-            return original(self)
+        def die() -> None:
+            raise Killed
 
-        with mock.patch.object(recipe, method, dying), pytest.raises(Killed):
+        with before(strategy, method, die, after=after), pytest.raises(Killed):
             self.run(strategy, output_dir, **changes)
 
     def start(
@@ -353,7 +371,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     whole = torch.load(file, weights_only=False)
     file.unlink()
     rest = torch.load(folder / "shared.pt")
-    return {**whole, "groups": rest["optimizer"]["param_groups"], "rng": rest["own"][0], **rest["shared"]}
+    shared = {**rest["shared"], **rest["shared"]["states"]}
+    return {**whole, "groups": rest["optimizer"]["param_groups"], "rng": rest["own"][0], **shared}
 
 
 def assert_same_run(output_dir: Path, expected: Path) -> None:

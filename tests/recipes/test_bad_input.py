@@ -200,7 +200,7 @@ def test_a_line_in_the_file(refusal: Refusal, old: str, new: str, message: str) 
     assert refusal(config="mine.yaml") == message
 
 
-SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.rewards"
+SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards"
 
 
 @pytest.mark.slow
@@ -230,6 +230,11 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.rewards"
             f"reward._component_: '{REWARDS}.CosinSimilarity' cannot be imported: '{REWARDS}' has no "
             "'CosinSimilarity'; did you mean 'CosineSimilarity'?",
         ),
+        (
+            COSSIM,
+            ["reward._component_=adapt_recipes.rewards.GradientNorm"],
+            f"reward._component_: 'adapt_recipes.rewards.GradientNorm' has moved to '{REWARDS}.GradientNorm'",
+        ),
         (COSSIM, ["reward.model=x"], "reward.model: the recipe gives this itself; take it out"),
         (COSSIM, ["~reward._component_"], "missing key 'reward._component_'"),
         (COSSIM, ["reward=mine.Unread"], "reward: Unread has to be callable, with `reads`, a tuple out of train, "),
@@ -246,7 +251,7 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.rewards"
         (
             COSSIM,
             ["mixture={_component_: adapt_recipes.mixture.uniform}"],
-            "reward: CosineSimilarity is for nothing: mixture: Static does not observe rewards; take it out",
+            "reward: CosineSimilarity is unused: mixture: Static does not observe rewards; remove it",
         ),
         (
             COSSIM,

@@ -24,20 +24,22 @@ from running import (
     ROOT,
     Runs,
     assert_same_run,
+    before,
     end,
     events,
     files,
     load_checkpoint,
-    load_recipe,
     recipe_class,
     said,
     summary,
 )
 from torch import Tensor
 
+import adapt_recipes.run
 from adapt_recipes import data
+from adapt_recipes.data import load
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.training import checkpoint, distributed
+from adapt_recipes.training import interrupt, process_group
 
 pytestmark = pytest.mark.slow
 
@@ -73,17 +75,9 @@ def errors(folder: Path, rank: int) -> list[str]:
 
 
 def kill_before(rank: int, *, victim: int, strategy: str, method: str, step: int) -> None:
-    """kill -9 of the victim when it is about to call a method of the recipe after so many steps."""
-    recipe = recipe_class(strategy)
-    original = getattr(recipe, method)
-
-    def dying(self: Any, *arguments: Any, **named: Any) -> Any:
-        if self.num_steps == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *arguments, **named)
-
+    """kill -9 of the victim when it is about to call a method of its run after so many steps."""
     if rank == victim:
-        setattr(recipe, method, dying)
+        before(strategy, method, lambda: os.kill(os.getpid(), signal.SIGKILL), after=step).start()
 
 
 def kill_all_while_one_saves(rank: int, *, folder: Path, victim: int, operation: int) -> None:
@@ -115,14 +109,14 @@ def limit_files(rank: int, *, victim: int, max_bytes: int) -> None:
 
 def change_the_data(rank: int, *, victim: int, file: Path) -> None:
     """The file changes after the first process has read it, and before the victim does."""
-    load = data.load_tasks
+    load_tasks = load.load_tasks
 
     def loading(*arguments: Any, **named: Any) -> Any:
         file.write_text(file.read_text().replace('"125"', '"126"'))
-        return load(*arguments, **named)
+        return load_tasks(*arguments, **named)
 
     if rank == victim:
-        data.load_tasks = loading
+        load.load_tasks = loading
 
 
 def losses_that_are_not_finite(rank: int, *, text: str, victim: int | None = None) -> None:
@@ -148,7 +142,7 @@ def fail_alone(rank: int, *, victim: int, kind: type[Exception]) -> None:
     original = recipe.step
 
     def step(self: Any) -> None:
-        if rank == victim and self.num_steps == 2:
+        if rank == victim and self.ledger.steps == 2:
             raise kind("all is lost")
         original(self)
 
@@ -157,26 +151,26 @@ def fail_alone(rank: int, *, victim: int, kind: type[Exception]) -> None:
     recipe.step = step
 
 
-def see_no_summary(rank: int, *, victim: int, recipe: str) -> None:
+def see_no_summary(rank: int, *, victim: int) -> None:
     """As on another host, which does not know yet of what the first one has written."""
     if rank == victim:
-        load_recipe(recipe).is_finished = lambda folder: False
+        adapt_recipes.run.is_finished = lambda folder: False
 
 
 def work_elsewhere(rank: int, *, folder: Path) -> None:
     """As on a host of its own, where the same path is another folder."""
-    distributed.SHOWN = 1
+    process_group.NFS_VISIBILITY_SECONDS = 1
     (folder / str(rank)).mkdir()
     os.chdir(folder / str(rank))
 
 
 def meet_for_a_second(rank: int) -> None:
-    distributed.MEETING = timedelta(seconds=1)
+    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
 
 
 def slow_disk(rank: int, *, wait: str | None) -> None:
     """A checkpoint of the tiny model takes 40 seconds; torchrun waits 30, or as long as it is told to."""
-    checkpoint.DISK_SPEED = 28_000
+    interrupt.DISK_SPEED = 28_000
     os.environ["TORCHELASTIC_RUN_ID"] = "none"
     if wait is not None:
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = wait
@@ -252,7 +246,7 @@ def test_all_are_killed_during_a_checkpoint(runs: Runs, whole: Any, tmp_path: Pa
 def test_whether_it_is_finished_is_as_the_first_one_sees_it(runs: Runs, tmp_path: Path, strategy: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").touch()
-    blind = functools.partial(see_no_summary, victim=1, recipe=RECIPES[strategy])
+    blind = functools.partial(see_no_summary, victim=1)
     assert end(runs.start_group(strategy, tmp_path / "run", prepare=blind), within=30) == [0, 0]
     assert "is finished already" in said(tmp_path / "run", ".0.out") and said(tmp_path / "run", ".1.out") == ""
 

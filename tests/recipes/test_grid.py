@@ -41,10 +41,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from adapt_recipes import data
+from adapt_recipes import data, models
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.planning.memory import Shape, build_model, reckon_memory
+from adapt_recipes.planning.memory import CPU, Shape, estimate_memory
 
 SCRIPT = ROOT / "yaml" / "write_grid.py"
 # By its path: the folder is not a package.
@@ -222,7 +222,7 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
         return {key: value for key, value in VALUES[config].items() if key not in ("output_dir", *keys)}
 
     of_model = ("model", "tokenizer", "checkpointer")
-    of_strategy = ("strategy", "mixture", "reward", "sampling", "mixture_update_every", "probe")
+    of_strategy = ("recipe", "strategy", "mixture", "reward", "sampling", "mixture_update_every", "probe")
     of_budget = ("budget", "checkpoint_every", "validate_every", "mixture_update_every", "probe")
     for config, name in NAMES.items():
         assert rest(config, *of_strategy) == rest(name.sibling(strategy="uniform"), *of_strategy)
@@ -233,12 +233,12 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
 def test_mos_is_set_as_in_its_paper() -> None:
     """The settings that the paper gives, and which reward is whose."""
     rewards = {
-        "mos_cossim": {"_component_": "adapt_recipes.rewards.CosineSimilarity"},
-        "mos_diff": {"_component_": "adapt_recipes.rewards.PerplexityRatio"},
-        "mospec_cossim": {"_component_": "adapt_recipes.rewards.CosineSimilarity", "specialist": "math"},
-        "mospec_diff": {"_component_": "adapt_recipes.rewards.PerplexityRatio", "specialist": "math"},
-        "multidds": {"_component_": "adapt_recipes.rewards.GradientAlignment"},
-        "multiuat": {"_component_": "adapt_recipes.rewards.Uncertainty", "measure": "EntSent"},
+        "mos_cossim": {"_component_": "adapt_recipes.signals.rewards.CosineSimilarity"},
+        "mos_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio"},
+        "mospec_cossim": {"_component_": "adapt_recipes.signals.rewards.CosineSimilarity", "specialist": "math"},
+        "mospec_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio", "specialist": "math"},
+        "multidds": {"_component_": "adapt_recipes.signals.rewards.GradientAlignment"},
+        "multiuat": {"_component_": "adapt_recipes.signals.rewards.Uncertainty", "measure": "EntSent"},
     }
     scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "learning_rate": 1e-4, "ema": 0.9}
     for config in MOS:
@@ -348,8 +348,8 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(TokenLosses, "forward", counted)
     for recipe in (
-        load_recipe("adapt_full_finetune").AdaptFullFinetune,
-        load_recipe("mos_full_finetune").MosFullFinetune,
+        load_recipe("adapt_full_finetune").Recipe,
+        load_recipe("mos_full_finetune").Recipe,
     ):
         monkeypatch.setattr(recipe, "update_mixture", measured(recipe.update_mixture))
     return costs
@@ -442,12 +442,12 @@ WITH_REMEDY = [
 
 def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> None:
     """LoRA, with what the header says of it: it is what it says, and trains."""
-    models = {model: grid.models[model] for model, grid in GRID_OF.items()}
-    assert [model for model, of_model in models.items() if of_model.remedy] == ["llama3_8b"]
+    of_models = {model: grid.models[model] for model, grid in GRID_OF.items()}
+    assert [model for model, of_model in of_models.items() if of_model.remedy] == ["llama3_8b"]
     assert REMEDY in WRITTEN[f"{TOO_LARGE}.yaml"].replace("\n#         ", "\n")
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "scaling.md").read_text().splitlines()]
-    on_80 = {(row[0].strip("`"), row[1]): row[-1] for row in rows if row[0].strip("`") in models}
-    assert [model for model in models if on_80[model, "1"] not in ("yes", "C")] == ["llama3_8b"]
+    on_80 = {(row[0].strip("`"), row[1]): row[-1] for row in rows if row[0].strip("`") in of_models}
+    assert [model for model in of_models if on_80[model, "1"] not in ("yes", "C")] == ["llama3_8b"]
     assert (on_80["llama3_8b", "1"], on_80["llama3_8b", "2"], on_80["llama3_8b", "4"]) == ("L", "L", "C")
 
     checkpointing, builder, modules, rate = WITH_REMEDY
@@ -465,7 +465,8 @@ def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> Non
 @pytest.mark.slow
 def test_the_remedy_takes_the_memory_that_it_says() -> None:
     loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[TOO_LARGE], WITH_REMEDY)
-    memory, size = reckon_memory(build_model(loaded), loaded, Shape(4, 1024, 512))
+    model = models.build(loaded, [], device=CPU, checkpointer=None)
+    memory, size = estimate_memory(model, loaded, Shape(4, 1024, 512))
     assert 0 < size.trained < size.parameters / 1000
     assert f"some {memory.total / 1e9:.0f} GB (reckoned" in REMEDY.replace("\n", " ")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import RECIPES, ROOT, Runs, assert_same_run, events, recipe_class, summary
+from running import RECIPES, ROOT, Runs, assert_same_run, before, events, summary
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -62,21 +63,17 @@ def test_a_process_that_is_told_to_stop(runs: Runs, tmp_path: Path, number: sign
     assert_same_run(folder, expected)
 
 
-def interrupt(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, *, when: Callable[[Any], bool], number: int
-) -> None:
-    """Send this process a signal at the start of a method, once, where ``when`` says so of the recipe."""
-    original = getattr(owner, method)
+def interrupt(strategy: str, method: str, *, after: int, number: int) -> Any:
+    """Sends this process a signal at the start of a method, as ``before`` says it, once."""
     sent = False
 
-    def interrupted(self: Any, *arguments: Any, **named: Any) -> Any:
+    def send() -> None:
         nonlocal sent
-        if not sent and when(self):
+        if not sent:
             sent = True
             signal.raise_signal(number)
-        return original(self, *arguments, **named)
 
-    monkeypatch.setattr(owner, method, interrupted)
+    return before(strategy, method, send, after=after)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +85,7 @@ def interrupt(
         (signal.SIGINT, "adapt_planned", "update_mixture", 3, 3),
         (signal.SIGTERM, "adapt_planned", "validate", 4, 4),
         (signal.SIGINT, "adapt_planned", "save", 6, 6),
-        (signal.SIGTERM, "adapt_planned", "_log_step", 7, 7),
+        (signal.SIGTERM, "adapt_planned", "log_step", 7, 7),
         (signal.SIGINT, "mos_diff", "measure_base_model", 0, None),
         (signal.SIGTERM, "mos_diff", "update_mixture", 3, 3),
     ],
@@ -96,17 +93,15 @@ def interrupt(
 def test_whatever_it_is_doing(
     runs: Runs,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     strategy: str,
     method: str,
     at_step: int,
     saved_at: int | None,
 ) -> None:
-    folder, recipe = tmp_path / "run", recipe_class(strategy)
+    folder = tmp_path / "run"
     handlers = [signal.getsignal(each) for each in STATUS]
-    with monkeypatch.context() as patched:
-        interrupt(patched, recipe, method, when=lambda recipe: recipe.num_steps == at_step, number=number)
+    with interrupt(strategy, method, after=at_step, number=number):
         assert runs.run(strategy, folder) == STATUS[number]
     assert [signal.getsignal(each) for each in STATUS] == handlers
     log = events(folder)
@@ -119,21 +114,18 @@ def test_whatever_it_is_doing(
 
 
 @pytest.mark.parametrize("method", ["step", "finish"])
-def test_a_run_that_is_as_good_as_over_ends_well(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    recipe, last = recipe_class("uniform"), summary(runs.whole("uniform"))["steps"]
-    at_step = {"step": last - 1, "finish": last}[method]
-    interrupt(monkeypatch, recipe, method, when=lambda recipe: recipe.num_steps == at_step, number=signal.SIGTERM)
-    assert runs.run("uniform", tmp_path / "run") == 0
+def test_a_run_that_is_as_good_as_over_ends_well(runs: Runs, tmp_path: Path, method: str) -> None:
+    last_step = summary(runs.whole("uniform"))["steps"] - 1
+    with interrupt("uniform", method, after=last_step, number=signal.SIGTERM):
+        assert runs.run("uniform", tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", runs.whole("uniform"))
 
 
-def test_a_second_ctrl_c_does_not_wait(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, folder = recipe_class("uniform"), tmp_path / "run"
-    with monkeypatch.context() as patched:
-        for method in ("_log_step", "validate"):  # both between two boundaries
-            interrupt(patched, recipe, method, when=lambda recipe: recipe.num_steps >= 4, number=signal.SIGINT)
+def test_a_second_ctrl_c_does_not_wait(runs: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with contextlib.ExitStack() as patched:
+        for method in ("log_step", "validate"):  # both between two boundaries
+            patched.enter_context(interrupt("uniform", method, after=4, number=signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             runs.run("uniform", folder)
     assert (events(folder)[-1]["event"], events(folder)[-1]["step"]) == ("step", 4)

@@ -14,7 +14,8 @@ from conftest import Runner
 from running import Runs, assert_same_run, events, recipe_class, summary
 from torch import Tensor
 
-from adapt_recipes import data, probe
+from adapt_recipes import data
+from adapt_recipes.signals import passes
 
 # What each reward reads, a name as often as it is read.
 READS = {
@@ -89,7 +90,7 @@ def watch(runs: Runs, strategy: str, folder: Path) -> Watched:
 
     def measure(self: Any) -> None:
         if "pool" in READS[strategy]:
-            given["base_losses"] = probe.example_losses(self.model, watched.batches("pool", 0))
+            given["base_losses"] = passes.example_losses(self.model, watched.batches("pool", 0))
         count(measure_base_model, self)
 
     def update(self: Any) -> None:
@@ -163,7 +164,7 @@ def test_the_mixture_follows_from_the_rewards_and_the_steps_from_the_mixture(wat
         elif event["event"] == "step":
             p, left = scorer.probabilities(), BUDGET - int(had.sum())
             if watched.config.sampling == "dataset":
-                p = data.one_task(p, seed=SEED, step=event["step"] - 1)
+                p = data.sample_one_hot(p, seed=SEED, step=event["step"] - 1)
                 assert len(event["task_losses"]) == 1
             for draw in sampler.draw(p, max_examples=BATCH_SIZE, max_tokens=left):
                 had[draw.task] += draw.num_supervised_tokens

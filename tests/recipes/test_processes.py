@@ -26,7 +26,6 @@ import pytest
 import torch
 from running import (
     RECIPES,
-    TIMES,
     Runs,
     events,
     files,
@@ -43,11 +42,14 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
 from adapt_recipes.budget import Ledger
-from adapt_recipes.config import command_line, locate
+from adapt_recipes.config import command_line
 from adapt_recipes.data import IGNORE_INDEX, TokenSampler
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.training import distributed
-from adapt_recipes.training.distributed import rank, world_size
+from adapt_recipes.run import Run
+from adapt_recipes.strict import locate
+from adapt_recipes.training import process_group
+from adapt_recipes.training.checkpoint import Checkpoints
+from adapt_recipes.training.process_group import rank, world_size
 
 # ------------------------------------------------------------------------------------------------ what configs name
 
@@ -148,9 +150,9 @@ def do(job: Job) -> dict[str, Any]:
 
     Returns:
         ``draws``: of each step the probabilities and what was drawn by them; ``steps``: of each step this process's
-        micro-batches; ``forwards`` and ``backwards``: how many in all; ``start`` and ``saved``: the state of mixture,
-        sampler and ledger, and the totals, after the set-up and at each checkpoint; ``mask``: what dropout would leave
-        after the set-up; ``status``, ``out`` and ``err``.
+        micro-batches; ``forwards`` and ``backwards``: how many in all; ``start`` and ``saved``: the states of
+        which a checkpoint is made, without times, after the set-up and at each checkpoint; ``mask``: what dropout would
+        leave after the set-up; ``status``, ``out`` and ``err``.
     """
     seen: dict[str, Any] = {"draws": [], "steps": [], "saved": [], "forwards": 0, "backwards": 0}
     recipe, module = recipe_class(job.strategy), load_recipe(RECIPES[job.strategy])
@@ -167,16 +169,23 @@ def do(job: Job) -> dict[str, Any]:
 
         return count
 
-    def state(recipe: Any) -> dict[str, Any]:
-        parts = {name: getattr(recipe, name).state_dict() for name in ("mixture", "sampler", "ledger")}
-        return copy.deepcopy(parts | {name: getattr(recipe, name) for name in recipe.TOTALS if name not in TIMES})
+    def state(states: Mapping[str, Any]) -> dict[str, Any]:
+        here = {name: value for name, value in states["run"].items() if "seconds" not in name}
+        return copy.deepcopy({**states, "run": here})
+
+    def started(run: Run, nothing: None, *arguments: Any) -> None:
+        states = {**arguments[-1], "run": run}
+        seen.update(start=state({name: each.state_dict() for name, each in states.items()}), mask=mask())
+
+    def saved(checkpoints: Checkpoints, nothing: None, *arguments: Any, shared: Any, own: Any) -> None:
+        seen["saved"].append(state(shared["states"]))
 
     def mask() -> Tensor:
         with torch.random.fork_rng(devices=[]):
             return torch.nn.functional.dropout(torch.ones(64))
 
     def stepped(recipe: Any, nothing: None) -> None:
-        if recipe.num_steps == job.stop_after and rank() == world_size() - 1:
+        if recipe.ledger.steps == job.stop_after and rank() == world_size() - 1:
             signal.raise_signal(signal.SIGTERM)
 
     out, err = io.StringIO(), io.StringIO()
@@ -186,8 +195,8 @@ def do(job: Job) -> dict[str, Any]:
             (Ledger, "spend", spent),
             (TokenLosses, "forward", counted("forwards")),
             (Tensor, "backward", counted("backwards")),
-            (recipe, "setup", lambda recipe, _: seen.update(start=state(recipe), mask=mask())),
-            (recipe, "save", lambda recipe, _: seen["saved"].append(state(recipe))),
+            (Run, "start", started),
+            (Checkpoints, "save", saved),
             (recipe, "step", stepped),
         ):
             stack.enter_context(also(owner, name, note))
@@ -231,7 +240,7 @@ def devices(number: int) -> Iterator[None]:
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: True),
         mock.patch.object(torch.cuda, "device_count", lambda: number),
-        mock.patch.object(distributed.utils, "get_device", lambda name: torch.device("cpu")),
+        mock.patch.object(process_group.utils, "get_device", lambda name: torch.device("cpu")),
         mock.patch.object(torch.distributed, "init_process_group", lambda backend, **named: init("gloo", **named)),
     ):
         yield

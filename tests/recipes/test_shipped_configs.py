@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from adapt_recipes.config import Component, load, to_dict
 from adapt_recipes.data import IGNORE_INDEX, ChatTokenizer
-from adapt_recipes.mixture.contract import check_mixture, check_reward
+from adapt_recipes.mixture.interface import check_mixture
+from adapt_recipes.signals.reward_interface import check_reward
 
 PARAMETERS = {  # by the name of the model in the name of the config
     "tiny": 89_424,
@@ -192,7 +193,7 @@ def test_its_name_tells_the_truth(name: str, tmp_path: Path, built: dict[str, An
     if strategy in REWARDS:
         reward = config.reward.build(task_names=names, model=decoder)
         check_reward(reward, mixture)
-        assert config.reward.component == f"adapt_recipes.rewards.{REWARDS[strategy]}"
+        assert config.reward.component == f"adapt_recipes.signals.rewards.{REWARDS[strategy]}"
         assert ("specialist" in config.reward.arguments) == strategy.startswith("mospec")
 
 

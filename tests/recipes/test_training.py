@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Runner
-from running import ROOT, Run, recipe_class
+from running import ROOT, Run
 from safetensors.torch import load_file
 from tiers import slow_but
 
@@ -187,22 +186,3 @@ def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, m
     for i, options in enumerate((["tasks.no_validation=[facts_8]"], ["batch_size=2", "mixture_update_every=1"])):
         some = run("tiny_adapt_planned", mixture, *options, folder=f"missing {i}")
         assert some.summary["mixture_updates"] > 1 and min(some.summary["probabilities"].values()) > 0
-
-
-@pytest.mark.parametrize(
-    ("strategy", "differs", "most"),
-    [
-        ("uniform", {"setup", "train", "step", "update_mixture", "finish", "_log_mixture"}, 30),
-        ("mos_diff", {"setup", "train", "step", "update_mixture"}, 60),
-    ],
-)
-def test_the_lines_that_recipes_share_are_the_same(strategy: str, differs: set[str], most: int) -> None:
-    """What differs between the recipes is the mixture update, and what it needs around it."""
-    adapt, other = recipe_class("adapt"), recipe_class(strategy)
-    shared = {name for name, value in vars(adapt).items() if inspect.isfunction(value)} - differs
-    assert shared >= {"save", "_load", "validate", "cleanup", "_read", "_validation_losses", "_log_step"}
-    for name in shared:
-        assert inspect.getsource(getattr(adapt, name)) == inspect.getsource(getattr(other, name)), name
-    ours, theirs = (Path(inspect.getfile(each)).read_text().splitlines() for each in (adapt, other))
-    only_there = [line for line in theirs if line not in ours]
-    assert len(only_there) <= most, only_there

@@ -84,7 +84,7 @@ def test_two_hosts_and_a_cable_that_is_pulled(hosts: tuple[str, str], tmp_path: 
     """It ends on both, and its resume ends as one process, or two on one host, that nothing happened to."""
     runs, folder = Runs(tmp_path), tmp_path / "run"
     # A process of this environment waits 5 seconds, not a minute, for a host that does not answer.
-    impatient = "import adapt_recipes.training.sockets\n\nadapt_recipes.training.sockets.LOST = 5\n"
+    impatient = "import adapt_recipes.training.sockets\n\nadapt_recipes.training.sockets.DEAD_PEER_SECONDS = 5\n"
     (tmp_path / "impatient").mkdir()
     (tmp_path / "impatient" / "sitecustomize.py").write_text(impatient)
     environment = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from adapt_recipes.events import EndEvent, MixtureEvent, StepEvent, Summary, ValidationEvent
 from adapt_recipes.runlog import RunLog, write_resolved, write_summary
 
 Loss = Callable[[int, float], float]
@@ -56,20 +57,21 @@ def write_run(
 
     def mixture(step: int, **signals: Any) -> None:
         log.write(
-            "mixture",
-            step=step,
-            supervised_tokens=int(spent.sum()),
-            probe_tokens=probe_tokens,
-            mixture_seconds=mixture_seconds,
-            probabilities=by_task(p.tolist()),
-            **signals,
+            MixtureEvent(
+                step=step,
+                supervised_tokens=int(spent.sum()),
+                probe_tokens=probe_tokens,
+                mixture_seconds=mixture_seconds,
+                probabilities=by_task(p.tolist()),
+                signals=signals,
+            )
         )
 
     def validate(step: int) -> None:
         nonlocal losses, validation_seconds, seconds, probe_tokens
         losses = by_task(loss(i, step / steps) for i in range(len(tasks)))
         validation_seconds, seconds, probe_tokens = validation_seconds + 0.5, seconds + 0.5, probe_tokens + 10
-        log.write("validation", step=step, supervised_tokens=int(spent.sum()), losses=losses)
+        log.write(ValidationEvent(step=step, supervised_tokens=int(spent.sum()), losses=losses))
 
     mixture(0)
     validate(0)
@@ -79,7 +81,7 @@ def write_run(
         seconds += generator.uniform(0.1, 0.2)
         values = {"loss": 2.0, "lr": 1e-3 * (1 - step / steps), "grad_norm": 1.0}
         by = {"task_tokens": by_task(spent.tolist()), "task_losses": {tasks[0]: 2.0}}
-        log.write("step", step=step, **values, **totals(), **by, seconds=seconds)
+        log.write(StepEvent(step=step, **values, **totals(), **by, seconds=seconds))
         if update_every and step % update_every == 0 and step < steps:
             p = np.exp(generator.normal(size=len(tasks)))
             p /= p.sum()
@@ -91,28 +93,28 @@ def write_run(
     if finished:
         if steps % validate_every:
             validate(steps)
-        log.write("end", reason="finished", step=steps, seconds=seconds)
+        log.write(EndEvent(reason="finished", step=steps, seconds=seconds))
         measured = [value for value in losses.values() if value == value]
-        summary = {
-            "strategy": strategy,
-            "seed": seed,
-            "budget_tokens": int(spent.sum()),
+        summary = Summary(
+            strategy=strategy,
+            seed=seed,
+            budget_tokens=int(spent.sum()),
             **totals(),
-            "unique_supervised_tokens": int(spent.sum()) - 1,
-            "probe_tokens": probe_tokens,
-            "probe_total_tokens": 3 * probe_tokens,
-            "task_tokens": by_task(spent.tolist()),
-            "probabilities": by_task(p.tolist()),
-            "validation_losses": losses,
-            "initial_validation_losses": first,
-            "worst_validation_loss": max(measured),
-            "mean_validation_loss": sum(measured) / len(measured),
-            "seconds": seconds,
-            "mixture_seconds": mixture_seconds,
-            "validation_seconds": validation_seconds,
-            "steps": steps,
-            "mixture_updates": updates,
-        }
+            unique_supervised_tokens=int(spent.sum()) - 1,
+            probe_tokens=probe_tokens,
+            probe_total_tokens=3 * probe_tokens,
+            task_tokens=by_task(spent.tolist()),
+            probabilities=by_task(p.tolist()),
+            validation_losses=losses,
+            initial_validation_losses=first,
+            worst_validation_loss=max(measured),
+            mean_validation_loss=sum(measured) / len(measured),
+            seconds=seconds,
+            mixture_seconds=mixture_seconds,
+            validation_seconds=validation_seconds,
+            steps=steps,
+            mixture_updates=updates,
+        )
         write_summary(folder, summary)
     log.close()
     return folder

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from report_runs import events, write_run
 
-import tune_cli_ext
+from adapt_recipes import cli
 from adapt_recipes.report import write_report
 from adapt_recipes.report.page import render
 from adapt_recipes.report.read import read_run
@@ -391,7 +391,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def report(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     """(exit status, output) of `tune report`."""
     parser = argparse.ArgumentParser()
-    tune_cli_ext._add_report(parser.add_subparsers())
+    cli.add_report(parser.add_subparsers())
     status = 0
     try:
         args = parser.parse_args(["report", *map(str, words)])

@@ -33,10 +33,11 @@ from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 from torchtune.models.llama3_2 import llama3_2
 
+from adapt_recipes.files import NoSpaceLeft
 from adapt_recipes.models import TokenLosses, train_adapters_alone
 from adapt_recipes.models.lora import add_lora
 from adapt_recipes.training import checkpoint
-from adapt_recipes.training.checkpoint import Checkpoints, NoSpaceLeft
+from adapt_recipes.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -401,7 +402,7 @@ def another_error_is_one_for_all(folder: Path) -> None:
         save(there, 3)
         assert newest(there) == 3
 
-    for victim, failing in ((0, "_sync"), *itertools.product(range(2), ("_checksums", "_Writer.write_data"))):
+    for victim, failing in ((0, "fsync"), *itertools.product(range(2), ("_checksums", "_Writer.write_data"))):
         there = folder / f"{victim} {failing}"
         assert forked(folder, 2, work) == [0, 0], (victim, failing)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from adapt_recipes.training import interrupt
-from adapt_recipes.training.distributed import processes, rank, summed
 from adapt_recipes.training.interrupt import StopSignals
+from adapt_recipes.training.process_group import all_reduce_sum, process_group, rank
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def loop(told: Told) -> tuple[int, int, list[int]]:
     with StopSignals() as stop:
         while step < 9 and not stop.agreed():
             step += 1
-            summed(torch.zeros(1))
+            all_reduce_sum(torch.zeros(1))
             for number in told.get(rank(), {}).get(step, []):
                 signal.raise_signal(number)
             if stop.agreed():
@@ -49,13 +49,13 @@ def loop(told: Told) -> tuple[int, int, list[int]]:
 
 
 def stopped(folder: Path) -> dict[str, Any]:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         return {name: loop(told) for name, told in CASES.items()}
 
 
 def one_does_not_answer(folder: Path) -> None:
-    interrupt.PATIENCE = timedelta(seconds=1)
-    with processes("cpu", batch_size=2), StopSignals() as stop:
+    interrupt.STOP_TIMEOUT = timedelta(seconds=1)
+    with process_group("cpu", batch_size=2), StopSignals() as stop:
         if rank() == 0:
             signal.raise_signal(signal.SIGTERM)
         else:
@@ -65,7 +65,7 @@ def one_does_not_answer(folder: Path) -> None:
 
 
 def one_is_gone(folder: Path) -> None:
-    with processes("cpu", batch_size=2), StopSignals() as stop:
+    with process_group("cpu", batch_size=2), StopSignals() as stop:
         if rank() == 1:
             signal.raise_signal(signal.SIGKILL)
         signal.raise_signal(signal.SIGINT)
@@ -75,7 +75,7 @@ def one_is_gone(folder: Path) -> None:
 
 def ends_in_an_error(folder: Path) -> None:
     """The launcher tells it to stop while it is about to say what is wrong."""
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         try:
             with StopSignals():
                 raise ValueError("wrong")

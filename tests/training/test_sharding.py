@@ -19,8 +19,8 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from adapt_recipes.data import IGNORE_INDEX, Example, micro_batches
 from adapt_recipes.models import TokenLosses, train_adapters_alone
-from adapt_recipes.training.distributed import gathered, processes, rank, summed, world_size
-from adapt_recipes.training.sharding import clip_grad_norm, load_weights, local, shard, whole, without_weights
+from adapt_recipes.training.process_group import all_gather_object, all_reduce_sum, process_group, rank, world_size
+from adapt_recipes.training.sharding import clip_grad_norm, full_tensor, load_weights, on_meta, shard, to_local
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def steps(num_steps: int) -> Iterator[tuple[list[Example], list[int]]]:
 def train(*, num_steps: int = 12, **arguments: Any) -> dict[str, Any]:
     """A recipe's loop. What it leaves: losses by task, norms, and whole weights."""
     model = build(**arguments)
-    first = {name: whole(weight).clone() for name, weight in model.state_dict().items()}
+    first = {name: full_tensor(weight).clone() for name, weight in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
     losses, norms, forwards = [], [], []
     for examples, tasks in steps(num_steps):
@@ -99,28 +99,28 @@ def train(*, num_steps: int = 12, **arguments: Any) -> dict[str, Any]:
                 (each.sum() * world_size() / num_supervised).backward()
                 loss_sums.index_add_(0, batch.supervised_tasks, each.detach().double())
         norms.append(clip_grad_norm(model.parameters(), 1.0))
-        losses.append(summed(loss_sums) / num_supervised)
+        losses.append(all_reduce_sum(loss_sums) / num_supervised)
         forwards.append(len(batches))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {
         "first": first,
-        "weights": {name: whole(weight).clone() for name, weight in model.state_dict().items()},
+        "weights": {name: full_tensor(weight).clone() for name, weight in model.state_dict().items()},
         "losses": torch.stack(losses),
         "norms": torch.tensor(norms),
         "forwards": forwards,
-        "own": sum(local(weight).numel() for weight in model.state_dict().values()),
+        "own": sum(to_local(weight).numel() for weight in model.state_dict().values()),
         "all": sum(weight.numel() for weight in model.state_dict().values()),
     }
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    with processes("cpu", batch_size=8):
+    with process_group("cpu", batch_size=8):
         return {case: train(**arguments) for case, arguments in CASES.items()}
 
 
 def loaded(folder: Path) -> dict[str, Any]:
-    with processes("cpu", batch_size=8):
+    with process_group("cpu", batch_size=8):
         return {model: load(model) for model in MODELS} | {"gathered": gathered_layers()}
 
 
@@ -163,7 +163,7 @@ def load(model: str, *, seed: int = 3) -> dict[str, Tensor]:
     """Of a decoder built without weights: what it holds after the loading, whole."""
     weights = given(model)
     state = torch.get_rng_state()
-    with without_weights():
+    with on_meta():
         decoder = MODELS[model]()
     assert torch.equal(torch.get_rng_state(), state), "no random number was drawn"
     assert all(parameter.is_meta for parameter in decoder.parameters())
@@ -173,7 +173,7 @@ def load(model: str, *, seed: int = 3) -> dict[str, Tensor]:
     buffers, expected = dict(decoder.named_buffers()), dict(MODELS[model]().named_buffers())
     assert buffers and all(torch.equal(buffers[name], expected[name]) for name in expected), "the rotations"
     assert all(isinstance(parameter, DTensor) == (world_size() > 1) for parameter in decoder.parameters())
-    return {name: whole(weight).clone() for name, weight in decoder.state_dict().items()}
+    return {name: full_tensor(weight).clone() for name, weight in decoder.state_dict().items()}
 
 
 def given(model: str) -> dict[str, Tensor]:
@@ -257,7 +257,7 @@ def test_adapters_are_drawn_as_torchtune_draws_them() -> None:
 
 def test_built_as_ever_where_weights_are_to_be_random() -> None:
     torch.manual_seed(0)
-    with without_weights(False):
+    with on_meta(False):
         decoder = MODELS["tied"]()
     torch.manual_seed(0)
     for one, other in zip(decoder.parameters(), MODELS["tied"]().parameters(), strict=True):
@@ -265,7 +265,7 @@ def test_built_as_ever_where_weights_are_to_be_random() -> None:
 
 
 def test_what_is_built_later_has_weights_again() -> None:
-    with contextlib.suppress(KeyError), without_weights():
+    with contextlib.suppress(KeyError), on_meta():
         raise KeyError
     assert not any(parameter.is_meta for parameter in MODELS["tied"]().parameters())
 
@@ -274,4 +274,4 @@ def test_one_process_keeps_its_tensors() -> None:
     model = build("tied")
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     weight = next(model.parameters())
-    assert whole(weight) is weight and local(weight) is weight and gathered(1) == [1]
+    assert full_tensor(weight) is weight and to_local(weight) is weight and all_gather_object(1) == [1]

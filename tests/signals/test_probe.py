@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torchtune.models.llama3_2 import llama3_2
 
-from adapt_recipes import probe
 from adapt_recipes.models.token_losses import TokenLosses
-from adapt_recipes.training.sharding import local
+from adapt_recipes.signals import passes
+from adapt_recipes.training.sharding import to_local
 
 NUM_TASKS, VOCABULARY = 5, 64
 EMPTY_TASK = 3  # has sequences, and no supervised token
@@ -89,7 +89,7 @@ WEIGHTS = torch.tensor([0.3, 0.1, 0.0, 0.2, 0.4], dtype=torch.float64)
 
 def test_task_losses_are_means_over_all_tokens_of_all_batches() -> None:
     model, batches = make_model(), make_batches()
-    losses = probe.task_losses(model, batches, NUM_TASKS)
+    losses = passes.task_losses(model, batches, NUM_TASKS)
     assert losses.dtype == torch.float64
     assert not losses.requires_grad
     torch.testing.assert_close(
@@ -105,14 +105,14 @@ def test_a_cut_into_other_batches_changes_nothing() -> None:
         for i in range(len(batch.tasks))
     ]
     torch.testing.assert_close(
-        probe.task_losses(model, rows, NUM_TASKS),
-        probe.task_losses(model, [batch], NUM_TASKS),
+        passes.task_losses(model, rows, NUM_TASKS),
+        passes.task_losses(model, [batch], NUM_TASKS),
         rtol=0,
         atol=1e-6,
         equal_nan=True,
     )
     for one, other in zip(
-        probe.loss_gradient(model, rows, WEIGHTS), probe.loss_gradient(model, [batch], WEIGHTS), strict=True
+        passes.loss_gradient(model, rows, WEIGHTS), passes.loss_gradient(model, [batch], WEIGHTS), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -123,7 +123,7 @@ def test_loss_gradient_is_that_of_the_weighted_mean_losses() -> None:
     wanted = [task for task in range(NUM_TASKS) if task != EMPTY_TASK]
     loss = (WEIGHTS[wanted] * reference_losses(model, batches, NUM_TASKS)[wanted]).sum()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    gradient = probe.loss_gradient(model, batches, WEIGHTS)
+    gradient = passes.loss_gradient(model, batches, WEIGHTS)
     assert len(gradient) == len(trainable)
     for part, expected in zip(gradient, torch.autograd.grad(loss, trainable), strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-6)
@@ -136,12 +136,12 @@ def test_tasks_of_weight_0_are_not_computed() -> None:
     weights = torch.zeros(NUM_TASKS, dtype=torch.float64)
     weights[1] = 1
     without = SimpleNamespace(**vars(batches[2]) | {"tasks": torch.zeros(10, dtype=torch.int64)})
-    probe.loss_gradient(model, [*batches[:2], without], weights)
+    passes.loss_gradient(model, [*batches[:2], without], weights)
     assert [len(tokens) for tokens in seen] == [2, 2]
     assert all(
         torch.equal(tokens, batch.tokens[batch.tasks == 1]) for tokens, batch in zip(seen, batches, strict=False)
     )
-    for part in probe.loss_gradient(model, batches, torch.zeros(NUM_TASKS, dtype=torch.float64)):
+    for part in passes.loss_gradient(model, batches, torch.zeros(NUM_TASKS, dtype=torch.float64)):
         assert (part == 0).all()
     assert len(seen) == 2
 
@@ -157,10 +157,10 @@ def test_finite_differences_agree_with_one_backward_a_task(
 ) -> None:
     """Along a validation gradient, as ADAPT uses it. Measured: error 1e-4 in fp32, 0.04 with bf16 compute."""
     model = make_model(compute_dtype, seed)
-    direction = probe.loss_gradient(model, make_batches(seed=seed + 1), WEIGHTS)
+    direction = passes.loss_gradient(model, make_batches(seed=seed + 1), WEIGHTS)
     batches = make_batches(seed=seed + 20)
-    reference = probe.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
-    estimate = probe.gradient_dots(
+    reference = passes.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
+    estimate = passes.gradient_dots(
         model, batches, direction, NUM_TASKS, relative_step=relative_step, loss_step=loss_step
     )
     assert estimate.dtype == torch.float64
@@ -186,10 +186,10 @@ def test_the_error_of_a_finite_difference_is_of_second_order() -> None:
     torch.manual_seed(0)
     model, batches = Bigram(), make_batches()
     direction = random_direction(model)
-    reference = probe.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
+    reference = passes.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
     coarse, fine, finest = (
         relative_error(
-            probe.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=relative_step, loss_step=math.inf),
+            passes.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=relative_step, loss_step=math.inf),
             reference,
         )
         for relative_step in (1e-2, 1e-3, 1e-5)
@@ -202,10 +202,10 @@ def test_weights_that_do_not_matter_do_not_make_the_step_too_long() -> None:
     """A large model's weights are long and its loss is straight over a short way only."""
     model, batches = make_model(), make_batches()
     model.register_parameter("ballast", nn.Parameter(torch.full((100,), 1e4)))
-    direction = probe.loss_gradient(model, batches, WEIGHTS)
-    reference = probe.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
-    estimate = probe.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3)
-    too_far = probe.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3, loss_step=math.inf)
+    direction = passes.loss_gradient(model, batches, WEIGHTS)
+    reference = passes.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
+    estimate = passes.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3)
+    too_far = passes.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3, loss_step=math.inf)
     assert relative_error(estimate, reference) < 1e-3
     assert relative_error(too_far, reference) > 0.5
 
@@ -214,7 +214,7 @@ def test_backward_dots_are_inner_products_with_each_tasks_gradient() -> None:
     model, batches = make_model().double(), make_batches()
     direction = random_direction(model)
     losses = reference_losses(model, batches, NUM_TASKS)
-    dots = probe.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
+    dots = passes.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
     for task in (0, 1, 2, 4):
         gradient = torch.autograd.grad(losses[task], list(model.parameters()), retain_graph=True)
         expected = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
@@ -226,11 +226,11 @@ def test_finite_differences_of_frozen_weights_move_only_what_is_trained() -> Non
     for layer in model.decoder.layers:
         layer.requires_grad_(False)
     batches = make_batches()
-    direction = probe.loss_gradient(model, batches, WEIGHTS)
+    direction = passes.loss_gradient(model, batches, WEIGHTS)
     frozen = [p.clone() for p in model.decoder.layers.parameters()]
     versions = [p._version for p in model.decoder.layers.parameters()]
-    estimate = probe.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3)
-    reference = probe.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
+    estimate = passes.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3)
+    reference = passes.gradient_dots_by_backward(model, batches, direction, NUM_TASKS)
     assert relative_error(estimate, reference) < 1e-3
     assert all(torch.equal(p, f) for p, f in zip(model.decoder.layers.parameters(), frozen, strict=True))
     assert [p._version for p in model.decoder.layers.parameters()] == versions
@@ -239,12 +239,12 @@ def test_finite_differences_of_frozen_weights_move_only_what_is_trained() -> Non
 def test_one_task() -> None:
     model, batches = make_model(), make_batches(tasks=1)
     one = torch.ones(1, dtype=torch.float64)
-    gradient = probe.loss_gradient(model, batches, one)
+    gradient = passes.loss_gradient(model, batches, one)
     squared = sum(part.double().square().sum() for part in gradient)
-    assert probe.task_losses(model, batches, 1).shape == (1,)
+    assert passes.task_losses(model, batches, 1).shape == (1,)
     for dots in (
-        probe.gradient_dots(model, batches, gradient, 1, relative_step=1e-3),
-        probe.gradient_dots_by_backward(model, batches, gradient, 1),
+        passes.gradient_dots(model, batches, gradient, 1, relative_step=1e-3),
+        passes.gradient_dots_by_backward(model, batches, gradient, 1),
     ):
         assert dots.item() == pytest.approx(squared.item(), rel=1e-3)
 
@@ -252,7 +252,7 @@ def test_one_task() -> None:
 def test_no_direction_gives_zeros_without_a_forward() -> None:
     model, batches = make_model(), make_batches()
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
-    dots = probe.gradient_dots(
+    dots = passes.gradient_dots(
         model, batches, [torch.zeros_like(p) for p in model.parameters()], NUM_TASKS, relative_step=1e-3
     )
     assert [x for x in dots.tolist() if not math.isnan(x)] == [0.0] * 4
@@ -262,25 +262,25 @@ def test_no_direction_gives_zeros_without_a_forward() -> None:
 def test_half_precision_weights_are_refused_by_key() -> None:
     model = make_model().to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"^dtype: finite differences need fp32 weights, .*bf16") as error:
-        probe.gradient_dots(model, make_batches(), random_direction(model), NUM_TASKS, relative_step=1e-3)
+        passes.gradient_dots(model, make_batches(), random_direction(model), NUM_TASKS, relative_step=1e-3)
     assert "\n" not in str(error.value)
 
 
 def test_stepped_moves_the_weights_and_takes_gradients_there() -> None:
     model, batches = make_model(), make_batches()
-    direction = probe.loss_gradient(model, batches, WEIGHTS)
+    direction = passes.loss_gradient(model, batches, WEIGHTS)
     before = [p.detach().clone() for p in model.parameters()]
     other = make_model()
     with torch.no_grad():
         for parameter, part in zip(other.parameters(), direction, strict=True):
             parameter.sub_(part, alpha=0.5)
-    with probe.stepped(model, direction, -0.5):
-        there = probe.loss_gradient(model, batches, WEIGHTS)
+    with passes.stepped(model, direction, -0.5):
+        there = passes.loss_gradient(model, batches, WEIGHTS)
         # A finite difference inside a step puts back the stepped weights, not the first ones.
-        probe.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3)
+        passes.gradient_dots(model, batches, direction, NUM_TASKS, relative_step=1e-3)
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    for part, expected in zip(there, probe.loss_gradient(other, batches, WEIGHTS), strict=True):
+    for part, expected in zip(there, passes.loss_gradient(other, batches, WEIGHTS), strict=True):
         assert torch.equal(part, expected)
 
 
@@ -308,10 +308,10 @@ class Restless(nn.Module):
 
 
 CALLS = {
-    "task_losses": lambda model, batches, v: probe.task_losses(model, batches, NUM_TASKS),
-    "loss_gradient": lambda model, batches, v: probe.loss_gradient(model, batches, WEIGHTS),
-    "gradient_dots": lambda model, batches, v: probe.gradient_dots(model, batches, v, NUM_TASKS, relative_step=1e-3),
-    "gradient_dots_by_backward": lambda model, batches, v: probe.gradient_dots_by_backward(
+    "task_losses": lambda model, batches, v: passes.task_losses(model, batches, NUM_TASKS),
+    "loss_gradient": lambda model, batches, v: passes.loss_gradient(model, batches, WEIGHTS),
+    "gradient_dots": lambda model, batches, v: passes.gradient_dots(model, batches, v, NUM_TASKS, relative_step=1e-3),
+    "gradient_dots_by_backward": lambda model, batches, v: passes.gradient_dots_by_backward(
         model, batches, v, NUM_TASKS
     ),
 }
@@ -351,7 +351,7 @@ def test_leaves_everything_as_it_was(call, raise_at) -> None:
 def test_a_step_is_undone_when_its_body_raises() -> None:
     model = make_model()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(KeyboardInterrupt), probe.stepped(model, random_direction(model), 0.1):
+    with pytest.raises(KeyboardInterrupt), passes.stepped(model, random_direction(model), 0.1):
         assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         raise KeyboardInterrupt
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
@@ -372,14 +372,14 @@ def test_dropout_is_off_and_a_measurement_repeats(call) -> None:
 
 def measure(model, batches):
     """Everything the probe measures, as whole tensors."""
-    v = probe.loss_gradient(model, batches, WEIGHTS)
-    with probe.stepped(model, v, -0.3):
-        ahead = probe.task_losses(model, batches, NUM_TASKS)
+    v = passes.loss_gradient(model, batches, WEIGHTS)
+    with passes.stepped(model, v, -0.3):
+        ahead = passes.task_losses(model, batches, NUM_TASKS)
     return {
-        "losses": probe.task_losses(model, batches, NUM_TASKS),
+        "losses": passes.task_losses(model, batches, NUM_TASKS),
         "ahead": ahead,
-        "dots": probe.gradient_dots(model, batches, v, NUM_TASKS, relative_step=1e-3),
-        "reference": probe.gradient_dots_by_backward(model, batches, v, NUM_TASKS),
+        "dots": passes.gradient_dots(model, batches, v, NUM_TASKS, relative_step=1e-3),
+        "reference": passes.gradient_dots_by_backward(model, batches, v, NUM_TASKS),
         "gradient": [part.full_tensor() if hasattr(part, "full_tensor") else part for part in v],
     }
 
@@ -405,9 +405,9 @@ def one_of_two_processes(rank, folder) -> None:
             # A recipe passes True. False is the hard case: everything stays gathered after a forward.
             for module in (*model.decoder.layers, model):
                 fully_shard(module, reshard_after_forward=kind == "resharded")
-        shards = [local(p).clone() for p in model.parameters()]
+        shards = [to_local(p).clone() for p in model.parameters()]
         measured[kind] = measure(model, mine)
-        assert all(torch.equal(local(p), s) for p, s in zip(model.parameters(), shards, strict=True))
+        assert all(torch.equal(to_local(p), s) for p, s in zip(model.parameters(), shards, strict=True))
     torch.save(measured, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_recipes import probe
 from adapt_recipes.errors import nearest
+from adapt_recipes.signals import passes
 
 
 class CosineSimilarity:
@@ -37,7 +37,7 @@ class CosineSimilarity:
 
     Args:
         task_names: the tasks, in order.
-        model: see ``adapt_recipes.probe``.
+        model: see ``adapt_recipes.signals.passes``.
         specialist: MoSpec: the task that alone is to be done well; (8) is then the similarity with it only.
 
     Raises:
@@ -51,9 +51,9 @@ class CosineSimilarity:
         self.specialist = _task(specialist, task_names)
         self.num_tasks, self.model = len(task_names), model
 
-    def __call__(self, *, train: Sequence[probe.ExampleBatch]) -> Tensor:
+    def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
         """(num_tasks,), at most 1. A negative mean is given as 0 (ours), for (6) of the scorer needs rewards >= 0."""
-        z = F.normalize(probe.task_embeddings(self.model, train, self.num_tasks), dim=1)  # (7)
+        z = F.normalize(passes.task_embeddings(self.model, train, self.num_tasks), dim=1)  # (7)
         others = z if self.specialist is None else z[self.specialist : self.specialist + 1]
         return (z @ others.T).nanmean(1).clamp(0, 1)  # (8)
 
@@ -65,7 +65,7 @@ class PerplexityRatio:
 
     Args:
         task_names: the tasks, in order.
-        model: see ``adapt_recipes.probe``.
+        model: see ``adapt_recipes.signals.passes``.
         specialist: MoSpec: the task that alone is to be done well; its reward counts twice.
 
     Raises:
@@ -79,10 +79,10 @@ class PerplexityRatio:
         self.specialist = _task(specialist, task_names)
         self.num_tasks, self.model = len(task_names), model
 
-    def __call__(self, *, pool: Sequence[probe.ExampleBatch], base_losses: Tensor) -> Tensor:
+    def __call__(self, *, pool: Sequence[passes.ExampleBatch], base_losses: Tensor) -> Tensor:
         """(num_tasks,), above 0; ``base_losses``: (num_examples,), log PPL(y; x, theta_0) of the pool."""
-        ratios = (probe.example_losses(self.model, pool) - base_losses).exp()  # (9)
-        rewards = probe.task_means(ratios, pool, self.num_tasks)  # (10)
+        ratios = (passes.example_losses(self.model, pool) - base_losses).exp()  # (9)
+        rewards = passes.task_means(ratios, pool, self.num_tasks)  # (10)
         if self.specialist is not None:
             rewards[self.specialist] *= 2
         return rewards
@@ -95,7 +95,7 @@ class GradientAlignment:
 
     Args:
         task_names: the tasks, in order.
-        model: see ``adapt_recipes.probe``.
+        model: see ``adapt_recipes.signals.passes``.
     """
 
     reads: tuple[str, ...] = ("validation", "train")
@@ -104,21 +104,21 @@ class GradientAlignment:
     def __init__(self, *, task_names: Sequence[str], model: nn.Module) -> None:
         self.num_tasks, self.model = len(task_names), model
 
-    def __call__(self, *, validation: Sequence[probe.ExampleBatch], train: Sequence[probe.ExampleBatch]) -> Tensor:
+    def __call__(self, *, validation: Sequence[passes.ExampleBatch], train: Sequence[passes.ExampleBatch]) -> Tensor:
         """(num_tasks,), at most 1; N counts the tasks with a validation split. Negative: 0, as in CosineSimilarity."""
         mean: list[Tensor] = []  # of grad L_dev_j / || grad L_dev_j ||, which makes (a) one product a task
         tasks = _tasks_of(validation, self.num_tasks)
         for task in tasks:
             gradient = _task_gradient(self.model, validation, task, self.num_tasks)
-            scale = 1 / (probe.norm(gradient) or 1.0) / len(tasks)
+            scale = 1 / (passes.norm(gradient) or 1.0) / len(tasks)
             mean = mean or [torch.zeros_like(part) for part in gradient]
             torch._foreach_add_(mean, gradient, alpha=scale)
             del gradient  # before the next one is made
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
         for task in _tasks_of(train, self.num_tasks):
             gradient = _task_gradient(self.model, train, task, self.num_tasks)
-            size = probe.norm(gradient)
-            rewards[task] = probe.inner(gradient, mean) / size if size else 0.0
+            size = passes.norm(gradient)
+            rewards[task] = passes.inner(gradient, mean) / size if size else 0.0
             del gradient
         return rewards.clamp(0, 1)
 
@@ -141,7 +141,7 @@ class Uncertainty:
 
     Args:
         task_names: the tasks, in order.
-        model: see ``adapt_recipes.probe``.
+        model: see ``adapt_recipes.signals.passes``.
         measure: one of ``MEASURES``: 1 minus the product or the mean of the p, their variance alone or over their mean,
             the mean entropy, or that of the last token. The default is ours; the paper compares all. PreTP is near 1
             for any long answer.
@@ -173,12 +173,12 @@ class Uncertainty:
         if self.has_dropout:
             self.note = f"uncertainty is the mean over {self.passes} passes with dropout"
 
-    def __call__(self, *, validation: Sequence[probe.ExampleBatch]) -> Tensor:
+    def __call__(self, *, validation: Sequence[passes.ExampleBatch]) -> Tensor:
         """(num_tasks,), at least 0 (PreTP and ExpTP at most 1); NaN for a task without a validation split."""
-        values = probe.example_uncertainties(
+        values = passes.example_uncertainties(
             self.model, validation, self.measure, passes=self.passes, dropout=self.has_dropout
         )
-        return probe.task_means(values, validation, self.num_tasks)
+        return passes.task_means(values, validation, self.num_tasks)
 
 
 class GradientNorm:
@@ -186,7 +186,7 @@ class GradientNorm:
 
     Args:
         task_names: the tasks, in order.
-        model: see ``adapt_recipes.probe``.
+        model: see ``adapt_recipes.signals.passes``.
     """
 
     reads: tuple[str, ...] = ("train",)
@@ -195,11 +195,11 @@ class GradientNorm:
     def __init__(self, *, task_names: Sequence[str], model: nn.Module) -> None:
         self.num_tasks, self.model = len(task_names), model
 
-    def __call__(self, *, train: Sequence[probe.ExampleBatch]) -> Tensor:
+    def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
         """(num_tasks,), at least 0."""
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
         for task in _tasks_of(train, self.num_tasks):
-            rewards[task] = probe.norm(_task_gradient(self.model, train, task, self.num_tasks))
+            rewards[task] = passes.norm(_task_gradient(self.model, train, task, self.num_tasks))
         return rewards
 
 
@@ -210,15 +210,15 @@ def _task(name: str | None, task_names: Sequence[str]) -> int | None:
     return None if name is None else list(task_names).index(name)
 
 
-def _tasks_of(batches: Sequence[probe.Batch], num_tasks: int) -> list[int]:
+def _tasks_of(batches: Sequence[passes.Batch], num_tasks: int) -> list[int]:
     """The tasks that there are examples of."""
-    return probe.num_supervised(batches, num_tasks).nonzero().flatten().tolist()
+    return passes.num_supervised(batches, num_tasks).nonzero().flatten().tolist()
 
 
-def _task_gradient(model: nn.Module, batches: Sequence[probe.Batch], task: int, num_tasks: int) -> list[Tensor]:
+def _task_gradient(model: nn.Module, batches: Sequence[passes.Batch], task: int, num_tasks: int) -> list[Tensor]:
     weights = torch.zeros(num_tasks, dtype=torch.float64)
     weights[task] = 1
-    return probe.loss_gradient(model, batches, weights)
+    return passes.loss_gradient(model, batches, weights)
 
 
 def _has_dropout(model: nn.Module) -> bool:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import NAMES, VOCAB, alone, batched, likeliest, tiny_examples, tiny_model
 
-from adapt_recipes import probe
 from adapt_recipes.data import IGNORE_INDEX
+from adapt_recipes.signals import passes
 
 NUM_TASKS = len(NAMES)
 EXAMPLES = tiny_examples(seed=1)
@@ -22,9 +22,9 @@ def skewed(p, entropy):
 
 
 MEASURED = {
-    "task_embeddings": lambda model, batches: probe.task_embeddings(model, batches, NUM_TASKS),
-    "example_losses": probe.example_losses,
-    "example_uncertainties": lambda model, batches: probe.example_uncertainties(model, batches, skewed),
+    "task_embeddings": lambda model, batches: passes.task_embeddings(model, batches, NUM_TASKS),
+    "example_losses": passes.example_losses,
+    "example_uncertainties": lambda model, batches: passes.example_uncertainties(model, batches, skewed),
 }
 
 
@@ -80,7 +80,7 @@ def test_bf16_compute_is_close_and_comes_as_float64(name) -> None:
 def test_a_task_without_an_example_lies_nowhere() -> None:
     model = tiny_model()
     there = [(2 * task, example) for task, example in EXAMPLES]  # tasks 1, 3 and 5 have none
-    embeddings = probe.task_embeddings(model, batched(there), 2 * NUM_TASKS)
+    embeddings = passes.task_embeddings(model, batched(there), 2 * NUM_TASKS)
     torch.testing.assert_close(embeddings[::2], by_hand(model)["task_embeddings"], rtol=1e-5, atol=1e-6)
     assert embeddings[1::2].isnan().all()
 
@@ -92,7 +92,7 @@ def test_a_measure_is_given_the_likeliest_tokens_and_the_entropies_in_order() ->
         given.append((p, entropy))
         return p.sum() + entropy.sum()
 
-    values = probe.example_uncertainties(model, batched(EXAMPLES), measure)
+    values = passes.example_uncertainties(model, batched(EXAMPLES), measure)
     assert len(given) == len(EXAMPLES)
     for value, (_, example) in zip(values, EXAMPLES, strict=True):
         expected = [torch.tensor(each, dtype=torch.float64) for each in likeliest(alone(model, example)[1])]
@@ -105,7 +105,7 @@ def test_a_measure_is_given_the_likeliest_tokens_and_the_entropies_in_order() ->
 
 def test_task_means_are_over_examples_not_over_tokens() -> None:
     values = torch.linspace(-1, 2, len(EXAMPLES), dtype=torch.float64) ** 3
-    means = probe.task_means(values, batched(EXAMPLES), NUM_TASKS + 1)
+    means = passes.task_means(values, batched(EXAMPLES), NUM_TASKS + 1)
     tasks = torch.tensor([task for task, _ in EXAMPLES])
     torch.testing.assert_close(means[:-1], torch.stack([values[tasks == task].mean() for task in range(NUM_TASKS)]))
     assert means.dtype == torch.float64 and means[-1].isnan()
@@ -115,25 +115,25 @@ def test_supervised_tokens_are_counted_by_task() -> None:
     expected = torch.zeros(NUM_TASKS + 1, dtype=torch.float64)
     for task, example in EXAMPLES:
         expected[task] += (example.labels != IGNORE_INDEX).sum()
-    assert torch.equal(probe.num_supervised(batched(EXAMPLES), NUM_TASKS + 1), expected)
+    assert torch.equal(passes.num_supervised(batched(EXAMPLES), NUM_TASKS + 1), expected)
 
 
 def test_inner_products_and_norms_are_not_rounded_to_the_gradients_dtype() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = ([torch.randn(shape, generator=generator) for shape in [(300, 40), (7,)]] for _ in range(2))
     expected = sum((a.double() * b.double()).sum().item() for a, b in zip(left, right, strict=True))
-    assert probe.inner(left, right) == pytest.approx(expected, rel=1e-6)
-    assert probe.norm(left) == pytest.approx(torch.cat([a.flatten() for a in left]).double().norm().item())
+    assert passes.inner(left, right) == pytest.approx(expected, rel=1e-6)
+    assert passes.norm(left) == pytest.approx(torch.cat([a.flatten() for a in left]).double().norm().item())
 
     left, right = [a.bfloat16() for a in left], [b.bfloat16() for b in right]
     expected = sum((a.double() * b.double()).sum().item() for a, b in zip(left, right, strict=True))
-    assert probe.inner(left, right) == pytest.approx(expected, rel=1e-6)
+    assert passes.inner(left, right) == pytest.approx(expected, rel=1e-6)
     large = torch.tensor([1e8, 1.0, -1e8])
     for parts in ([large], list(large.split(1))):
         ones = [torch.ones_like(part) for part in parts]
-        assert probe.inner(parts, ones) == 1.0, "not lost in a sum of 32 bits"
+        assert passes.inner(parts, ones) == 1.0, "not lost in a sum of 32 bits"
     with pytest.raises(ValueError, match="zip"):
-        probe.inner(left, right[:1])
+        passes.inner(left, right[:1])
 
 
 def test_rows_without_a_supervised_label_are_no_examples() -> None:
@@ -143,8 +143,8 @@ def test_rows_without_a_supervised_label_are_no_examples() -> None:
     for name, measured in MEASURED.items():
         torch.testing.assert_close(measured(model, [blank, *batches, blank]), measured(model, batches), rtol=0, atol=0)
         assert measured(model, [blank]).isnan().all(), name  # of no example there is nothing to say
-    values = probe.example_losses(model, batches)
-    without, beside = (probe.task_means(values, each, NUM_TASKS) for each in (batches, [blank, *batches]))
+    values = passes.example_losses(model, batches)
+    without, beside = (passes.task_means(values, each, NUM_TASKS) for each in (batches, [blank, *batches]))
     assert torch.equal(without, beside)
 
 
@@ -155,10 +155,10 @@ def test_rows_without_a_supervised_label_are_no_examples() -> None:
 def test_passes_with_dropout_use_the_masks_that_come_next(dropout) -> None:
     model, batches = tiny_model(**dropout), batched(EXAMPLES)
     start = torch.get_rng_state()
-    values = probe.example_uncertainties(model, batches, skewed, passes=3, dropout=True)
+    values = passes.example_uncertainties(model, batches, skewed, passes=3, dropout=True)
     assert torch.equal(torch.get_rng_state(), start)
 
-    passes = []
+    each_pass = []
     for _ in range(3):
         each = torch.zeros(len(EXAMPLES), dtype=torch.float64)
         for batch in batches:
@@ -166,14 +166,14 @@ def test_passes_with_dropout_use_the_masks_that_come_next(dropout) -> None:
             for i, row in enumerate(batch.rows.tolist()):
                 found = likeliest(logits[i][batch.labels[i] != IGNORE_INDEX])
                 each[row] = skewed(*(torch.tensor(part, dtype=torch.float64) for part in found))
-        passes.append(each)
-    torch.testing.assert_close(values, torch.stack(passes).mean(0), rtol=1e-5, atol=1e-6)
-    assert torch.stack(passes).std(0).min() > 1e-3, "other masks in each pass"
+        each_pass.append(each)
+    torch.testing.assert_close(values, torch.stack(each_pass).mean(0), rtol=1e-5, atol=1e-6)
+    assert torch.stack(each_pass).std(0).min() > 1e-3, "other masks in each pass"
 
     torch.set_rng_state(start)
-    once = probe.example_uncertainties(model, batches, skewed, dropout=True)
-    torch.testing.assert_close(once, passes[0], rtol=1e-5, atol=1e-6)
-    without = probe.example_uncertainties(model, batches, skewed)
+    once = passes.example_uncertainties(model, batches, skewed, dropout=True)
+    torch.testing.assert_close(once, each_pass[0], rtol=1e-5, atol=1e-6)
+    without = passes.example_uncertainties(model, batches, skewed)
     torch.testing.assert_close(without, by_hand(model)["example_uncertainties"], rtol=1e-5, atol=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_passes_with_dropout_use_the_masks_that_come_next(dropout) -> None:
 def test_leaves_everything_as_it_was(name, raise_at) -> None:
     calls = {
         **MEASURED,
-        "with dropout": lambda model, batches: probe.example_uncertainties(
+        "with dropout": lambda model, batches: passes.example_uncertainties(
             model, batches, skewed, passes=2, dropout=True
         ),
     }

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from adapt_recipes.training.distributed import summed, world_size
-from adapt_recipes.training.sharding import device_of, local
+from adapt_recipes.training.process_group import all_reduce_sum, world_size
+from adapt_recipes.training.sharding import device_of, to_local
 
 IGNORE_INDEX = -100  # the label of a position that does not count, torch's own default
 
@@ -82,7 +82,7 @@ def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -
     token_weights = world_size() * weights / num_supervised(batches, len(weights))
     chosen = [(weights != 0)[batch.tasks.cpu()] for batch in batches]
     # A forward of one process is a forward of all of them, or FSDP2 waits for ever.
-    num_wanting = summed(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64))
+    num_wanting = all_reduce_sum(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64))
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -215,7 +215,7 @@ def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks
             sums.index_add_(0, batch.tasks.cpu()[kept], means[kept])
             counts += torch.bincount(batch.tasks.cpu()[kept], minlength=num_tasks)
     assert sums is not None, "nothing to read"
-    return summed(sums) / summed(counts)[:, None]
+    return all_reduce_sum(sums) / all_reduce_sum(counts)[:, None]
 
 
 @torch.no_grad()
@@ -236,7 +236,7 @@ def example_losses(model: nn.Module, batches: Sequence[ExampleBatch]) -> Tensor:
             _reshard(model)
             sums.index_add_(0, rows, losses.to("cpu", torch.float64))
             counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
-    return summed(sums) / summed(counts)
+    return all_reduce_sum(sums) / all_reduce_sum(counts)
 
 
 @torch.no_grad()
@@ -273,7 +273,7 @@ def example_uncertainties(
             rows = _of_supervised(batch.labels, batch.rows)
             for row in rows.unique().tolist():
                 values[row] += measure(p[rows == row], entropy[rows == row])
-    return summed(values) / passes
+    return all_reduce_sum(values) / passes
 
 
 def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:
@@ -293,7 +293,7 @@ def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int) 
         tasks = batch.tasks.cpu()[kept]
         sums.index_add_(0, tasks, values[batch.rows.cpu()[kept]])
         counts += torch.bincount(tasks, minlength=num_tasks)
-    return summed(sums) / summed(counts)
+    return all_reduce_sum(sums) / all_reduce_sum(counts)
 
 
 def num_supervised(batches: Sequence[Batch], num_tasks: int) -> Tensor:
@@ -305,7 +305,7 @@ def num_supervised(batches: Sequence[Batch], num_tasks: int) -> Tensor:
     counts = torch.zeros(num_tasks, dtype=torch.int64)
     for batch in batches:
         counts += torch.bincount(_of_supervised(batch.labels, batch.tasks), minlength=num_tasks)
-    return summed(counts.to(torch.float64))
+    return all_reduce_sum(counts.to(torch.float64))
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -314,9 +314,9 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
             wide = torch.promote_types(a.dtype, torch.float32)  # a product of bf16 would be rounded to bf16
-            product = (local(a).to(wide) * local(b)).sum(dtype=torch.float64).cpu()
+            product = (to_local(a).to(wide) * to_local(b)).sum(dtype=torch.float64).cpu()
             (sharded if isinstance(a, DTensor) else whole).add_(product)
-    return float(summed(sharded) + whole)
+    return float(all_reduce_sum(sharded) + whole)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -347,21 +347,21 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def _move(parameters: Sequence[Tensor], originals: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> None:
     """``parameters = originals + scale * direction``."""
     for parameter, original, part in zip(parameters, originals, direction, strict=True):
-        torch.add(original, local(part), alpha=scale, out=local(parameter))
+        torch.add(original, to_local(part), alpha=scale, out=to_local(parameter))
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
     """Yields a copy of the trainable weights (of the shards), and puts them back from it whatever happens."""
     parameters = _trainable(model)
-    originals = [local(parameter).detach().clone() for parameter in parameters]
+    originals = [to_local(parameter).detach().clone() for parameter in parameters]
     _reshard(model)
     try:
         yield originals
     finally:
         with torch.no_grad():
             for parameter, original in zip(parameters, originals, strict=True):
-                local(parameter).copy_(original)
+                to_local(parameter).copy_(original)
         _reshard(model)
 
 
@@ -398,7 +398,7 @@ def _examples(batch: Batch) -> Tensor:
 def _num_examples(batches: Sequence[Batch]) -> int:
     """Over all processes."""
     here = sum(int(_examples(batch).sum()) for batch in batches)
-    return int(summed(torch.tensor(float(here), dtype=torch.float64)))
+    return int(all_reduce_sum(torch.tensor(float(here), dtype=torch.float64)))
 
 
 def _of_supervised(labels: Tensor, of: Tensor) -> Tensor:
@@ -415,7 +415,7 @@ def _loss_sums(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Te
         losses, tasks = _token_losses(model, batch, of=batch.tasks)
         _reshard(model)
         sums.index_add_(0, tasks, losses.to("cpu", torch.float64))  # on the CPU the order of addition is fixed
-    return summed(sums)
+    return all_reduce_sum(sums)
 
 
 def _reshard(model: nn.Module) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torchtune.models.llama3_2 import llama3_2
 
-from adapt_recipes import probe, rewards
 from adapt_recipes.data import IGNORE_INDEX, Example, MicroBatch, micro_batches
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.training.distributed import processes, rank, world_size
-from adapt_recipes.training.sharding import local, shard, whole
+from adapt_recipes.signals import passes, rewards
+from adapt_recipes.training.process_group import process_group, rank, world_size
+from adapt_recipes.training.sharding import full_tensor, shard, to_local
 
 pytestmark = pytest.mark.slow
 
@@ -74,20 +74,20 @@ def make_batches(kinds: dict[int, list[int]]) -> list[MicroBatch]:
 def measure(model: nn.Module) -> dict[str, Any]:
     """Everything, as whole tensors. It leaves the weights as they were, to the bit."""
     validation, train, pool = make_batches(VALIDATION), make_batches(TRAIN), make_batches(POOL)
-    before = [local(parameter).detach().clone() for parameter in model.parameters()]
-    v = probe.loss_gradient(model, validation, WEIGHTS)
+    before = [to_local(parameter).detach().clone() for parameter in model.parameters()]
+    v = passes.loss_gradient(model, validation, WEIGHTS)
     measured: dict[str, Any] = {
-        "losses": probe.task_losses(model, validation, N),
-        "gradient": torch.cat([whole(part).flatten() for part in v]),
-        "dots": probe.gradient_dots(model, train, v, N, relative_step=1e-3),
-        "dots by backward": probe.gradient_dots_by_backward(model, train, v, N),
-        "embeddings": probe.task_embeddings(model, validation, N),
-        "example losses": probe.example_losses(model, pool),
-        "uncertainties": probe.example_uncertainties(model, validation, rewards.MEASURES["EntSent"]),
+        "losses": passes.task_losses(model, validation, N),
+        "gradient": torch.cat([full_tensor(part).flatten() for part in v]),
+        "dots": passes.gradient_dots(model, train, v, N, relative_step=1e-3),
+        "dots by backward": passes.gradient_dots_by_backward(model, train, v, N),
+        "embeddings": passes.task_embeddings(model, validation, N),
+        "example losses": passes.example_losses(model, pool),
+        "uncertainties": passes.example_uncertainties(model, validation, rewards.MEASURES["EntSent"]),
     }
-    with probe.stepped(model, v, -0.05):
-        measured["losses ahead"] = probe.task_losses(model, validation, N)
-        measured["embeddings ahead"] = probe.task_embeddings(model, train, N)
+    with passes.stepped(model, v, -0.05):
+        measured["losses ahead"] = passes.task_losses(model, validation, N)
+        measured["embeddings ahead"] = passes.task_embeddings(model, train, N)
     arguments: dict[str, Any] = {"task_names": TASKS, "model": model}
     base_losses = measured["example losses"] + torch.arange(len(measured["example losses"])) / 10
     measured |= {
@@ -99,12 +99,12 @@ def measure(model: nn.Module) -> dict[str, Any]:
         "GradientNorm": rewards.GradientNorm(**arguments)(train=train),
     }
     for parameter, original in zip(model.parameters(), before, strict=True):
-        assert torch.equal(local(parameter), original) and parameter.grad is None
+        assert torch.equal(to_local(parameter), original) and parameter.grad is None
     return measured
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         result: dict[str, Any] = {kind: measure(make_model(kind)) for kind in ("resharded", "kept")}
         for name, kinds in {"train": TRAIN, "validation": VALIDATION, "pool": POOL}.items():
             rows = [batch.rows.tolist() for batch in make_batches(kinds)]

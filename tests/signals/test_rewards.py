@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from adapt_recipes.data import IGNORE_INDEX, Example
-from adapt_recipes.rewards import (
+from adapt_recipes.signals.rewards import (
     MEASURES,
     CosineSimilarity,
     GradientAlignment,

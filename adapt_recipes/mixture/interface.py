@@ -1,18 +1,63 @@
-"""What a recipe relies on in a mixture and in a reward component, checked before a run starts and at every update."""
+"""The contract of a mixture, and its checks: before a run starts, and after every update."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from adapt_recipes.errors import nearest
 
 METHODS = ("probabilities", "update", "state_dict", "load_state_dict")
-READS = ("train", "validation", "pool")
 LOGGED = ("event", "step", "supervised_tokens", "probe_tokens", "mixture_seconds", "probabilities")  # by recipes
+
+
+class Mixture(Protocol):
+    """How the budget of supervised tokens is shared between tasks. A user's own is any class with these members.
+
+    A recipe builds it with the keywords ``task_names``, ``num_supervised_tokens`` (available per task, (num_tasks,))
+    and ``budget_tokens``, and with the arguments that the config gives. It is the same on every rank: it may depend on
+    nothing but what it is given.
+    """
+
+    observes: tuple[str, ...]
+    """the signals that ``update`` is given, out of those in the recipe's ``SIGNALS``; () for a static mixture"""
+
+    def probabilities(self) -> Tensor:
+        """The share of supervised tokens of each task: (num_tasks,) float64 on the CPU, >= 0, sums to 1."""
+        ...
+
+    def update(self, *, task_tokens: Tensor, **signals: Tensor) -> Mapping[str, Tensor]:
+        """Learns from what was measured; a mixture that observes nothing needs no ``update``.
+
+        Args:
+            task_tokens: (num_tasks,) float64, supervised tokens spent on each task so far.
+            signals: (num_tasks,) float64 on the CPU each, the same on every rank; NaN where a task was not measured.
+
+        Returns:
+            What to log, () or (num_tasks,) each; may be empty.
+        """
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """All that ``load_state_dict`` needs to continue as if never stopped."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class GradientMixture(Mixture, Protocol):
+    """One that observes ``gradient_dots`` also says along which step, and of which objective."""
+
+    lookahead_lr: float
+    """the step size of the look-ahead step"""
+
+    def objective_weights(self, validation_losses: Tensor) -> Tensor:
+        """What multiplies each task's validation gradient in the objective's: (num_tasks,) float64 both."""
+        ...
 
 
 def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str) -> None:
@@ -41,7 +86,7 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
             can = nearest(signal, measurable) if measurable else "; it measures nothing"
             raise ValueError(f"{name} observes '{signal}', which {recipe} does not measure{can}")
     if observes:
-        _check_takes(f"{name}.update", mixture.update, ["task_tokens", *observes])
+        check_takes(f"{name}.update", mixture.update, ["task_tokens", *observes])
     _check_probabilities(mixture, num_tasks=num_tasks)
 
 
@@ -67,7 +112,8 @@ def check_update(mixture: Any, logged: Any, *, num_tasks: int) -> None:
             raise ValueError(f"{name} returned '{key}', which is logged already; give it another name")
 
 
-def _check_takes(name: str, function: Callable[..., Any], given: Sequence[str]) -> None:
+def check_takes(name: str, function: Callable[..., Any], given: Sequence[str]) -> None:
+    """Refuse a function that cannot be called with these keywords."""
     try:
         inspect.signature(function).bind(**dict.fromkeys(given))
     except TypeError as error:
@@ -84,33 +130,3 @@ def _check_probabilities(mixture: Any, *, num_tasks: int) -> None:
         raise ValueError(f"{needs}; it is {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')} on {p.device}")
     if not (p >= 0).all() or abs(float(p.sum()) - 1) > 1e-9:
         raise ValueError(f"{needs}; it sums to {float(p.sum()):.12g}, and its lowest is {float(p.min()):g}")
-
-
-def check_reward(reward: Any, mixture: Any) -> None:
-    """Refuse a reward that the mixture does not go with or that breaks the contract of ``adapt_recipes.rewards``.
-
-    Args:
-        reward: the built component; None: the config names none.
-        mixture: the built component.
-
-    Raises:
-        ValueError: it names what is missing.
-    """
-    learns_from_it = "rewards" in mixture.observes
-    if reward is None:
-        if learns_from_it:
-            raise ValueError(f"missing key 'reward': mixture: {type(mixture).__name__} observes rewards")
-        return
-    name = f"reward: {type(reward).__name__}"
-    if not learns_from_it:
-        raise ValueError(
-            f"{name} is for nothing: mixture: {type(mixture).__name__} does not observe rewards; take it out"
-        )
-    reads = getattr(reward, "reads", None)
-    if not callable(reward) or not isinstance(reads, tuple) or not reads:
-        raise ValueError(f"{name} has to be callable, with `reads`, a tuple out of {', '.join(READS)}")
-    for read in reads:
-        if read not in READS:
-            raise ValueError(f"{name} reads {read!r}{nearest(str(read), READS)}")
-    given = [*dict.fromkeys(reads), *(["base_losses"] if "pool" in reads else [])]
-    _check_takes(f"{name}.__call__", reward, given)

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import alone, batched, tiny_examples, tiny_model
 
-from adapt_recipes import base_losses as module
-from adapt_recipes.base_losses import base_losses
 from adapt_recipes.data import IGNORE_INDEX, MicroBatch
 from adapt_recipes.models import TokenLosses
+from adapt_recipes.signals import BaseLosses, base_losses, passes
 
 EXAMPLES = tiny_examples(seed=4)
 
@@ -24,6 +23,12 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def measure(model: TokenLosses, pool: list[MicroBatch], *, cache_dir: Path) -> torch.Tensor:
+    losses = BaseLosses()
+    losses.measure(model, pool, cache_dir=cache_dir)
+    return losses.values
+
+
 def without_forward(model: TokenLosses) -> TokenLosses:
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
     return model
@@ -31,17 +36,17 @@ def without_forward(model: TokenLosses) -> TokenLosses:
 
 def test_they_are_the_mean_loss_of_each_example(tmp_path: Path) -> None:
     model = tiny_model()
-    losses = base_losses(model, batched(EXAMPLES), cache_dir=tmp_path / "not" / "there")
+    losses = measure(model, batched(EXAMPLES), cache_dir=tmp_path / "not" / "there")
     expected = torch.stack([alone(model, example)[0].double().mean() for _, example in EXAMPLES])
     assert losses.dtype == torch.float64 and model.training
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_second_call_reads_the_same_bits_without_the_model(tmp_path: Path) -> None:
-    losses = base_losses(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
+    losses = measure(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
     (file,) = entries(tmp_path)
     assert file.parent == tmp_path / "base_losses" and file.suffix == ".safetensors"
-    again = base_losses(without_forward(tiny_model()), batched(EXAMPLES), cache_dir=tmp_path)
+    again = measure(without_forward(tiny_model()), batched(EXAMPLES), cache_dir=tmp_path)
     assert torch.equal(again, losses) and entries(tmp_path) == [file]
 
 
@@ -103,19 +108,19 @@ def other_torch(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
 def test_what_they_depend_on_gives_another_entry(
     change: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base_losses(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
+    measure(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
     model, pool = tiny_model(), batched(EXAMPLES)
     change(model, pool, monkeypatch)
-    losses = base_losses(model, pool, cache_dir=tmp_path)
+    losses = measure(model, pool, cache_dir=tmp_path)
     assert len(entries(tmp_path)) == 2
-    assert torch.equal(losses, module.probe.example_losses(model, pool))
-    assert torch.equal(losses, base_losses(without_forward(model), pool, cache_dir=tmp_path))
+    assert torch.equal(losses, passes.example_losses(model, pool))
+    assert torch.equal(losses, measure(without_forward(model), pool, cache_dir=tmp_path))
 
 
 def test_another_cut_into_batches_gives_another_entry(tmp_path: Path) -> None:
     """It may change the last bits."""
     for max_tokens in (1, 40):
-        base_losses(tiny_model(), batched(EXAMPLES, max_tokens=max_tokens), cache_dir=tmp_path)
+        measure(tiny_model(), batched(EXAMPLES, max_tokens=max_tokens), cache_dir=tmp_path)
     assert len(entries(tmp_path)) == 2
 
 
@@ -128,10 +133,10 @@ def test_settings_that_show_in_no_weight_give_another_entry(setting: dict[str, A
     one, other = tiny_model(), tiny_model(**setting)
     for ours, theirs in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
-    base_losses(one, batched(EXAMPLES), cache_dir=tmp_path)
-    losses = base_losses(other, batched(EXAMPLES), cache_dir=tmp_path)
+    measure(one, batched(EXAMPLES), cache_dir=tmp_path)
+    losses = measure(other, batched(EXAMPLES), cache_dir=tmp_path)
     assert len(entries(tmp_path)) == 2
-    assert torch.equal(losses, module.probe.example_losses(other, batched(EXAMPLES)))
+    assert torch.equal(losses, passes.example_losses(other, batched(EXAMPLES)))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_any_other_weight_gives_another_entry(weights: tuple[torch.Tensor, torch
     for weight in weights:
         model = tiny_model()
         model.weight = torch.nn.Parameter(weight)
-        base_losses(model, batched(EXAMPLES), cache_dir=tmp_path)
+        measure(model, batched(EXAMPLES), cache_dir=tmp_path)
     assert len(entries(tmp_path)) == 2
 
 
@@ -165,10 +170,10 @@ def test_any_other_weight_gives_another_entry(weights: tuple[torch.Tensor, torch
     ids=["empty", "no header", "last byte missing", "zeros", "huge header", "a text", "something else"],
 )
 def test_a_damaged_entry_is_made_anew(damage: Callable[[Path], Any], tmp_path: Path) -> None:
-    losses = base_losses(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
+    losses = measure(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
     (file,) = entries(tmp_path)
     damage(file)
-    assert torch.equal(base_losses(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path), losses)
+    assert torch.equal(measure(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path), losses)
     assert entries(tmp_path) == [file]
     assert torch.equal(load_file(file)["losses"], losses)
 
@@ -183,13 +188,13 @@ def test_nothing_half_written_stays(error: BaseException, tmp_path: Path, monkey
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(module, "save_file", interrupted)
+    monkeypatch.setattr(base_losses, "save_file", interrupted)
     for _ in range(2):
         with pytest.raises(type(error)):
-            base_losses(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
+            measure(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
         assert entries(tmp_path) == []
     monkeypatch.undo()
-    base_losses(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
+    measure(tiny_model(), batched(EXAMPLES), cache_dir=tmp_path)
     (file,) = entries(tmp_path)
     assert len({file.name, *names}) == 3, "two runs at a time do not write into one file"
     assert all(name.startswith(file.stem) for name in names)

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.data import Example, MicroBatch, micro_batches
-from adapt_recipes.training import checkpoint, distributed, nonfinite
+from adapt_recipes.training import checkpoint, nonfinite
+from adapt_recipes.training import process_group as module
 from adapt_recipes.training.checkpoint import Checkpoints
-from adapt_recipes.training.distributed import (
+from adapt_recipes.training.process_group import (
+    all_gather_object,
+    all_reduce_sum,
     check_same,
-    gathered,
-    processes,
+    process_group,
+    raise_on_all_ranks,
     rank,
-    summed,
-    together,
     world_size,
 )
 from adapt_recipes.training.sockets import notice_lost_hosts
@@ -46,16 +47,16 @@ def said(block: Any) -> str:
 
 
 def fail(*, on: tuple[int, ...], kind: type[Exception] = ValueError, in_turn: bool = False) -> None:
-    with together(in_turn=in_turn):
+    with raise_on_all_ranks(in_turn=in_turn):
         if rank() in on:
             raise kind(f"folder {rank()}")
 
 
 def all_goes_well(folder: Path) -> dict[str, Any]:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         print(f"hello from {rank()}")
         turns = folder / "turns"
-        with together(in_turn=True), turns.open("a") as file:
+        with raise_on_all_ranks(in_turn=True), turns.open("a") as file:
             if rank() == 0:
                 time.sleep(0.3)
             file.write(str(rank()))
@@ -63,9 +64,9 @@ def all_goes_well(folder: Path) -> dict[str, Any]:
         other = {"optimizer": {"lr": 0.1 if rank() == 0 else 0.2}, "seed": rank()}
         return {
             "rank": (rank(), world_size()),
-            "device": distributed.get_device(None).type,
-            "gathered": gathered({"it": rank()}),
-            "summed": summed(torch.tensor([1.0, rank()], dtype=torch.float64)),
+            "device": module.get_device(None).type,
+            "gathered": all_gather_object({"it": rank()}),
+            "summed": all_reduce_sum(torch.tensor([1.0, rank()], dtype=torch.float64)),
             "turns": turns.read_text()[0],
             "nobody": said(lambda: fail(on=())),
             "first": said(lambda: fail(on=(0,), kind=FileNotFoundError)),
@@ -76,16 +77,16 @@ def all_goes_well(folder: Path) -> dict[str, Any]:
             "second in turn": said(lambda: fail(on=(1,), in_turn=True)),
             "same": said(lambda: check_same(same, advice="do")),
             "other": said(lambda: check_same(other, advice="do")),
-            "still there": gathered(rank()),
+            "still there": all_gather_object(rank()),
         }
 
 
 def two_hosts_take_turns(folder: Path) -> str:
     """Four processes, two on each host."""
     os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
-    with processes("cpu", batch_size=4):
+    with process_group("cpu", batch_size=4):
         turns = folder / "turns"
-        with together(in_turn=True), turns.open("a") as file:
+        with raise_on_all_ranks(in_turn=True), turns.open("a") as file:
             if rank() in (0, 2):
                 time.sleep(0.3)
             file.write(str(rank()))
@@ -93,68 +94,68 @@ def two_hosts_take_turns(folder: Path) -> str:
 
 
 def one_cannot_see_the_folder(folder: Path) -> None:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         fail(on=(1,))
-        gathered(None)
+        all_gather_object(None)
 
 
 def none_can_see_the_folder(folder: Path) -> None:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         fail(on=(0, 1))
-        gathered(None)
+        all_gather_object(None)
 
 
 def too_few_examples(folder: Path) -> None:
-    with processes("cpu", batch_size=1):
-        gathered(None)
+    with process_group("cpu", batch_size=1):
+        all_gather_object(None)
 
 
 def the_second_one_has_a_bug(folder: Path) -> None:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         for number in range(9):
             if number == 5 and rank() == 1:
                 raise KeyError("what")
-            summed(torch.zeros(9))
+            all_reduce_sum(torch.zeros(9))
 
 
 def the_second_one_is_killed(folder: Path) -> None:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         for number in range(9):
             if number == 5 and rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            summed(torch.zeros(9))
+            all_reduce_sum(torch.zeros(9))
 
 
 def the_second_one_never_comes(folder: Path) -> None:
-    distributed.MEETING = timedelta(seconds=1)
+    module.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     if os.environ["RANK"] == "0":
-        with processes("cpu", batch_size=2):
+        with process_group("cpu", batch_size=2):
             pass
 
 
 def the_first_one_never_comes(folder: Path) -> None:
-    distributed.MEETING = timedelta(seconds=1)
+    module.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     if os.environ["RANK"] == "1":
-        with processes("cpu", batch_size=2):
+        with process_group("cpu", batch_size=2):
             pass
 
 
 def no_way_to_connect(folder: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "nothing"
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         pass
 
 
 def the_second_one_takes_longer_than_a_meeting(folder: Path) -> list[int]:
-    distributed.MEETING = timedelta(seconds=1)
-    with processes("cpu", batch_size=2):
+    module.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
+    with process_group("cpu", batch_size=2):
         time.sleep(2 * rank())
-        return gathered(rank())
+        return all_gather_object(rank())
 
 
 def checkpoints_may_take_longer_than_a_meeting(folder: Path) -> None:
-    distributed.MEETING = checkpoint.MEETING = timedelta(seconds=1)
-    with processes("cpu", batch_size=2):
+    module.RENDEZVOUS_TIMEOUT = checkpoint.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
+    with process_group("cpu", batch_size=2):
         checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
         time.sleep(2 * rank())
         assert checkpoints.newest() is None
@@ -163,7 +164,7 @@ def checkpoints_may_take_longer_than_a_meeting(folder: Path) -> None:
 
 def how_long_they_wait(folder: Path) -> list[timedelta]:
     """As a part of torch that is not public says: the run's group and the checkpoints'."""
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
         groups: list[Any] = [torch.distributed.group.WORLD, checkpoints._group]
         waits = [each._get_backend(torch.device("cpu")).options._timeout for each in groups]
@@ -172,7 +173,7 @@ def how_long_they_wait(folder: Path) -> list[timedelta]:
 
 
 def connections_that_ask_whether_the_other_host_is_there(folder: Path) -> list[tuple[int, int]]:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         checkpoints = Checkpoints(folder, keep=1, asynchronous=False)
         asks = []
         for number in os.listdir("/proc/self/fd"):
@@ -245,12 +246,12 @@ def not_finite() -> dict[str, str]:
 
 
 def one_of_two_not_finite(folder: Path) -> dict[str, str]:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         return not_finite()
 
 
 def one_loss_is_not_finite(folder: Path) -> None:
-    with processes("cpu", batch_size=2):
+    with process_group("cpu", batch_size=2):
         nonfinite.raise_nonfinite(Fatal(), batches_of(*FATAL_LOSS), names=NAMES, step=7)
 
 
@@ -434,13 +435,13 @@ def test_what_is_not_finite_is_named_alike_on_any_number_of_processes(ended: dic
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with processes("cpu", batch_size=1):
+    with process_group("cpu", batch_size=1):
         assert not torch.distributed.is_initialized()
-        assert (rank(), world_size(), gathered("it")) == (0, 1, ["it"])
+        assert (rank(), world_size(), all_gather_object("it")) == (0, 1, ["it"])
         values = torch.ones(2)
-        assert summed(values) is values
+        assert all_reduce_sum(values) is values
         check_same({"a": 1}, advice="")
-        with pytest.raises(KeyError), together(in_turn=True):
+        with pytest.raises(KeyError), raise_on_all_ranks(in_turn=True):
             raise KeyError("as it is")
 
 
@@ -458,7 +459,7 @@ def test_an_incomplete_environment(
         monkeypatch.delenv(name, raising=False)
     for name, value in {"WORLD_SIZE": "2", **environment}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"^{message}"), processes(device, batch_size=2):
+    with pytest.raises(ValueError, match=f"^{message}"), process_group(device, batch_size=2):
         pass
 
 
@@ -469,8 +470,8 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch, device: st
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"^--nproc_per_node: 3 processes and 2 CUDA devices; one each$"):
-        distributed.get_device(device)
-    assert distributed.get_device("cpu").type == "cpu"
+        module.get_device(device)
+    assert module.get_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -479,7 +480,7 @@ def test_a_device_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch, d
     with pytest.raises(
         ValueError, match=f"^device: '{device}' cannot be that of each of 2 processes; allowed: cpu, cuda"
     ):
-        distributed.get_device(device)
+        module.get_device(device)
 
 
 # ------------------------------------------------------------------------------------------------------ with torchrun
@@ -487,15 +488,15 @@ def test_a_device_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch, d
 LOOP = """
 import os, signal, sys, time
 import torch
-from adapt_recipes.training.distributed import processes, rank, summed
+from adapt_recipes.training.process_group import process_group, rank, all_reduce_sum
 from adapt_recipes.training.interrupt import StopSignals
 
 try:
-    with processes("cpu", batch_size=2), StopSignals() as stop:
+    with process_group("cpu", batch_size=2), StopSignals() as stop:
         step = 0
         while not stop.agreed():
             step += 1
-            summed(torch.zeros(9))
+            all_reduce_sum(torch.zeros(9))
             if step == 5:
                 open(f"{sys.argv[1]}/{rank()}.pid", "w").write(str(os.getpid()))
             time.sleep(0.01)

@@ -1,90 +1,15 @@
-"""What a recipe relies on in a component is checked, and what is missing is named in one line."""
+"""What a recipe relies on in a mixture is checked, and what is missing is named in one line."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapt_recipes.mixture import Adapt
-from adapt_recipes.mixture.contract import check_mixture, check_reward, check_update
-from adapt_recipes.rewards import CosineSimilarity, GradientAlignment, GradientNorm, PerplexityRatio, Uncertainty
-
-LEARNS, DOES_NOT = SimpleNamespace(observes=("train_losses", "rewards")), SimpleNamespace(observes=("train_losses",))
-
-
-class Mine:
-    reads: Any = ("train",)
-
-    def __call__(self, *, train: Any) -> Tensor:
-        raise AssertionError("a reward is not called to be checked")
-
-
-class Reading(Mine):
-    def __call__(self, **batches: Any) -> Tensor:  # type: ignore[override]
-        raise AssertionError
-
-
-class NoCall:
-    reads = ("train",)
-
-
-class NoReads:
-    def __call__(self) -> Tensor:
-        raise AssertionError
-
-
-def reads(what: Any, kind: type[Mine] = Mine) -> Mine:
-    reward = kind()
-    reward.reads = what
-    return reward
-
-
-@pytest.mark.parametrize(
-    "reward", [Mine(), reads(("validation",) * 30, Reading), reads(("pool", "validation", "train"), Reading)]
-)
-def test_a_reward_that_will_do(reward: Mine) -> None:
-    check_reward(reward, LEARNS)
-
-
-@pytest.mark.parametrize("kind", [CosineSimilarity, PerplexityRatio, GradientAlignment, Uncertainty, GradientNorm])
-def test_our_own_rewards_will_do(kind: Any) -> None:
-    check_reward(kind(task_names=["a"], model=nn.Linear(1, 1)), LEARNS)
-
-
-def test_neither_a_reward_nor_one_to_learn_from() -> None:
-    check_reward(None, DOES_NOT)
-
-
-CALLABLE = "has to be callable, with `reads`, a tuple out of train, validation, pool"
-
-
-@pytest.mark.parametrize(
-    ("reward", "mixture", "message"),
-    [
-        (None, LEARNS, "missing key 'reward': mixture: SimpleNamespace observes rewards"),
-        (
-            Mine(),
-            DOES_NOT,
-            "reward: Mine is for nothing: mixture: SimpleNamespace does not observe rewards; take it out",
-        ),
-        (NoCall(), LEARNS, f"reward: NoCall {CALLABLE}"),
-        (NoReads(), LEARNS, f"reward: NoReads {CALLABLE}"),
-        (reads(()), LEARNS, f"reward: Mine {CALLABLE}"),
-        (reads(["train"]), LEARNS, f"reward: Mine {CALLABLE}"),
-        (reads("train"), LEARNS, f"reward: Mine {CALLABLE}"),
-        (reads(("train", "validaton")), LEARNS, "reward: Mine reads 'validaton'; did you mean 'validation'?"),
-        (reads(("test",)), LEARNS, "reward: Mine reads 'test'; allowed: train, validation, pool"),
-        (reads((3,)), LEARNS, "reward: Mine reads 3; allowed: train, validation, pool"),
-    ],
-)
-def test_a_reward_that_will_not_do_is_named(reward: Any, mixture: Any, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        check_reward(reward, mixture)
-    assert str(error.value) == message
+from adapt_recipes.mixture.interface import check_mixture, check_update
 
 
 class Fixed:
@@ -208,10 +133,3 @@ def test_an_update_that_does_not_take_what_it_is_given() -> None:
         check_mixture(Other(), ["rewards"], num_tasks=2, recipe="r")
     cannot = "mixture: Other.update cannot take task_tokens, rewards by name"
     assert str(error.value) == f"{cannot}: got an unexpected keyword argument 'task_tokens'"
-
-
-def test_a_reward_that_does_not_take_what_it_is_given() -> None:
-    with pytest.raises(ValueError) as error:
-        check_reward(reads(("pool", "pool", "train")), LEARNS)
-    cannot = "reward: Mine.__call__ cannot take pool, train, base_losses by name"
-    assert str(error.value) == f"{cannot}: got an unexpected keyword argument 'pool'"

@@ -1,0 +1,137 @@
+"""The lines of ``log.jsonl`` and the keys of ``summary.json``: a public contract, listed in docs/watching.md.
+
+Every line is a JSON object whose first key is ``event``. Values per task are mappings of task names; numbers that are
+not finite become null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+ByTask = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """An optimizer step. All but ``loss``, ``lr``, ``grad_norm`` and ``task_losses`` are totals since the run began."""
+
+    event: ClassVar[str] = "step"
+    step: int
+    loss: float
+    """mean over the step's supervised tokens, nats"""
+    lr: float
+    """of the first parameter group"""
+    grad_norm: float
+    """before clipping"""
+    supervised_tokens: int
+    tokens: int
+    """including prompts, excluding padding"""
+    computed_tokens: int
+    """including padding"""
+    task_tokens: ByTask
+    task_losses: ByTask
+    """of the tasks in the step"""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureEvent:
+    """The probabilities used from the next step on, and what led to them."""
+
+    event: ClassVar[str] = "mixture"
+    step: int
+    supervised_tokens: int
+    probe_tokens: int
+    mixture_seconds: float
+    probabilities: ByTask
+    signals: dict[str, Any] = field(default_factory=dict)
+    """what was measured and what the mixture logs; stands in the line under its own names"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationEvent:
+    """A validation of every task on its whole validation split."""
+
+    event: ClassVar[str] = "validation"
+    step: int
+    supervised_tokens: int
+    losses: ByTask
+    """nats per supervised token; null for a task without a validation split"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvent:
+    """A checkpoint was written, or is being written in the background."""
+
+    event: ClassVar[str] = "checkpoint"
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeEvent:
+    """The run goes on from a checkpoint; what the log said after it was cut off."""
+
+    event: ClassVar[str] = "resume"
+    step: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoteEvent:
+    """What a component has to say of the run."""
+
+    event: ClassVar[str] = "note"
+    step: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndEvent:
+    """How a process of the run ended."""
+
+    event: ClassVar[str] = "end"
+    reason: Literal["finished", "interrupted", "error"]
+    step: int
+    seconds: float | None = None
+    message: str | None = None
+
+
+Event = StepEvent | MixtureEvent | ValidationEvent | CheckpointEvent | ResumeEvent | NoteEvent | EndEvent
+
+
+def to_line(event: Event) -> dict[str, Any]:
+    """An event as the object that stands in ``log.jsonl``."""
+    values = {each.name: getattr(event, each.name) for each in fields(event)}
+    signals = values.pop("signals", {})
+    if isinstance(event, EndEvent):
+        values = {name: value for name, value in values.items() if value is not None}
+    return {"event": event.event, **values, **signals}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """``summary.json``. Losses are nats per supervised token on the whole validation split with the final weights."""
+
+    strategy: str
+    seed: int
+    budget_tokens: int
+    supervised_tokens: int
+    tokens: int
+    computed_tokens: int
+    unique_supervised_tokens: int
+    probe_tokens: int
+    probe_total_tokens: int
+    task_tokens: ByTask
+    probabilities: ByTask
+    validation_losses: ByTask
+    initial_validation_losses: ByTask
+    worst_validation_loss: float
+    """over tasks, unweighted"""
+    mean_validation_loss: float
+    """over tasks, unweighted"""
+    seconds: float
+    mixture_seconds: float
+    validation_seconds: float
+    steps: int
+    mixture_updates: int

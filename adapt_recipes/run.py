@@ -1,0 +1,380 @@
+"""What is the same in every run, whatever its recipe: processes, folder, log, display, clock, checkpoints, signals.
+
+``Run`` never calls the model. A recipe enters it, builds what it trains, calls ``start``, and owns the loop::
+
+    with Run(config) as run:
+        if run.is_finished:
+            return 0
+        recipe = Recipe(config, run)
+        with raise_on_all_ranks():
+            recipe.setup()
+        return recipe.train()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adapt_recipes import data
+from adapt_recipes.budget import Ledger
+from adapt_recipes.config import FREE_AT_RESUME, TrainConfig, to_dict
+from adapt_recipes.display import Display
+from adapt_recipes.events import (
+    CheckpointEvent,
+    EndEvent,
+    MixtureEvent,
+    NoteEvent,
+    ResumeEvent,
+    StepEvent,
+    Summary,
+    ValidationEvent,
+)
+from adapt_recipes.runlog import NullLog, RunLog, has_run, is_finished, write_resolved, write_summary
+from adapt_recipes.strict import marked
+from adapt_recipes.training.checkpoint import Checkpoints
+from adapt_recipes.training.interrupt import StopSignals, checkpoint_timeout_warning
+from adapt_recipes.training.process_group import (
+    all_gather_object,
+    check_same,
+    create_shared_dir,
+    get_device,
+    process_group,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
+from adapt_recipes.training.resume import check_resume
+from adapt_recipes.training.rng import rng_state, set_rng_state
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds beside weights, optimizer and generators."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class Run:
+    """One run: its folder, its log, its clock, its checkpoints, and the signals that stop it.
+
+    Args:
+        config: of the recipe.
+
+    Attributes:
+        output_dir: the run directory.
+        device: of this process.
+        is_finished: the folder holds a finished run, which ``resume: true`` leaves as it is.
+        saved: the checkpoint that ``start`` resumes from; None: the run begins.
+        num_updates: mixture updates so far.
+        validation_losses: (num_tasks,) float64 of the last validation; ``initial_validation_losses`` of the first.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.num_updates = 0
+        self.validation_losses = self.initial_validation_losses = torch.empty(0)
+        self._phase_seconds = {"mixture": 0.0, "validation": 0.0}
+        self._began = 0.0  # when the run would have begun without its down time, by time.perf_counter()
+        self._log: RunLog | NullLog = NullLog()
+        self._ledger: Ledger | None = None
+        self._open = contextlib.ExitStack()
+
+    # ---- begin and end
+
+    def __enter__(self) -> Run:
+        """Joins the processes, and looks at what the folder holds."""
+        config = self.config
+        try:
+            self._open.enter_context(process_group(config.device, batch_size=config.batch_size))
+            check_same(to_dict(config), advice="start all with the same command")
+            self.is_finished = config.resume and all_gather_object(is_finished(self.output_dir))[0]  # as rank 0 sees it
+            if self.is_finished:
+                print(f"the run in {self.output_dir} is finished already: see its summary.json")
+                return self
+            with raise_on_all_ranks():
+                self.device = get_device(config.device)
+                if has_run(self.output_dir) and not config.resume:
+                    advice = "set resume=true to continue it, or choose another folder"
+                    raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
+            with raise_on_all_ranks():
+                self.checkpoints = Checkpoints(
+                    self.output_dir / "checkpoints",
+                    keep=config.keep_checkpoints,
+                    asynchronous=config.async_checkpointing,
+                )
+                self._open.callback(self.checkpoints.close)
+                self.saved = self.checkpoints.newest()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        torch.manual_seed(config.seed)
+        if config.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes what is open; the log says so where an error ended the run."""
+        if isinstance(error, Exception) and self._ledger is not None:
+            with contextlib.suppress(OSError):  # the error may be a full disk
+                self._log.write(EndEvent(reason="error", step=self._ledger.steps, message=str(error)))
+        self._open.__exit__(kind, error, traceback)
+
+    def start(
+        self,
+        tasks: Sequence[data.Task],
+        ledger: Ledger,
+        mixture: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        states: Mapping[str, Stateful],
+    ) -> None:
+        """Loads what a resume continues from, and only then writes to ``output_dir``.
+
+        Args:
+            tasks: in the order of the mixture.
+            ledger: of the run; it counts the steps.
+            mixture: with ``probabilities()``.
+            model, optimizer: sharded as they train. A checkpoint holds their state.
+            states: what else an exact resume needs, by name; ledger and mixture included.
+
+        Raises:
+            ValueError: the checkpoint is of another config or of other data; it names the keys.
+        """
+        config, saved = self.config, self.saved
+        self._ledger = ledger
+        self._task_names = [task.name for task in tasks]
+        self._model, self._optimizer, self._mixture = model, optimizer, mixture
+        self._states: dict[str, Stateful] = {**states, "run": self}
+        self._fingerprint = {"config": to_dict(config), "data": data.fingerprint(tasks)}
+        check_same({"tasks": self._fingerprint["data"]}, advice="the data files have to be the same for all")
+        self._check_same_mixture()
+        if saved is not None:
+            check_resume(saved, self._fingerprint, free=marked(type(config), FREE_AT_RESUME))
+            self.checkpoints.load(saved, model, optimizer)
+            for name, state in self._states.items():
+                state.load_state_dict(saved.shared["states"][name])
+            if len(saved.own) == world_size():
+                set_rng_state(saved.own[rank()])
+
+        with raise_on_all_ranks():
+            metric_logger = config.metric_logger.build() if config.metric_logger and rank() == 0 else None
+        create_shared_dir(self.output_dir)
+        if rank() == 0:
+            self._log = RunLog(
+                self.output_dir,
+                keep_bytes=saved.shared["log_bytes"] if saved else 0,
+                metric_logger=metric_logger,
+                log_every=config.log_every,
+                budget_tokens=ledger.budget_tokens,
+            )
+            self._open.callback(self._log.close)
+            write_resolved(self.output_dir, to_dict(config))
+        self.checkpoints.clean()
+        self._saved_at = ledger.steps
+        self._show_plan(tasks)
+        self._began += time.perf_counter()
+        self._stop = self._open.enter_context(StopSignals())
+
+    def _show_plan(self, tasks: Sequence[data.Task]) -> None:
+        """What is about to happen, on the terminal."""
+        config, ledger = self.config, self.ledger
+        self._display = Display(tasks, budget_tokens=ledger.budget_tokens, log_every=config.log_every)
+        self._open.callback(self._display.close)
+        p = self._mixture.probabilities()
+        where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
+        one_task = getattr(config, "sampling", "tokens") == "dataset"
+        self._display.plan(p, ledger=ledger, batch_size=config.batch_size, where=where, one_task=one_task)
+        if warning := checkpoint_timeout_warning(self._model):
+            self._display.say(warning)
+        if self.saved is not None:
+            self._log.write(ResumeEvent(step=ledger.steps, supervised_tokens=ledger.supervised_tokens))
+            self._display.say(f"resumed from {self.saved.folder}")
+            self._display.mixture(p, self._phase_seconds["mixture"])
+        self._display.start()
+
+    # ---- the loop
+
+    @property
+    def ledger(self) -> Ledger:
+        assert self._ledger is not None, "start comes first"
+        return self._ledger
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without down time."""
+        return time.perf_counter() - self._began
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now; 0: never."""
+        return every > 0 and self.ledger.steps % every == 0
+
+    def should_stop(self) -> bool:
+        """Whether a process was told to stop; all processes ask at the same places, and agree."""
+        return self._stop.agreed()
+
+    @contextlib.contextmanager
+    def timed(self, phase: Literal["mixture", "validation"], doing: str) -> Iterator[None]:
+        """Time that is counted apart, and what the display says meanwhile."""
+        self._display.doing(doing)
+        began = time.perf_counter()
+        yield
+        self._phase_seconds[phase] += time.perf_counter() - began
+
+    def log_step(
+        self,
+        *,
+        loss: float,  # mean over the step's supervised tokens, nats
+        lr: float,
+        grad_norm: float,
+        task_losses: Tensor,  # (num_tasks,) float64; NaN for a task that is not in the step
+        num_drawn: Tensor,  # (num_tasks,) int64, examples since the run began
+    ) -> None:
+        """A training step that the ledger has counted."""
+        ledger, seconds = self.ledger, self.seconds
+        losses = {name: value for name, value in self._by_task(task_losses).items() if value == value}
+        self._log.write(
+            StepEvent(
+                step=ledger.steps,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                supervised_tokens=ledger.supervised_tokens,
+                tokens=ledger.tokens,
+                computed_tokens=ledger.computed_tokens,
+                task_tokens=self._by_task(ledger.task_tokens),
+                task_losses=losses,
+                seconds=seconds,
+            )
+        )
+        self._display.step(ledger.steps, loss, ledger, seconds, task_losses=task_losses, num_drawn=num_drawn)
+
+    def log_mixture(self, signals: Mapping[str, Tensor] | None = None) -> None:
+        """The probabilities used from the next step on, the same on all processes.
+
+        ``signals`` are what an update measured and logs, () or (num_tasks,) each; None: there was no update.
+        """
+        if signals is not None:
+            self._check_same_mixture()
+            self.num_updates += 1
+        self._display.mixture(self._mixture.probabilities(), self._phase_seconds["mixture"])
+        values = {name: self._by_task(value) if value.dim() else value for name, value in (signals or {}).items()}
+        self._log.write(
+            MixtureEvent(
+                step=self.ledger.steps,
+                supervised_tokens=self.ledger.supervised_tokens,
+                probe_tokens=self.ledger.probe_tokens,
+                mixture_seconds=self._phase_seconds["mixture"],
+                probabilities=self._by_task(self._mixture.probabilities()),
+                signals=values,
+            )
+        )
+
+    def log_validation(self, losses: Tensor) -> None:
+        """(num_tasks,) float64, nats per supervised token on the whole validation split; NaN for a task without."""
+        self.validation_losses = losses
+        if self.ledger.steps == 0:
+            self.initial_validation_losses = losses
+        spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
+        self._log.write(ValidationEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
+        self._display.validation(losses)
+
+    def note(self, component: str, text: str) -> None:
+        """What a component has to say of the run, once."""
+        self._log.write(NoteEvent(step=self.ledger.steps, text=text))
+        self._display.say(f"{component}: {text}")
+
+    def save(self) -> None:
+        """Writes a checkpoint of all that an exact resume needs, whole or not at all; once per step."""
+        if self._saved_at == self.ledger.steps:
+            return
+        shared = {
+            "fingerprint": self._fingerprint,
+            "log_bytes": self._log.num_bytes,
+            "states": {name: state.state_dict() for name, state in self._states.items()},
+        }
+        with raise_on_all_ranks():
+            self.checkpoints.save(self.ledger.steps, self._model, self._optimizer, shared=shared, own=rng_state())
+        self._log.write(CheckpointEvent(step=self.ledger.steps))
+        self._saved_at = self.ledger.steps
+
+    def interrupted(self) -> int:
+        """A process was told to stop, and the run is saved. Returns the exit status."""
+        assert self._stop.received is not None
+        self.save()
+        self.checkpoints.wait()
+        self._log.write(EndEvent(reason="interrupted", step=self.ledger.steps, seconds=self.seconds))
+        self._display.close()
+        name = self._stop.received.name
+        self._display.say(f"stopped at step {self.ledger.steps} by {name}; resume=true goes on from here")
+        return self._stop.exit_status
+
+    def finished(self) -> int:
+        """The budget is spent and ``model/`` is written: write ``summary.json``. Returns the exit status."""
+        ledger, losses = self.ledger, self.validation_losses
+        self._log.write(EndEvent(reason="finished", step=ledger.steps, seconds=self.seconds))
+        summary = Summary(
+            strategy=self.config.strategy,
+            seed=self.config.seed,
+            budget_tokens=ledger.budget_tokens,
+            supervised_tokens=ledger.supervised_tokens,
+            tokens=ledger.tokens,
+            computed_tokens=ledger.computed_tokens,
+            unique_supervised_tokens=ledger.unique_supervised_tokens,
+            probe_tokens=ledger.probe_tokens,
+            probe_total_tokens=ledger.probe_total_tokens,
+            task_tokens=self._by_task(ledger.task_tokens),
+            probabilities=self._by_task(self._mixture.probabilities()),
+            validation_losses=self._by_task(losses),
+            initial_validation_losses=self._by_task(self.initial_validation_losses),
+            worst_validation_loss=float(losses[~losses.isnan()].max()),
+            mean_validation_loss=float(losses.nanmean()),
+            seconds=self.seconds,
+            mixture_seconds=self._phase_seconds["mixture"],
+            validation_seconds=self._phase_seconds["validation"],
+            steps=ledger.steps,
+            mixture_updates=self.num_updates,
+        )
+        self.checkpoints.wait()
+        if rank() == 0:
+            write_summary(self.output_dir, summary)
+        self._display.close()
+        self._display.results(summary, folder=self.output_dir)
+        return 0
+
+    # ---- what a checkpoint holds of the run itself
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "phase_seconds": dict(self._phase_seconds),
+            "num_updates": self.num_updates,
+            "validation_losses": self.validation_losses,
+            "initial_validation_losses": self.initial_validation_losses,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._began = -state["seconds"]
+        self._phase_seconds = dict(state["phase_seconds"])
+        self.num_updates = state["num_updates"]
+        self.validation_losses = state["validation_losses"]
+        self.initial_validation_losses = state["initial_validation_losses"]
+
+    def _by_task(self, values: Tensor) -> dict[str, Any]:
+        return dict(zip(self._task_names, values.tolist(), strict=True))
+
+    def _check_same_mixture(self) -> None:
+        probabilities = self._by_task(self._mixture.probabilities())
+        check_same({"mixture": probabilities}, advice="it may depend on nothing but what it is given")

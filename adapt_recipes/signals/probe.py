@@ -1,0 +1,97 @@
+"""``Probe``: every measurement of the model outside training, counted in the ledger and checked to be finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from adapt_recipes.budget import Ledger
+from adapt_recipes.data import MicroBatch, Task
+from adapt_recipes.models import TokenLosses
+from adapt_recipes.signals import passes
+from adapt_recipes.training import precision
+from adapt_recipes.training.nonfinite import check_dots, check_finite, check_rewards
+
+Batches = Sequence[MicroBatch]
+
+
+class Probe:
+    """Measures the model at the weights as they are, and leaves it, and every generator, as it was.
+
+    What it reads is counted in ``ledger.probe_tokens``, once for each time it is read. What is not finite ends the run
+    with an error that names the step, the task and, where one can be found, the example.
+
+    Args:
+        model: of the run.
+        ledger: of the run.
+        tasks: of the run, in the order of the mixture.
+    """
+
+    def __init__(self, model: TokenLosses, ledger: Ledger, tasks: Sequence[Task]) -> None:
+        self.model, self.ledger, self.tasks = model, ledger, tasks
+        self.task_names = [task.name for task in tasks]
+
+    def losses(self, batches: Batches) -> Tensor:
+        """Mean loss per task, of validation examples.
+
+        Returns:
+            (num_tasks,) float64, nats per supervised token; NaN for a task without a validation split.
+        """
+        self.ledger.probe(batches)
+        losses = passes.task_losses(self.model, batches, len(self.tasks))
+        measured = losses[[task.validation is not None for task in self.tasks]]
+        check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.ledger.steps)
+        return losses
+
+    def gradient(
+        self,
+        batches: Batches,
+        weights: Tensor,  # (num_tasks,) float64
+        *,
+        of: Literal["training", "validation"],
+    ) -> list[Tensor]:
+        """The gradient of ``sum_j weights_j * (mean loss of task j)``, one tensor per trainable parameter.
+
+        ``of`` is what an error calls the examples.
+        """
+        self.ledger.probe(batches)
+        gradient = passes.loss_gradient(self.model, batches, weights)
+        check_finite(self.model, batches, gradient, tasks=self.tasks, step=self.ledger.steps, of=of)
+        return gradient
+
+    def gradient_dots(
+        self,
+        batches: Batches,
+        direction: Sequence[Tensor],  # one tensor per trainable parameter
+        *,
+        estimator: Literal["finite_difference", "backward"],
+        dtype: precision.DType,
+    ) -> Tensor:
+        """``<direction, gradient of task i's mean loss>`` on training examples: (num_tasks,) float64."""
+        self.ledger.probe(batches)
+        if estimator == "finite_difference":
+            self.ledger.probe(batches)  # on both sides of the weights
+            step = precision.finite_difference_step(dtype)
+            dots = passes.gradient_dots(self.model, batches, direction, len(self.tasks), **step)
+        else:
+            dots = passes.gradient_dots_by_backward(self.model, batches, direction, len(self.tasks))
+        check_dots(dots, batches, task_names=self.task_names, step=self.ledger.steps)
+        return dots
+
+    def rewards(
+        self,
+        reward: Callable[..., Tensor],
+        batches: Mapping[str, Batches],  # by the names in reward.reads
+        base_losses: Tensor,  # (num_pool_examples,) float64, where the reward reads the pool
+    ) -> Tensor:
+        """One reward per task, (num_tasks,) float64. A name that the reward reads several times counts each time."""
+        reads: tuple[str, ...] = reward.reads  # type: ignore[attr-defined]
+        for name in reads:
+            self.ledger.probe(batches[name])
+        read = {name: batches[name] for name in reads}
+        rewards = reward(**read, **({"base_losses": base_losses} if "pool" in reads else {}))
+        component = type(reward).__name__
+        check_rewards(rewards, read.values(), task_names=self.task_names, step=self.ledger.steps, reward=component)
+        return rewards

@@ -1,0 +1,56 @@
+"""The contract of a reward, what a scorer learns from, and its checks before a run starts."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from adapt_recipes.errors import nearest
+from adapt_recipes.mixture.interface import check_takes
+
+READS = ("train", "validation", "pool")
+
+
+class Reward(Protocol):
+    """One reward per task, measured on a few examples of each. A user's own is any class with these members.
+
+    A recipe builds it with the keywords ``task_names`` and ``model``, and with the arguments that the config gives.
+    """
+
+    reads: tuple[str, ...]
+    """the batches it is called with, a name as often as it is read: ``train`` (training examples, others at every
+    update), ``validation`` (always the same) or ``pool`` (training examples, always the same; with it come
+    ``base_losses``, (num_examples,) float64, what they had before the first step)"""
+
+    def __call__(self, **batches: Any) -> Tensor:
+        """(num_tasks,) float64 on the CPU; NaN for a task without an example in what it reads."""
+        ...
+
+
+def check_reward(reward: Any, mixture: Any) -> None:
+    """Refuse a reward that the mixture does not go with or that breaks the contract.
+
+    Args:
+        reward: the built component; None: the config names none.
+        mixture: the built component.
+
+    Raises:
+        ValueError: it names what is missing.
+    """
+    learns_from_it = "rewards" in mixture.observes
+    if reward is None:
+        if learns_from_it:
+            raise ValueError(f"missing key 'reward': mixture: {type(mixture).__name__} observes rewards")
+        return
+    name = f"reward: {type(reward).__name__}"
+    if not learns_from_it:
+        raise ValueError(f"{name} is unused: mixture: {type(mixture).__name__} does not observe rewards; remove it")
+    reads = getattr(reward, "reads", None)
+    if not callable(reward) or not isinstance(reads, tuple) or not reads:
+        raise ValueError(f"{name} has to be callable, with `reads`, a tuple out of {', '.join(READS)}")
+    for read in reads:
+        if read not in READS:
+            raise ValueError(f"{name} reads {read!r}{nearest(str(read), READS)}")
+    given = [*dict.fromkeys(reads), *(["base_losses"] if "pool" in reads else [])]
+    check_takes(f"{name}.__call__", reward, given)

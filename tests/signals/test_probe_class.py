@@ -1,0 +1,162 @@
+"""``Probe`` counts all that it reads, each time it is read, and refuses what is not finite in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import NAMES, batched, tiny_examples, tiny_model
+from torch import Tensor
+
+from adapt_recipes.budget import Ledger
+from adapt_recipes.data import IGNORE_INDEX, Example, Examples, MicroBatch, Task
+from adapt_recipes.signals import Probe, passes
+
+COUNTS = {"train": (3, 1, 4, 2), "validation": (2, 3, 0, 1), "pool": (2, 3, 1, 3)}  # examples per task
+EXAMPLES = {name: tiny_examples(counts, seed=seed) for seed, (name, counts) in enumerate(COUNTS.items())}
+BATCHES = {name: batched(examples) for name, examples in EXAMPLES.items()}
+WEIGHTS = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=torch.float64)
+NOTHING = Examples(torch.zeros(0), torch.zeros(0), torch.zeros(1), torch.zeros(0))
+STEP = 7
+
+
+def make_probe(**changes: Any) -> Probe:
+    """Of four tasks, of which c has no validation split, in the middle of a run."""
+    tasks = [
+        Task(name, NOTHING, NOTHING if count else None) for name, count in zip(NAMES, COUNTS["validation"], strict=True)
+    ]
+    ledger = Ledger(1000, len(NAMES))
+    ledger.steps = STEP
+    return Probe(tiny_model(**changes), ledger, tasks)
+
+
+def read(probe: Probe) -> tuple[int, int]:
+    return probe.ledger.probe_tokens, probe.ledger.probe_total_tokens
+
+
+def tokens(*names: str) -> tuple[int, int]:
+    """(supervised, all) tokens of the examples, by hand."""
+    examples = [example for name in names for _, example in EXAMPLES[name]]
+    return (
+        sum(int((example.labels != IGNORE_INDEX).sum()) for example in examples),
+        sum(len(example.tokens) for example in examples),
+    )
+
+
+class Reward:
+    """Reads one of its batches twice."""
+
+    reads = ("validation", "train", "train", "pool")
+
+    def __call__(self, *, validation: Any, train: Any, pool: Any, base_losses: Tensor) -> Tensor:
+        assert (validation, train, pool) == tuple(BATCHES[name] for name in ("validation", "train", "pool"))
+        return torch.full((len(NAMES),), float(base_losses), dtype=torch.float64)
+
+
+def test_losses_are_those_of_the_passes_and_are_counted() -> None:
+    probe = make_probe()
+    losses = probe.losses(BATCHES["validation"])
+    assert read(probe) == tokens("validation")
+    assert losses.isnan().tolist() == [False, False, True, False], "without a validation split"
+    expected = passes.task_losses(probe.model, BATCHES["validation"], len(NAMES))
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0, equal_nan=True)
+    probe.losses(BATCHES["validation"])
+    assert read(probe) == tokens("validation", "validation"), "each time"
+
+
+def test_a_gradient_is_that_of_the_passes_and_is_counted() -> None:
+    probe = make_probe()
+    gradient = probe.gradient(BATCHES["train"], WEIGHTS, of="training")
+    assert read(probe) == tokens("train")
+    expected = passes.loss_gradient(probe.model, BATCHES["train"], WEIGHTS)
+    assert all(torch.equal(one, other) for one, other in zip(gradient, expected, strict=True))
+
+
+@pytest.mark.parametrize(("estimator", "times"), [("backward", 1), ("finite_difference", 2)])
+def test_gradient_dots_are_those_of_the_passes_and_are_counted(estimator: Any, times: int) -> None:
+    probe = make_probe()
+    v = passes.loss_gradient(probe.model, BATCHES["validation"], WEIGHTS)
+    dots = probe.gradient_dots(BATCHES["train"], v, estimator=estimator, dtype="fp32")
+    assert read(probe) == tokens(*["train"] * times)
+    expected = passes.gradient_dots_by_backward(probe.model, BATCHES["train"], v, len(NAMES))
+    torch.testing.assert_close(dots, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_rewards_are_given_what_they_read_and_it_is_counted_each_time() -> None:
+    probe = make_probe()
+    rewards = probe.rewards(Reward(), BATCHES, base_losses=torch.tensor(3.0))
+    assert read(probe) == tokens("validation", "train", "train", "pool")
+    assert rewards.tolist() == [3.0] * 4
+
+
+def test_base_losses_come_with_the_pool_alone() -> None:
+    class Train:
+        reads = ("train",)
+
+        def __call__(self, *, train: Sequence[MicroBatch]) -> Tensor:
+            return torch.ones(len(NAMES), dtype=torch.float64)
+
+    probe = make_probe()
+    probe.rewards(Train(), BATCHES, base_losses=torch.empty(0))
+    assert read(probe) == tokens("train")
+
+
+# ---- what is not finite
+
+
+def broken(probe: Probe, token: int) -> Probe:
+    """With a model that reads infinity where this token stands."""
+
+    def spoil(module: Any, arguments: tuple[Tensor], embeddings: Tensor) -> Tensor:
+        return embeddings.masked_fill((arguments[0] == token)[:, :, None], torch.inf)
+
+    probe.model.decoder.tok_embeddings.register_forward_hook(spoil)  # type: ignore[union-attr]
+    return probe
+
+
+def with_token(token: int) -> list[MicroBatch]:
+    """Two examples of task b, the second of which has the token."""
+    good = Example(torch.tensor([1, 2, 3]), torch.tensor([IGNORE_INDEX, 3, 4]))
+    bad = Example(torch.tensor([1, token, 3]), torch.tensor([IGNORE_INDEX, 3, 4]))
+    return batched([(1, good), (1, bad)])
+
+
+FATAL = 40
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"),
+    [
+        (lambda probe, batches: probe.losses(batches), "the loss of validation example 1 of task 'b'"),
+        (
+            lambda probe, batches: probe.gradient(batches, WEIGHTS, of="validation"),
+            "the loss of validation example 1 of task 'b'",
+        ),
+        (
+            lambda probe, batches: probe.gradient(batches, WEIGHTS, of="training"),
+            "the loss of training example 1 of task 'b'",
+        ),
+        (
+            lambda probe, batches: probe.gradient_dots(
+                batches, [torch.ones_like(p) for p in probe.model.parameters()], estimator="backward", dtype="fp32"
+            ),
+            "the gradient of training examples of task 'b'",
+        ),
+    ],
+    ids=["losses", "gradient", "gradient of training", "dots"],
+)
+def test_what_is_not_finite_ends_in_one_line(measure: Any, said: str) -> None:
+    """It names the step, the task and, where there is one, the example."""
+    probe, batches = broken(make_probe(), FATAL), with_token(FATAL)
+    with pytest.raises(ValueError) as error:
+        measure(probe, batches)
+    assert str(error.value).startswith(f"step {STEP}: {said} is not finite; ") and "\n" not in str(error.value)
+
+
+def test_a_reward_that_is_not_finite_ends_in_one_line() -> None:
+    with pytest.raises(ValueError) as error:
+        make_probe().rewards(Reward(), BATCHES, base_losses=torch.tensor(torch.inf))
+    assert str(error.value).startswith(f"step {STEP}: the reward of task 'a' is inf; ")
+    assert "\n" not in str(error.value)

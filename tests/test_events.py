@@ -1,0 +1,78 @@
+"""What each event looks like as a line of log.jsonl."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, get_args
+
+import pytest
+
+from adapt_recipes.events import (
+    CheckpointEvent,
+    EndEvent,
+    Event,
+    MixtureEvent,
+    NoteEvent,
+    ResumeEvent,
+    StepEvent,
+    ValidationEvent,
+    to_line,
+)
+
+STEP = {
+    "step": 3,
+    "loss": 0.5,
+    "lr": 0.1,
+    "grad_norm": 2.0,
+    "supervised_tokens": 8,
+    "tokens": 16,
+    "computed_tokens": 24,
+    "task_tokens": {"b": 5, "a": 3},
+    "task_losses": {"b": 0.5},
+    "seconds": 1.5,
+}
+MIXTURE = {
+    "step": 3,
+    "supervised_tokens": 8,
+    "probe_tokens": 4,
+    "mixture_seconds": 0.5,
+    "probabilities": {"b": 0.5, "a": 0.5},
+}
+SIGNALS = {"validation_losses": {"b": 1.0, "a": 2.0}, "objective": 1.5}
+
+LINES: list[tuple[Any, dict[str, Any]]] = [
+    (StepEvent(**STEP), {"event": "step"} | STEP),
+    (MixtureEvent(**MIXTURE), {"event": "mixture"} | MIXTURE),
+    (MixtureEvent(**MIXTURE, signals=SIGNALS), {"event": "mixture"} | MIXTURE | SIGNALS),
+    (
+        ValidationEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": 2.0}),
+        {"event": "validation", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": 2.0}},
+    ),
+    (CheckpointEvent(step=3), {"event": "checkpoint", "step": 3}),
+    (ResumeEvent(step=3, supervised_tokens=8), {"event": "resume", "step": 3, "supervised_tokens": 8}),
+    (NoteEvent(step=0, text="so it is"), {"event": "note", "step": 0, "text": "so it is"}),
+    (
+        EndEvent(reason="finished", step=3, seconds=1.5),
+        {"event": "end", "reason": "finished", "step": 3, "seconds": 1.5},
+    ),
+    (
+        EndEvent(reason="error", step=3, message="no"),
+        {"event": "end", "reason": "error", "step": 3, "message": "no"},
+    ),
+    (
+        EndEvent(reason="interrupted", step=0, seconds=0.0),
+        {"event": "end", "reason": "interrupted", "step": 0, "seconds": 0.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("event", "line"), LINES, ids=lambda each: getattr(each, "event", ""))
+def test_a_line_and_the_order_of_its_keys(event: Event, line: dict[str, Any]) -> None:
+    assert list(to_line(event).items()) == list(line.items())
+
+
+def test_every_event_is_here_and_has_a_name_of_its_own() -> None:
+    kinds = get_args(Event)
+    assert {type(event) for event, _ in LINES} == set(kinds)
+    assert len({kind.event for kind in kinds}) == len(kinds)
+    assert all("event" not in {field.name for field in fields(kind)} for kind in kinds)
