@@ -347,8 +347,8 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(TokenLosses, "forward", counted)
     for recipe in (
-        load_recipe("adapt_full_finetune").AdaptFullFinetune,
-        load_recipe("mos_full_finetune").MosFullFinetune,
+        load_recipe("adapt_full_finetune").Recipe,
+        load_recipe("mos_full_finetune").Recipe,
     ):
         monkeypatch.setattr(recipe, "update_mixture", measured(recipe.update_mixture))
     return costs
