@@ -10,27 +10,27 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from adapt_recipes.strict import STRICT
+from adapt_recipes.strict import BUDGETS, STRICT
 
 
 @dataclass(kw_only=True, config=STRICT)
 class BudgetConfig:
-    """How many supervised tokens a run may spend: exactly one of ``fraction``, ``tokens`` and ``passes``."""
+    """How many supervised tokens a run may spend: exactly one of ``fraction``, ``tokens`` and ``epochs``."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """share of the available supervised tokens, in (0, 1]"""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """supervised tokens"""
-    passes: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
     """times the available supervised tokens"""
     allow_repeats: bool = False
     """let ``tokens`` exceed what is available"""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("fraction", "tokens", "passes") if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(f"budget.{name}" for name in given) or "none"
-            raise ValueError(f"budget: give exactly one of fraction, tokens, passes, not {found}")
+            raise ValueError(f"budget: give exactly one of {', '.join(BUDGETS)}, not {found}")
 
     def num_tokens(self, available: int) -> int:
         """The budget in supervised tokens.
@@ -39,7 +39,7 @@ class BudgetConfig:
             available: supervised tokens of the training split.
 
         Raises:
-            ValueError: ``tokens`` is more than one pass over everything, and repeats are not allowed.
+            ValueError: ``tokens`` is more than one epoch of all tasks, and repeats are not allowed.
         """
         if self.tokens is not None:
             if self.tokens > available and not self.allow_repeats:
@@ -48,7 +48,7 @@ class BudgetConfig:
                     "lower it, or set budget.allow_repeats=true"
                 )
             return self.tokens
-        share = self.fraction if self.fraction is not None else self.passes
+        share = self.fraction if self.fraction is not None else self.epochs
         assert share is not None
         return max(1, round(share * available))
 

@@ -204,7 +204,7 @@ class Display:
         return rows
 
 
-_HEADER = "      p    spent   train   valid      seen  passes"
+_HEADER = "      p    spent   train   valid      seen  epochs"
 
 
 def _number(value: float) -> str:

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import torch.distributed as dist
 import yaml
@@ -35,11 +35,31 @@ ConfigT = TypeVar("ConfigT")
 # Import paths of components that have moved, and where to; a config with an old one is refused with its new one.
 MOVED = {"adapt_recipes.rewards": "adapt_recipes.signals.rewards"}
 
+
+class Renamed(NamedTuple):
+    """What a config key is called now, and what else has changed about it."""
+
+    key: str
+    remark: str = ""
+
+
+# Keys that were renamed; a config with an old one is refused with its new one. An argument stands beside its component,
+# a key of the recipe's own beside None.
+RENAMED: dict[tuple[str | None, str], Renamed] = {
+    (None, "budget.passes"): Renamed("budget.epochs"),
+    ("adapt_recipes.mixture.Adapt", "averaging"): Renamed("ema_decay"),
+    ("adapt_recipes.mixture.AdaptPlanned", "loss_averaging"): Renamed("ema_decay"),
+    ("adapt_recipes.mixture.AdaptPlanned", "fast_memory"): Renamed("fast_discount"),
+    ("adapt_recipes.mixture.AdaptPlanned", "slow_memory"): Renamed("slow_discount"),
+    ("adapt_recipes.mixture.Exp3", "averaging"): Renamed("ema_decay"),
+    ("adapt_recipes.signals.rewards.Uncertainty", "passes"): Renamed("mc_samples"),
+}
+
 # What makes a dataclass a strict schema: `@dataclass(kw_only=True, config=STRICT)` with pydantic's dataclass.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # Of these, one given on the command line replaces the one in the file.
-BUDGETS = ("fraction", "tokens", "passes")
+BUDGETS = ("fraction", "tokens", "epochs")
 
 DUPLICATE_ERROR_SECONDS = 10  # seconds until a process says an error that the first one should have said
 
@@ -312,6 +332,8 @@ def _validate(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
             raise ValueError(str(detail["ctx"]["error"])) from error
         if detail["type"] != unknown:
             raise ValueError(_wrong(key, detail)) from error
+        if renamed := RENAMED.get((None, key)):
+            raise ValueError(f"unknown key '{key}': it is '{renamed.key}' now{_remark(renamed)}") from error
         owner: Any = config_class
         for part in parents:
             owner = get_type_hints(owner)[part]
@@ -354,6 +376,9 @@ def _check_arguments(key: str, node: Component, given: Sequence[str]) -> None:
     allowed = [name for name in (*named, *type(node).model_fields) if name not in (*given, "component")]
     for name in node.arguments:
         if name not in allowed and not takes_any:
+            for (owner, old), renamed in RENAMED.items():
+                if old == name and owner is not None and locate(owner) is component:
+                    raise ValueError(f"unknown key '{key}.{name}': it is '{key}.{renamed.key}' now{_remark(renamed)}")
             raise ValueError(f"unknown key '{key}.{name}' for {node.component}{nearest(name, allowed)}")
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in (*given, *node.arguments):
@@ -365,6 +390,10 @@ def _check_arguments(key: str, node: Component, given: Sequence[str]) -> None:
     for name, value in node.arguments.items():
         if name in hints and name in named and value is not named[name].default:  # `x: int = None` is common
             _check_type(f"{key}.{name}", value, hints[name])
+
+
+def _remark(renamed: Renamed) -> str:
+    return f", {renamed.remark}" if renamed.remark else ""
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:

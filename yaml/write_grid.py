@@ -72,13 +72,13 @@ class Budget:
     Attributes:
         setting: line under ``budget``.
         title: for the header.
-        passes: over all the data.
+        epochs: over all the data.
         every: steps between validations and checkpoints.
     """
 
     setting: str
     title: str
-    passes: float
+    epochs: float
     every: int
 
 
@@ -192,9 +192,9 @@ ADAPT = Grid(
         ),
     },
     budgets={
-        "1pct": Budget("fraction: 0.01", "1 % of their supervised tokens", passes=0.01, every=200),
-        "5pct": Budget("fraction: 0.05", "5 % of their supervised tokens", passes=0.05, every=500),
-        "10pct": Budget("fraction: 0.1", "10 % of their supervised tokens", passes=0.1, every=1000),
+        "1pct": Budget("fraction: 0.01", "1 % of their supervised tokens", epochs=0.01, every=200),
+        "5pct": Budget("fraction: 0.05", "5 % of their supervised tokens", epochs=0.05, every=500),
+        "10pct": Budget("fraction: 0.1", "10 % of their supervised tokens", epochs=0.1, every=1000),
     },
     data=(
         "20 task types of Super-NaturalInstructions v2",
@@ -339,7 +339,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             shares=SHARES,
         ),
     },
-    budgets={"3ep": Budget("passes: 3", "three times their supervised tokens", passes=3, every=1000)},
+    budgets={"3ep": Budget("epochs: 3", "three times their supervised tokens", epochs=3, every=1000)},
     data=(
         "four datasets",
         """\
@@ -351,7 +351,7 @@ Converting them is yours, and so is which copy and how much of P3: what the pape
 Examples of more tokens than max_seq_len are left out, and ShareGPT has many: split those, or raise it.""",
         "Reading all of it takes some 6 GB of main memory: reckoned too.",
     ),
-    settings="Model, datasets, passes, learning rate, schedule, batch size and the scorer's settings are those of MoS "
+    settings="Model, datasets, epochs, learning rate, schedule, batch size and the scorer's settings are those of MoS "
     "(arXiv 2406.08811), as are 100 steps between its updates and 64 examples of each dataset for one. All else is "
     "ours, max_seq_len and the model's chat variant too.",
     tasks="""\
@@ -381,7 +381,7 @@ def config(grid: Grid, model_name: str, strategy_name: str, budget_name: str) ->
     model, strategy, budget = grid.models[model_name], grid.strategies[strategy_name], grid.budgets[budget_name]
     name = f"{model_name}_{strategy_name}_{budget_name}"
     millions = grid.num_examples / 1e6
-    steps = budget.passes * grid.num_examples / BATCH_SIZE
+    steps = budget.epochs * grid.num_examples / BATCH_SIZE
     length, learning = f"some {round(steps, -1):,.0f} steps", ""
     if strategy.reward:
         learning = f"""\

@@ -55,7 +55,7 @@ class Adapt:
         center_and_scale: replace u by z = (u - mean u) / rms(u - mean u) and rho by rho * N in (5) and (6) (ours): the
             part common to all u_i can be many times their differences, and their size depends on model and data. All
             u_i equal (to 1e-9 of their size): no move at all. False: the exact gradient step.
-        averaging: share of the old in the running mean of u over updates, 0 <= averaging < 1 (ours); 0: the newest u.
+        ema_decay: weight of the old in the running mean of u over updates, 0 <= ema_decay < 1 (ours); 0: the newest u.
         lookahead_lr: eta of (2), > 0, the step that the recipe looks ahead (ours).
 
     Raises:
@@ -77,7 +77,7 @@ class Adapt:
         normalize: str = "initial",
         reference: str | Mapping[str, float] | None = None,
         center_and_scale: bool = True,
-        averaging: float = 0.7,
+        ema_decay: float = 0.7,
         lookahead_lr: float = 0.1,
     ) -> None:
         if normalize not in ("initial", "none"):
@@ -88,7 +88,7 @@ class Adapt:
         self.entropy_weight = number("entropy_weight", entropy_weight, at_least=0)
         self.sharpness = number("sharpness", sharpness, above=0)
         self.floor = number("floor", floor, at_least=0, below=1)
-        self.averaging = number("averaging", averaging, at_least=0, below=1)
+        self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
         self.lookahead_lr = number("lookahead_lr", lookahead_lr, above=0)
         self.normalize = normalize
         self.center_and_scale = center_and_scale
@@ -141,7 +141,7 @@ class Adapt:
         objective = worst_case + self.entropy_weight * (p * log_p).sum()
 
         u = self.lookahead_lr * gradient_dots
-        mean = torch.where(self.values.isnan(), u, self.averaging * self.values + (1 - self.averaging) * u)
+        mean = torch.where(self.values.isnan(), u, self.ema_decay * self.values + (1 - self.ema_decay) * u)
         self.values = torch.where(u.isnan(), self.values, mean)
         known = ~self.values.isnan()
         u = torch.where(known, self.values, 0.0)

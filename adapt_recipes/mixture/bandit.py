@@ -36,7 +36,7 @@ class Exp3:
         task_names: the tasks, in order; K of them.
         num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
         budget_tokens: supervised tokens to spend; not used.
-        averaging: alpha of (3), share of the old, 0 <= averaging < 1. The moving average is the paper's, 0.9 is ours.
+        ema_decay: alpha of (3), weight of the old, 0 <= ema_decay < 1. The moving average is the paper's, 0.9 is ours.
 
     Raises:
         ValueError: if an argument is out of range; one line that names it.
@@ -50,9 +50,9 @@ class Exp3:
         task_names: Sequence[str],
         num_supervised_tokens: Tensor | Sequence[int],
         budget_tokens: int,
-        averaging: float = 0.9,
+        ema_decay: float = 0.9,
     ) -> None:
-        self.averaging = number("averaging", averaging, at_least=0, below=1)
+        self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
         self.rewards = torch.zeros(len(task_names), dtype=torch.float64)  # R
         self.turn = torch.tensor(1, dtype=torch.float64)  # t
 
@@ -81,7 +81,7 @@ class Exp3:
         """
         assert not train_losses.isinf().any(), "an infinite train loss: the model has diverged"
         weighted = train_losses / self.probabilities()
-        averaged = self.averaging * self.rewards + (1 - self.averaging) * weighted
+        averaged = self.ema_decay * self.rewards + (1 - self.ema_decay) * weighted
         self.rewards = torch.where(train_losses.isnan(), self.rewards, averaged)
         self.turn = self.turn + 1
         exploration = torch.tensor(self.exploration(float(self.turn)), dtype=torch.float64)

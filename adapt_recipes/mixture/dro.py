@@ -42,7 +42,9 @@ class GroupDRO:
         num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
         budget_tokens: supervised tokens to spend; only ``reference: asymptote`` uses it.
         form: ``softmax``, (1) (ours), or ``exponentiated_gradient``, (2) (the paper's).
-        sharpness: beta of (1) or eta of (2), 1/nat, >= 0 (ours; the paper's eta is 0.01 a step); 0 is uniform.
+        sharpness: beta of (1), 1/nat, >= 0, for ``form: softmax`` only; null: 1 (ours). 0 is uniform.
+        step_size: eta of (2), 1/nat, >= 0, for ``form: exponentiated_gradient`` only; null: 1 (ours; the paper's is
+            0.01 per training step). 0 stays uniform.
         losses: ``validation`` (ours) or ``train`` (the paper's): which losses L is made of.
         reference: what L is counted from: null, as in the paper, takes the losses as they are; a mapping of each task's
             name to a loss, or the path of a JSON file with one; ``initial`` or ``asymptote``.
@@ -59,7 +61,8 @@ class GroupDRO:
         num_supervised_tokens: Tensor | Sequence[int],
         budget_tokens: int,
         form: str = "softmax",
-        sharpness: float = 1.0,
+        sharpness: float | None = None,
+        step_size: float | None = None,
         losses: str = "validation",
         reference: str | Mapping[str, float] | None = None,
         floor: float = 0.05,
@@ -67,7 +70,14 @@ class GroupDRO:
         for key, value, allowed in (("form", form, FORMS), ("losses", losses, OBSERVES)):
             if value not in list(allowed):
                 raise ValueError(f"mixture.{key}: {value!r}{nearest(str(value), allowed)}")
-        self.sharpness = number("sharpness", sharpness, at_least=0)
+        if form == "softmax" and step_size is not None:
+            other = "exponentiated_gradient; softmax takes mixture.sharpness"
+            raise ValueError(f"mixture.step_size is for mixture.form: {other}")
+        if form == "exponentiated_gradient" and sharpness is not None:
+            other = "softmax; exponentiated_gradient takes mixture.step_size"
+            raise ValueError(f"mixture.sharpness is for mixture.form: {other}")
+        self.sharpness = number("sharpness", 1.0 if sharpness is None else sharpness, at_least=0)
+        self.step_size = number("step_size", 1.0 if step_size is None else step_size, at_least=0)
         self.floor = number("floor", floor, at_least=0, below=1)
         self.form = form
         self.observes: tuple[str, ...] = (OBSERVES[losses],)
@@ -97,9 +107,10 @@ class GroupDRO:
         excess = self.reference.excess(losses)
         measured = ~excess.isnan()
         before = self.log_shares[measured]
-        scores = self.sharpness * excess[measured]
-        if self.form == "exponentiated_gradient":
-            scores = before + scores
+        if self.form == "softmax":
+            scores = self.sharpness * excess[measured]
+        else:
+            scores = before + self.step_size * excess[measured]
         self.log_shares[measured] = torch.log_softmax(scores, dim=0) + before.logsumexp(0)
         return {"excess_losses": excess, "reference_losses": self.reference.losses.clone()}
 

@@ -59,10 +59,11 @@ class AdaptPlanned:
         prior_speed: (k0) >= 0; log loss units a fair share, what a task is believed to learn before it is measured.
         prior_weight: (kappa) > 0; fair shares of tokens that the prior counts for. The belief fades as the budget goes.
         speed_discount: (kub) >= 0; log loss units a fair share taken off every speed: noise is no progress.
-        fast_memory: (g) share of tokens and progress kept from update to update by the fast estimate, in [0, 1).
-        slow_memory: (g2) the same for the slow estimate.
+        fast_discount: (g) share of the sums of tokens and progress that the fast estimate keeps at each update, in
+            [0, 1).
+        slow_discount: (g2) the same for the slow estimate.
         recovery_speed: (kr) > 0; log loss units a fair share at which what was forgotten comes back.
-        loss_averaging: (ema) share of the old in the running mean of the validation losses, in [0, 1).
+        ema_decay: (ema) weight of the old in the running mean of the validation losses, in [0, 1).
         floor: the part of the mixture spread evenly, in [0, 1). A task at a 1 % share un-learns.
         loss_offset: (d) > 0, nats; below it a relative gain is no progress.
         measure_after: share of the budget, in [0, 1), spent evenly before anything is measured. What a model learns
@@ -86,10 +87,10 @@ class AdaptPlanned:
         prior_speed: float = 1.0,
         prior_weight: float = 0.06,
         speed_discount: float = 0.05,
-        fast_memory: float = 0.9,
-        slow_memory: float = 0.98,
+        fast_discount: float = 0.9,
+        slow_discount: float = 0.98,
         recovery_speed: float = 2.0,
-        loss_averaging: float = 0.5,
+        ema_decay: float = 0.5,
         floor: float = 0.05,
         loss_offset: float = 0.02,
         measure_after: float = 0.05,
@@ -99,10 +100,10 @@ class AdaptPlanned:
         self.prior_speed = number("prior_speed", prior_speed, at_least=0)
         self.prior_weight = number("prior_weight", prior_weight, above=0)
         self.speed_discount = number("speed_discount", speed_discount, at_least=0)
-        self.fast_memory = number("fast_memory", fast_memory, at_least=0, below=1)
-        self.slow_memory = number("slow_memory", slow_memory, at_least=0, below=1)
+        self.fast_discount = number("fast_discount", fast_discount, at_least=0, below=1)
+        self.slow_discount = number("slow_discount", slow_discount, at_least=0, below=1)
         self.recovery_speed = number("recovery_speed", recovery_speed, above=0)
-        self.loss_averaging = number("loss_averaging", loss_averaging, at_least=0, below=1)
+        self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
         self.floor = number("floor", floor, at_least=0, below=1)
         self.loss_offset = number("loss_offset", loss_offset, above=0)
         self.measure_after = number("measure_after", measure_after, at_least=0, below=1)
@@ -157,7 +158,7 @@ class AdaptPlanned:
         first, missing = self.losses.isnan(), validation_losses.isnan()
 
         # Only new ground counts as progress.
-        averaged = self.loss_averaging * self.losses + (1 - self.loss_averaging) * validation_losses
+        averaged = self.ema_decay * self.losses + (1 - self.ema_decay) * validation_losses
         measured = torch.where(first, validation_losses, averaged).clamp_min(0.0)
         self.losses = torch.where(missing, self.losses, measured)
         self.first_losses = torch.where(first, self.losses, self.first_losses)
@@ -168,10 +169,10 @@ class AdaptPlanned:
         self.tokens = task_tokens.clone()
 
         # The faster of two estimates, the slow one with an optimistic prior that is annealed.
-        self.fast_tokens = self.fast_memory * self.fast_tokens + tokens
-        self.fast_progress = self.fast_memory * self.fast_progress + progress
-        self.slow_tokens = self.slow_memory * self.slow_tokens + tokens
-        self.slow_progress = self.slow_memory * self.slow_progress + progress
+        self.fast_tokens = self.fast_discount * self.fast_tokens + tokens
+        self.fast_progress = self.fast_discount * self.fast_progress + progress
+        self.slow_tokens = self.slow_discount * self.slow_tokens + tokens
+        self.slow_progress = self.slow_discount * self.slow_progress + progress
         prior = self.prior_weight * self.prior_speed * (1 - spent)
         slow = (self.slow_progress + prior) / (self.slow_tokens + self.prior_weight * fair)
         fast = self.fast_progress / (self.fast_tokens + self.prior_weight * fair)

@@ -21,7 +21,7 @@ from adapt_recipes.planning.update import Pass, Source, Update, update_of
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.training import precision
 
-MANY_PASSES = 4  # over a task; what comes after is worth ever less (Muennighoff et al., arXiv 2305.16264)
+MANY_EPOCHS = 4  # over a task; what comes after is worth ever less (Muennighoff et al., arXiv 2305.16264)
 WIDE = 100  # columns of a terminal; with fewer there is no room for names beside all of a table's numbers, and
 WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")  # go: they follow from others
 WARNING = "yellow"
@@ -38,7 +38,7 @@ class TaskPlan:
         share: of all tasks' supervised tokens.
         mean_supervised_tokens, mean_tokens: of an example; ``tokens`` are all that the model reads.
         probability: at the start.
-        passes: supervised tokens that the run spends on the task, over those there are.
+        epochs: supervised tokens that the run spends on the task, over those there are.
     """
 
     examples: int
@@ -48,7 +48,7 @@ class TaskPlan:
     mean_supervised_tokens: float
     mean_tokens: float
     probability: float
-    passes: float
+    epochs: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Plan:
         mixture_updates: how many.
         mixture_cost_steps: what they take in all, in training steps: counting passes over tokens, a forward is 1/3.
         probe_tokens: supervised tokens that probes and validation read.
-        exact: whether the mixture stays what it is at the start. Otherwise ``steps``, ``passes`` and all that follows
+        exact: whether the mixture stays what it is at the start. Otherwise ``steps``, ``epochs`` and all that follows
             from them is what they would be if it did.
         warnings: in a line each.
     """
@@ -165,7 +165,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
             mean_supervised_tokens=tokens / len(task.train),
             mean_tokens=float((task.train.lengths - 1).double().mean()),
             probability=p,
-            passes=spent / tokens,
+            epochs=spent / tokens,
         )
         for task, tokens, p, spent in zip(
             tasks, available.tolist(), mixture.probabilities().tolist(), drawn.task_tokens.tolist(), strict=True
@@ -205,7 +205,7 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     )
     console.print(table)
     if any(map(_is_odd, plan.tasks.values())):
-        console.print(f"! read more than {MANY_PASSES} times, or never", style=WARNING)
+        console.print(f"! read more than {MANY_EPOCHS} times, or never", style=WARNING)
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
@@ -225,7 +225,7 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
         f"probes and validation read {about}{count(plan.probe_tokens, 'supervised token')} more",
     ]
     if not plan.exact:
-        lines.append("the mixture is learned: steps and passes assume that it stays at its starting probabilities")
+        lines.append("the mixture is learned: steps and epochs assume that it stays at its starting probabilities")
     for line in lines:
         console.print(line, markup=False, soft_wrap=soft_wrap)
     for warning in plan.warnings:
@@ -240,12 +240,12 @@ _COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
     "sup./ex.": lambda task: f"{task.mean_supervised_tokens:,.1f}",
     "tok./ex.": lambda task: f"{task.mean_tokens:,.1f}",
     "start p": lambda task: f"{task.probability:.3f}",
-    "passes": lambda task: f"{'! ' if _is_odd(task) else ''}{task.passes:.3g}",
+    "epochs": lambda task: f"{'! ' if _is_odd(task) else ''}{task.epochs:.3g}",
 }
 
 
 def _is_odd(task: TaskPlan) -> bool:
-    return task.passes == 0 or task.passes > MANY_PASSES
+    return task.epochs == 0 or task.epochs > MANY_EPOCHS
 
 
 def _check_mixture(mixture: Any, config: Any, *, num_tasks: int) -> None:
@@ -334,10 +334,10 @@ def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processe
 def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> list[str]:
     warnings = []
     for name, task in plan.tasks.items():
-        if task.passes == 0:
+        if task.epochs == 0:
             warnings.append(f"task '{name}' would never be read: its p is {task.probability:.3g}")
-        elif task.passes > MANY_PASSES:
-            warnings.append(f"task '{name}' would be read {task.passes:.3g} times over, more than {MANY_PASSES}")
+        elif task.epochs > MANY_EPOCHS:
+            warnings.append(f"task '{name}' would be read {task.epochs:.3g} times over, more than {MANY_EPOCHS}")
     if learns and not plan.mixture_updates:
         when = f"every {update_every} steps of {plan.steps}" if update_every else "never (mixture_update_every)"
         warnings.append(f"the mixture would not be updated: {when}")

@@ -245,25 +245,25 @@ def example_uncertainties(
     batches: Sequence[ExampleBatch],
     measure: Callable[[Tensor, Tensor], Tensor],
     *,
-    passes: int = 1,
+    mc_samples: int = 1,
     dropout: bool = False,
 ) -> Tensor:
-    """How unsure the model is of each example's answer, given the tokens before it: the mean over passes.
+    """How unsure the model is of each example's answer, given the tokens before it: the mean over forward passes.
 
     Args:
         model: see the module's docstring.
         batches: as for ``example_losses``.
         measure: of an example's ``p`` (num_supervised,), the probability of the likeliest token at each position, and
             ``entropy`` (num_supervised,), in nats, a scalar; both float64.
-        passes: how often to read all batches.
-        dropout: compute as in training, with the masks that the generators give next, others in each pass.
+        mc_samples: forward passes over all batches.
+        dropout: compute as in training, with the masks that the generators give next, others in each forward pass.
 
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
     values = torch.zeros(_num_examples(batches), dtype=torch.float64)
     with _measuring(model, dropout=dropout):
-        for batch in [*batches] * passes:
+        for batch in [*batches] * mc_samples:
             device = device_of(model)
             logits = model(batch.tokens.to(device), batch.labels.to(device), "logits")
             _reshard(model)
@@ -273,7 +273,7 @@ def example_uncertainties(
             rows = _of_supervised(batch.labels, batch.rows)
             for row in rows.unique().tolist():
                 values[row] += measure(p[rows == row], entropy[rows == row])
-    return all_reduce_sum(values) / passes
+    return all_reduce_sum(values) / mc_samples
 
 
 def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:

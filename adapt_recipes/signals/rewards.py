@@ -137,7 +137,7 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Uncertainty:
-    """MultiUAT, (b): how unsure the model is of the validation answers, over several passes with dropout.
+    """MultiUAT, (b): how unsure the model is of the validation answers, over several forward passes with dropout.
 
     Args:
         task_names: the tasks, in order.
@@ -145,38 +145,39 @@ class Uncertainty:
         measure: one of ``MEASURES``: 1 minus the product or the mean of the p, their variance alone or over their mean,
             the mean entropy, or that of the last token. The default is ours; the paper compares all. PreTP is near 1
             for any long answer.
-        passes: with other dropout masks; null: the paper's 30 where the model has dropout, else one without.
+        mc_samples: forward passes, each with other dropout masks; null: the paper's 30 where the model has dropout,
+            else one without.
 
     Raises:
-        ValueError: an unknown measure; ``passes`` above 1 for a model without dropout, whose passes would all be equal.
+        ValueError: an unknown measure; ``mc_samples`` above 1 for a model without dropout, where all would be equal.
     """
 
     gradients = 0
 
     def __init__(
-        self, *, task_names: Sequence[str], model: nn.Module, measure: str = "EntSent", passes: int | None = None
+        self, *, task_names: Sequence[str], model: nn.Module, measure: str = "EntSent", mc_samples: int | None = None
     ) -> None:
         if measure not in MEASURES:
             raise ValueError(f"reward.measure: {measure!r}{nearest(str(measure), MEASURES)}")
-        if passes is not None and passes < 1:
-            raise ValueError(f"reward.passes: has to be at least 1, not {passes}")
+        if mc_samples is not None and mc_samples < 1:
+            raise ValueError(f"reward.mc_samples: has to be at least 1, not {mc_samples}")
         self.has_dropout = _has_dropout(model)
-        if passes is not None and passes > 1 and not self.has_dropout:
+        if mc_samples is not None and mc_samples > 1 and not self.has_dropout:
             raise ValueError(
-                f"reward.passes: {passes} passes need dropout, and the model has none; leave it out for one"
+                f"reward.mc_samples: {mc_samples} samples need dropout, and the model has none; leave the key out"
             )
         self.measure = MEASURES[measure]
-        self.passes = passes or (30 if self.has_dropout else 1)
-        self.reads = ("validation",) * self.passes
+        self.mc_samples = mc_samples or (30 if self.has_dropout else 1)
+        self.reads = ("validation",) * self.mc_samples
         self.num_tasks, self.model = len(task_names), model
-        self.note = "the model has no dropout: uncertainty is that of one pass without"
+        self.note = "the model has no dropout: uncertainty is that of one forward pass"
         if self.has_dropout:
-            self.note = f"uncertainty is the mean over {self.passes} passes with dropout"
+            self.note = f"uncertainty is the mean over {self.mc_samples} forward passes with dropout"
 
     def __call__(self, *, validation: Sequence[passes.ExampleBatch]) -> Tensor:
         """(num_tasks,), at least 0 (PreTP and ExpTP at most 1); NaN for a task without a validation split."""
         values = passes.example_uncertainties(
-            self.model, validation, self.measure, passes=self.passes, dropout=self.has_dropout
+            self.model, validation, self.measure, mc_samples=self.mc_samples, dropout=self.has_dropout
         )
         return passes.task_means(values, validation, self.num_tasks)
 
