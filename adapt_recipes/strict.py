@@ -52,6 +52,7 @@ RENAMED: dict[tuple[str | None, str], Renamed] = {
     ("adapt_recipes.mixture.AdaptPlanned", "fast_memory"): Renamed("fast_discount"),
     ("adapt_recipes.mixture.AdaptPlanned", "slow_memory"): Renamed("slow_discount"),
     ("adapt_recipes.mixture.Exp3", "averaging"): Renamed("ema_decay"),
+    ("adapt_recipes.mixture.Scorer", "ema"): Renamed("ema_decay", "the weight of the old: 1 - ema"),
     ("adapt_recipes.signals.rewards.Uncertainty", "passes"): Renamed("mc_samples"),
 }
 

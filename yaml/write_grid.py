@@ -217,7 +217,7 @@ SCORER = """\
   _component_: adapt_recipes.mixture.Scorer
   prior: uniform
   learning_rate: 1.0e-4  # the paper's; a whole run moves shares by hundredths, or with optimizer: adam by more
-  ema: 0.9"""
+  ema_decay: 0.1  # the paper's beta = 0.9 is the weight of the new reward"""
 SCORER_UPDATES = {"3ep": (100, 64)}
 SHARES = """\
 of supervised tokens. Of batches, as the paper draws them and where a reward is learned from, with this command

@@ -8,7 +8,7 @@ letters where the paper has words:
     (b)  z = W2 tanh(W1 x + b1) + b2,   x_i = 1 where M_i > 0      psi = (W1, b1, W2, b2)
          p_psi(i) ~ q_i exp(z_i)                                   over accessible tasks; any other has 0
     (6)  psi <- psi + gamma * sum_i R(i) * grad_psi log p_psi(i)   REINFORCE
-    (11) R = beta * R_new + (1 - beta) * R_previous                beta weighs the *new* reward
+    (11) R = (1 - ema_decay) * R_new + ema_decay * R_previous      the paper's beta, of the *new*, is 1 - ema_decay
 
 Two things are ours. W2 and b2 start at 0 with the prior outside of them, so that p starts as the prior to the last bit
 (the paper starts it there; how, it does not say). All tasks start with the same weights into the hidden layer, so that
@@ -58,7 +58,8 @@ class Scorer:
             15 gamma (R(i) - p(i) sum R) an update: in a short run, 1e-4 leaves the mixture where it was. Too large for
             the rewards, as .05 for gradient norms that sum to 50, it jumps across the fixed point, ever further: the
             mixture swings from task to task, and a warning says so. ``adam`` does not care how large rewards are.
-        ema: beta of (11), 0 < ema < 1 (the paper's 0.9); null: rewards are not averaged. A first reward is taken whole.
+        ema_decay: weight of the old reward in (11), 0 <= ema_decay < 1. The paper's beta = 0.9 is the weight of the new
+            one, so ema_decay = 0.1. 0: rewards are not averaged. A first reward is taken whole.
         floor: the part of the mixture spread evenly over the accessible tasks, 0 <= floor < 1 (the paper's 0: none).
         seed: of the hidden layer's first weights. The global generator is neither used nor changed.
 
@@ -79,7 +80,7 @@ class Scorer:
         form: str = "paper",
         optimizer: str = "sgd",
         learning_rate: float = 1e-4,
-        ema: float | None = 0.9,
+        ema_decay: float = 0.1,
         floor: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -94,7 +95,7 @@ class Scorer:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"mixture.seed must be a whole number, not {seed!r}")
         learning_rate = number("learning_rate", learning_rate, at_least=0)
-        self.ema = 1.0 if ema is None else number("ema", ema, above=0, below=1)
+        self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
         self.floor = number("floor", floor, at_least=0, below=1)
         self.form = form
         self.task_names = list(task_names)
@@ -156,7 +157,7 @@ class Scorer:
                 needs = "mixture.form: paper needs rewards >= 0 (policy_gradient does not)"
                 raise ValueError(f"{needs}, and that of task '{name}' is {reward:g}")
         previous = torch.where(self.averaged_rewards.isnan(), rewards, self.averaged_rewards)
-        averaged = self.ema * rewards + (1 - self.ema) * previous  # (11)
+        averaged = (1 - self.ema_decay) * rewards + self.ema_decay * previous  # (11)
         self.averaged_rewards = torch.where(measured, averaged, self.averaged_rewards)
 
         known = ~self.averaged_rewards.isnan()
