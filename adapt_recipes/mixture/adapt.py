@@ -1,7 +1,7 @@
 """ADAPT: a task mixture learned by meta-gradients under a token budget (arXiv 2512.04555), in its one-step form.
 
 The paper's abstract fixes the idea: a distribution over tasks, updated by meta-gradients of a smooth worst-case
-validation objective with entropy regularisation. Neither code nor hyper-parameters are public, so what follows is *our
+validation objective with entropy regularization. Neither code nor hyper-parameters are public, so what follows is *our
 reading* of it, and every default below is *ours*. With one logit a_i a task:
 
     (1)  s = softmax(a),   p = (1 - floor) s + floor / N                               the mixture
@@ -32,7 +32,7 @@ from adapt_recipes.mixture.reference import Reference
 
 # Ours. The smallest divisor c_j, in nats a token: dividing by next to nothing would make a task that the base model
 # already masters the worst case of (3).
-SMALLEST_NORMALISER = 0.1
+MIN_NORMALIZER = 0.1
 
 _STATE = ("logits", "values", "first_losses")
 
@@ -48,7 +48,7 @@ class Adapt:
         entropy_weight: lambda of (3), >= 0 (ours).
         sharpness: beta of (3), > 0 (ours): near 0 the mean of the losses, large their maximum.
         floor: the part of the mixture spread evenly, 0 <= floor < 1 (ours).
-        normalize: ``initial``: c_j is the first validation loss measured, at least ``SMALLEST_NORMALISER``;
+        normalize: ``initial``: c_j is the first validation loss measured, at least ``MIN_NORMALIZER``;
             ``none``: c_j = 1 (ours).
         reference: r_j of (3) (ours): null: 0; a mapping of each task's name to a loss, or the path of a JSON file with
             one; ``initial`` or ``asymptote``.
@@ -112,7 +112,7 @@ class Adapt:
             these losses are the ones that c_j is made of.
         """
         _, weights = self._worst_case(validation_losses)
-        return weights / torch.nan_to_num(self._normalisers(validation_losses), nan=1.0)
+        return weights / torch.nan_to_num(self._normalizers(validation_losses), nan=1.0)
 
     def update(
         self, *, task_tokens: Tensor, validation_losses: Tensor, gradient_dots: Tensor, **signals: Tensor
@@ -149,10 +149,10 @@ class Adapt:
 
         rate = self.meta_lr
         if self.center_and_scale:
-            centred = u - u.mean()
-            size = centred.abs().max()
+            centered = u - u.mean()
+            size = centered.abs().max()
             differ = bool(size > 1e-9 * u.abs().max())
-            z = centred / size  # first by its size, so that no square overflows
+            z = centered / size  # first by its size, so that no square overflows
             u = z / z.square().mean().sqrt() if differ else torch.zeros_like(u)
             rate = self.meta_lr * len(u) if differ else 0.0
         gradient = -u + self.entropy_weight * (log_p + 1)
@@ -170,16 +170,16 @@ class Adapt:
         load_state(self, _STATE, own)
         self.reference.load_state_dict({name: value for name, value in state.items() if name not in own})
 
-    def _normalisers(self, validation_losses: Tensor) -> Tensor:
+    def _normalizers(self, validation_losses: Tensor) -> Tensor:
         if self.normalize == "none":
             return torch.ones_like(validation_losses)
         first = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
-        return first.clamp_min(SMALLEST_NORMALISER)
+        return first.clamp_min(MIN_NORMALIZER)
 
     def _worst_case(self, validation_losses: Tensor) -> tuple[Tensor, Tensor]:
         """(l, w) of (3) and (4): l is NaN and w is 0 for tasks that are not in the objective."""
         assert not validation_losses.isinf().any(), "an infinite validation loss: the model has diverged"
-        losses = self.reference.excess(validation_losses) / self._normalisers(validation_losses)
+        losses = self.reference.excess(validation_losses) / self._normalizers(validation_losses)
         weights, measured = torch.zeros_like(losses), ~losses.isnan()
         weights[measured] = torch.softmax(self.sharpness * losses[measured], dim=0)
         return losses, weights

@@ -1,6 +1,6 @@
 """Group DRO: more of the tasks whose loss is high (Sagawa et al., arXiv 1911.08731).
 
-The paper minimises the worst group's loss, min_theta max_q sum_g q_g L_g(theta), and weighs the losses by q. Here q is
+The paper minimizes the worst group's loss, min_theta max_q sum_g q_g L_g(theta), and weighs the losses by q. Here q is
 the mixture, the share of supervised tokens: the same gradient in expectation. At every update, with L the tasks' losses
 or their excess over a reference (``adapt_recipes.mixture.reference``; the numbers are ours):
 
