@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,25 @@ def natural_instructions(
         raise ValueError(f"tasks.group_by: {group_by!r} is not allowed{nearest(str(group_by), ('type', 'file'))}")
     if num_positive_examples < 0:
         raise ValueError(f"tasks.num_positive_examples: {num_positive_examples} is not allowed; at least 0")
+    by_type, conversations = _read_files(files, types, num_positive_examples, all_outputs)
 
+    # Group by type or by file.
+    types = sorted(by_type) if types is None else types
+    for name in types:
+        if name not in by_type:
+            raise ValueError(f"tasks.types: no task in {folder} is of type {name!r}{nearest(name, sorted(by_type))}")
+    if not types or len(set(types)) < len(types):
+        raise ValueError("tasks.types: name at least one type, and each only once")
+    if group_by == "type":
+        return [RawTask(name, [each for file in by_type[name] for each in conversations[file]]) for name in types]
+    chosen = dict.fromkeys(file for name in types for file in by_type[name])
+    return [RawTask(file.stem, conversations[file]) for file in chosen]
+
+
+def _read_files(
+    files: Sequence[Path], types: Collection[str] | None, num_positive_examples: int, all_outputs: bool
+) -> tuple[dict[str, list[Path]], dict[Path, list[Conversation]]]:
+    """The files of each type, and the conversations of each file that has one of ``types``."""
     by_type: dict[str, list[Path]] = {}
     conversations: dict[Path, list[Conversation]] = {}
     num_empty: dict[Path, int] = {}
@@ -60,21 +79,10 @@ def natural_instructions(
                 by_type.setdefault(category, []).append(file)
             if types is None or set(categories) & set(types):
                 conversations[file], num_empty[file] = _conversations(content, num_positive_examples, all_outputs)
-
     if of_files := [f"{file.name}: {number}" for file, number in num_empty.items() if number]:
         reason = "instances have only empty outputs and are left out"
         warn(f"tasks.path: {sum(num_empty.values())} {reason} ({', '.join(of_files)})")
-
-    types = sorted(by_type) if types is None else types
-    for name in types:
-        if name not in by_type:
-            raise ValueError(f"tasks.types: no task in {folder} is of type {name!r}{nearest(name, sorted(by_type))}")
-    if not types or len(set(types)) < len(types):
-        raise ValueError("tasks.types: name at least one type, and each only once")
-    if group_by == "type":
-        return [RawTask(name, [each for file in by_type[name] for each in conversations[file]]) for name in types]
-    chosen = dict.fromkeys(file for name in types for file in by_type[name])
-    return [RawTask(file.stem, conversations[file]) for file in chosen]
+    return by_type, conversations
 
 
 def _read(file: Path) -> Any:

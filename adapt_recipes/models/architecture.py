@@ -113,40 +113,25 @@ def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architec
     if model_type not in FAMILIES:
         raise ValueError(f"{where}: model_type '{model_type}' is not supported{nearest(model_type, FAMILIES)}")
     family = FAMILIES[model_type]
-    settings = {**DEFAULTS, **family.defaults, **config}
-    known = _flat({key: value for key, value in settings.items() if value is not None}, where=where)
+    config = {**DEFAULTS, **family.defaults, **config}
+    given = _flat({key: value for key, value in config.items() if value is not None}, where=where)
+    settings = _Settings(given, where)
+    number = settings.number
 
-    def number(key: str, kind: type[int] | type[float] = float) -> Any:
-        if (value := known.get(key)) is None:
-            raise ValueError(f"{where} has no '{key}'")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise ValueError(f"{where}: {key} = {value!r} has to be a {'whole ' * (kind is int)}number above 0")
-        return value
-
-    def allow(key: str, *allowed: Any) -> None:
-        if (value := known.get(key, allowed[0])) not in allowed:
-            choice = " or ".join(map(repr, allowed))
-            raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {choice}")
-
+    # Settings whose defaults depend on others.
     num_layers, heads = number("num_hidden_layers", int), number("num_attention_heads", int)
-    known = {"num_key_value_heads": heads, "head_dim": number("hidden_size", int) // heads, **known}
-    if "sliding_window_pattern" in known:
+    settings.values = {"num_key_value_heads": heads, "head_dim": number("hidden_size", int) // heads, **given}
+    if "sliding_window_pattern" in given:
         number("sliding_window_pattern", int)
-    full_layers = _full_attention_layers(known, num_layers, where=where)
+    full_layers = _full_attention_layers(given, num_layers, where=where)
     windowed = len(full_layers) < num_layers
+    # Of no effect without windowed layers.
     if not windowed:
-        known["use_sliding_window"] = False  # of no effect then
-    for key, values in family.settings.items():
-        allow(key, *values)
-    allow("rope_type", "default", *(("llama3",) if Llama3ScaledRoPE in family.rope else ()))
-    allow("rope_parameters.sliding_attention.rope_type", "default")
-    allow("partial_rotary_factor", 1.0)
-    allow("tie_word_embeddings", False, True)
-    # torchtune's attention divides scores by the square root of head_dim.
-    if "query_pre_attn_scalar" in family.defaults:
-        allow("query_pre_attn_scalar", known["head_dim"])
+        settings.values["use_sliding_window"] = False
+
+    _check_supported(settings, family)
     scaling = None
-    if known["rope_type"] == "llama3":
+    if settings.values["rope_type"] == "llama3":
         scaling = RopeScaling(**{field.name: number(field.name) for field in fields(RopeScaling)})
     return Architecture(
         model_type=model_type,
@@ -163,9 +148,44 @@ def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architec
         rope_theta=number("rope_theta") if full_layers else None,
         rope_local_base_freq=number("rope_local_base_freq") if windowed else None,
         rope_scaling=scaling if scaling is not None and scaling.factor != 1 else None,
-        tie_word_embeddings=known.get("tie_word_embeddings", False),
-        attention_dropout=known.get("attention_dropout", 0.0),
+        tie_word_embeddings=settings.values.get("tie_word_embeddings", False),
+        attention_dropout=settings.values.get("attention_dropout", 0.0),
     )
+
+
+@dataclass
+class _Settings:
+    """The settings of a ``config.json``, checked as they are read; errors begin with ``where``."""
+
+    values: dict[str, Any]
+    where: str
+
+    def number(self, key: str, kind: type[int] | type[float] = float) -> Any:
+        """A number above 0."""
+        if (value := self.values.get(key)) is None:
+            raise ValueError(f"{self.where} has no '{key}'")
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+            raise ValueError(f"{self.where}: {key} = {value!r} has to be a {'whole ' * (kind is int)}number above 0")
+        return value
+
+    def allow(self, key: str, *allowed: Any) -> None:
+        """Refuses a value that is not allowed; the first one is the default."""
+        if (value := self.values.get(key, allowed[0])) not in allowed:
+            choice = " or ".join(map(repr, allowed))
+            raise ValueError(f"{self.where}: {key} = {value!r} is not supported; allowed: {choice}")
+
+
+def _check_supported(settings: _Settings, family: Family) -> None:
+    """Refuses settings that the decoders of a family cannot compute."""
+    for key, values in family.settings.items():
+        settings.allow(key, *values)
+    settings.allow("rope_type", "default", *(("llama3",) if Llama3ScaledRoPE in family.rope else ()))
+    settings.allow("rope_parameters.sliding_attention.rope_type", "default")
+    settings.allow("partial_rotary_factor", 1.0)
+    settings.allow("tie_word_embeddings", False, True)
+    # torchtune's attention divides scores by the square root of head_dim.
+    if "query_pre_attn_scalar" in family.defaults:
+        settings.allow("query_pre_attn_scalar", settings.values["head_dim"])
 
 
 def _flat(known: dict[str, Any], *, where: str) -> dict[str, Any]:

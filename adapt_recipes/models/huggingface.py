@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -212,22 +212,10 @@ class HuggingFaceCheckpointer:
                 sources[name] = key
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
 
-        def mapped() -> Iterator[tuple[str, Tensor]]:
-            """The weights in the order in which they are written, then the adapters."""
-            keys = [sources[name] for names in split.filename_to_tensors.values() for name in names]
-            for key in (*keys, *filter(is_adapter, state_dict)):
-                projection = key.removesuffix(".weight")
-                parts = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
-                needed = {part: full_tensor(state_dict[part]) for part in parts if part in state_dict}
-                if rank() == 0:
-                    weight = merged(key, {part: each.cpu() for part, each in needed.items()}, adapters)
-                    name = peft_name(family, key) if is_adapter(key) else str(huggingface_name(family, key))
-                    weight = weight.to(plan[name].dtype) if name in plan else weight
-                    yield name, to_huggingface(family, key, weight, head_dim=head_dim)
-                else:
-                    yield key, torch.empty(0)
-
-        weights = mapped()
+        # In the order in which they are written, then the adapters.
+        keys = [sources[name] for names in split.filename_to_tensors.values() for name in names]
+        keys += filter(is_adapter, state_dict)
+        weights = _converted(state_dict, keys, plan, family, adapters, head_dim=head_dim)
         with raise_on_all_ranks():
             try:
                 if rank() == 0:
@@ -271,6 +259,32 @@ class HuggingFaceCheckpointer:
             }
             _write_json(partial / _ADAPTER_CONFIG, adapter_config)
             _write_weights(partial / _ADAPTER, weights, readable_as=partial / _ADAPTER_CONFIG)
+
+
+def _converted(
+    state_dict: Mapping[str, Tensor],
+    keys: Sequence[str],
+    plan: Mapping[str, Tensor],
+    family: Family,
+    adapters: Adapters | None,
+    *,
+    head_dim: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights ``keys`` by their names in the folder, gathered, merged, and in the dtypes of ``plan``.
+
+    All processes iterate over it, because they take part in every gather; only the first one gets values.
+    """
+    for key in keys:
+        projection = key.removesuffix(".weight")
+        parts = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
+        needed = {part: full_tensor(state_dict[part]) for part in parts if part in state_dict}
+        if rank() == 0:
+            weight = merged(key, {part: each.cpu() for part, each in needed.items()}, adapters)
+            name = peft_name(family, key) if is_adapter(key) else str(huggingface_name(family, key))
+            weight = weight.to(plan[name].dtype) if name in plan else weight
+            yield name, to_huggingface(family, key, weight, head_dim=head_dim)
+        else:
+            yield key, torch.empty(0)
 
 
 class _Weights(Mapping[str, Tensor]):

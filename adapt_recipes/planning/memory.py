@@ -99,8 +99,7 @@ def estimate_memory(
     Args:
         model: from ``models.build``, on the meta device. It cannot be used afterwards.
         config: of a recipe.
-        shape: of the largest micro-batch in training.
-        read: of the largest micro-batch in validation and probes; None: the same.
+        shape, read: of the largest micro-batch in training, and in validation and probes (None: the same).
         update: the computation of a mixture update; None: there are no updates.
         num_processes: over which the weights are sharded.
 
@@ -129,7 +128,6 @@ def estimate_memory(
         backward = of_update = _backward_bytes(model, live, shape)
         if update.has_backward and read != shape:
             of_update = _backward_bytes(model, live, read)
-
     # The peak of a step: all gradients exist when the optimizer runs, if not before.
     training_peak = max(backward, weights + gradients + stepping, forward)
 

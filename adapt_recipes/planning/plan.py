@@ -113,73 +113,31 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )
     say("reading tasks")
-    tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
-    names = [task.name for task in tasks]
-    available = torch.stack([task.train.num_supervised.sum() for task in tasks])
-    budget_tokens = config.budget.num_tokens(int(available.sum()))
-    given = {"task_names": names, "num_supervised_tokens": available, "budget_tokens": budget_tokens}
-    mixture = config.mixture.build(**given)
-    update_every = getattr(config, "mixture_update_every", 0)
-    _check_mixture(mixture, config, num_tasks=len(tasks))
-    model = models.build(config, tasks, device=torch.device("cpu"), checkpointer=None)
-    model.activation_offloading = False
-    reward = None
-    if hasattr(config, "reward"):
-        reward = config.reward.build(task_names=names, model=model) if config.reward else None
-        check_reward(reward, mixture)
-    probe = getattr(config, "probe", None)
-    if probe is None and set(mixture.observes) - {"train_losses"}:
-        raise ValueError(f"the recipe's Config has no 'probe', but the mixture observes {mixture.observes}")
-    update = update_of(mixture.observes, probe, reward)
-    takes_differences = "gradient_dots" in mixture.observes and getattr(probe, "estimator", "") == "finite_difference"
-    learning_rate = config.optimizer.arguments.get("lr", math.inf)
-    precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
+    parts = _build(config)
+    tasks, mixture, update = parts.tasks, parts.mixture, parts.update
 
+    # Steps, and what probes and validation read.
     say("drawing examples")
-    drawn = _draw(config, tasks, mixture.probabilities(), budget_tokens)
+    drawn = _draw(config, tasks, mixture.probabilities(), parts.budget_tokens)
+    update_every = getattr(config, "mixture_update_every", 0)
     num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
-    reads = _Reads(tasks, count=probe.examples if probe else 0, seed=config.seed)
-    validations = 2 + ((drawn.steps - 1) // every if (every := getattr(config, "validate_every", 0)) else 0)
-    probe_tokens = validations * reads.validation_tokens
-    cost = 0.0
-    reads_pool = any(each.source == "pool" for each in update.passes)
-    # (9) of MoS measures the base model on the pool before the first step.
-    before = [Pass("pool")] if reads_pool and update_every else []
-    for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
-        for each in passes:
-            supervised, tokens = reads.tokens(each.source, number)
-            probe_tokens += supervised
-            cost += each.steps * tokens * drawn.steps / drawn.tokens
+    reads = _Reads(tasks, count=parts.probe.examples if parts.probe else 0, seed=config.seed)
+    probe_tokens, cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
 
     say("estimating memory")
     in_step, in_reading = _shapes(config, tasks, reads, num_processes)
     memory, size = estimate_memory(
-        model,
+        parts.model,
         config,
         in_step,
         read=in_reading,
         update=update if num_updates else Update(),
         num_processes=num_processes,
     )
-    task_plans = {
-        task.name: TaskPlan(
-            examples=len(task.train),
-            dropped=task.num_dropped,
-            supervised_tokens=tokens,
-            share=tokens / int(available.sum()),
-            mean_supervised_tokens=tokens / len(task.train),
-            mean_tokens=float((task.train.lengths - 1).double().mean()),
-            probability=p,
-            epochs=spent / tokens,
-        )
-        for task, tokens, p, spent in zip(
-            tasks, available.tolist(), mixture.probabilities().tolist(), drawn.task_tokens.tolist(), strict=True
-        )
-    }
-    found = Plan(
-        tasks=task_plans,
-        available_supervised_tokens=int(available.sum()),
-        budget_tokens=budget_tokens,
+    plan = Plan(
+        tasks=_task_plans(tasks, mixture.probabilities(), drawn.task_tokens),
+        available_supervised_tokens=int(parts.available.sum()),
+        budget_tokens=parts.budget_tokens,
         steps=drawn.steps,
         tokens=drawn.tokens,
         parameters=size.parameters,
@@ -191,8 +149,9 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         exact=num_updates == 0,
         warnings=[],
     )
-    found.warnings.extend(_warnings(found, update_every=update_every, learns=bool(mixture.observes), reward=reward))
-    return found
+    learns = bool(mixture.observes)
+    plan.warnings.extend(_warnings(plan, update_every=update_every, learns=learns, reward=parts.reward))
+    return plan
 
 
 def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None = None) -> None:
@@ -264,6 +223,48 @@ def _check_mixture(mixture: Any, config: Any, *, num_tasks: int) -> None:
 
 
 @dataclass
+class _Parts:
+    """The components of a config, built and checked as in a recipe."""
+
+    tasks: list[data.Task]
+    available: Tensor  # (num_tasks,) int64, supervised tokens
+    budget_tokens: int
+    mixture: Any
+    model: models.TokenLosses
+    reward: Any
+    probe: Any
+    update: Update
+
+
+def _build(config: Any) -> _Parts:
+    # Data and mixture.
+    tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
+    names = [task.name for task in tasks]
+    available = torch.stack([task.train.num_supervised.sum() for task in tasks])
+    budget_tokens = config.budget.num_tokens(int(available.sum()))
+    mixture = config.mixture.build(task_names=names, num_supervised_tokens=available, budget_tokens=budget_tokens)
+    _check_mixture(mixture, config, num_tasks=len(tasks))
+
+    # Model and reward.
+    model = models.build(config, tasks, device=torch.device("cpu"), checkpointer=None)
+    model.activation_offloading = False
+    reward = None
+    if hasattr(config, "reward"):
+        reward = config.reward.build(task_names=names, model=model) if config.reward else None
+        check_reward(reward, mixture)
+
+    # Probe and precision.
+    probe = getattr(config, "probe", None)
+    if probe is None and set(mixture.observes) - {"train_losses"}:
+        raise ValueError(f"the recipe's Config has no 'probe', but the mixture observes {mixture.observes}")
+    takes_differences = "gradient_dots" in mixture.observes and getattr(probe, "estimator", "") == "finite_difference"
+    learning_rate = config.optimizer.arguments.get("lr", math.inf)
+    precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
+    update = update_of(mixture.observes, probe, reward)
+    return _Parts(tasks, available, budget_tokens, mixture, model, reward, probe, update)
+
+
+@dataclass
 class _Drawn:
     """Counts of the examples that a run would draw."""
 
@@ -318,6 +319,48 @@ class _Reads:
     def _counted(examples: Sequence[tuple[int, data.Example]]) -> tuple[int, int]:
         supervised = sum(int((example.labels != data.IGNORE_INDEX).sum()) for _, example in examples)
         return supervised, sum(len(example.tokens) for _, example in examples)
+
+
+def _cost_of_probes(
+    config: Any, update: Update, reads: _Reads, drawn: _Drawn, *, num_updates: int
+) -> tuple[int, float]:
+    """Supervised tokens that probes and validation read, and the cost of all mixture updates in training steps."""
+    validate_every = getattr(config, "validate_every", 0)
+    validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
+    probe_tokens, cost = validations * reads.validation_tokens, 0.0
+    # (9) of MoS measures the base model on the pool before the first step.
+    reads_pool = any(each.source == "pool" for each in update.passes)
+    before = [Pass("pool")] if reads_pool and getattr(config, "mixture_update_every", 0) else []
+    for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
+        for each in passes:
+            supervised, tokens = reads.tokens(each.source, number)
+            probe_tokens += supervised
+            cost += each.steps * tokens * drawn.steps / drawn.tokens
+    return probe_tokens, cost
+
+
+def _task_plans(
+    tasks: Sequence[data.Task],
+    probabilities: Tensor,  # (num_tasks,) float64
+    task_tokens: Tensor,  # (num_tasks,) int64, spent
+) -> dict[str, TaskPlan]:
+    available = torch.stack([task.train.num_supervised.sum() for task in tasks])
+    total = int(available.sum())
+    return {
+        task.name: TaskPlan(
+            examples=len(task.train),
+            dropped=task.num_dropped,
+            supervised_tokens=tokens,
+            share=tokens / total,
+            mean_supervised_tokens=tokens / len(task.train),
+            mean_tokens=float((task.train.lengths - 1).double().mean()),
+            probability=p,
+            epochs=spent / tokens,
+        )
+        for task, tokens, p, spent in zip(
+            tasks, available.tolist(), probabilities.tolist(), task_tokens.tolist(), strict=True
+        )
+    }
 
 
 def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processes: int) -> tuple[Shape, Shape]:
