@@ -90,6 +90,7 @@ class ChatTokenizer:
         self._special_ids = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
 
+        # Special tokens: the variables of the template, and the ids of padding and of the ends of a text.
         config = _json_object(self._path / "tokenizer_config.json")
         named = _json_object(self._path / "special_tokens_map.json", optional=True) | config
         named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}

@@ -64,6 +64,7 @@ def hf_tasks(
         with error_prefix(f"{where}, split {name!r}"):
             return _conversations(splits[name], messages, prompt, response)
 
+    # A task per split, or per configuration.
     if task_per == "split":
         splits = _splits(path, configuration)
         return [RawTask(name, conversations(splits, name, str(path))) for name in names or splits]

@@ -271,12 +271,15 @@ def architecture_of_decoder(decoder: TransformerDecoder) -> Architecture:
     Raises:
         ValueError: the decoder is of none of the ``FAMILIES``; it names the most similar one and a difference.
     """
+    # The most similar family, which has to fit.
     keys = {of_any_layer(key) for key in decoder.state_dict() if not is_adapter(key)}
     misfits = {model_type: _misfits(decoder, keys, family) for model_type, family in FAMILIES.items()}
     model_type = min(misfits, key=lambda model_type: len(misfits[model_type]))
     if misfits[model_type]:
         reason = f"it is most similar to '{model_type}', but {misfits[model_type][0]}"
         raise ValueError(f"model: its architecture is none of {', '.join(FAMILIES)}: {reason}")
+
+    # Attention, position embeddings and norms.
     attentions = [layer.attn for layer in decoder.layers]
     local = [attention for attention in attentions if isinstance(attention, SlidingWindowAttention)]
     others = [attention for attention in attentions if not isinstance(attention, SlidingWindowAttention)]

@@ -79,7 +79,8 @@ FAMILIES = {
         rope=(RotaryPositionalEmbeddings,),
         settings={
             "attention_bias": (False,),
-            "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # "gelu" in the oldest files, which mean the other
+            # "gelu" in the oldest files, which mean the other.
+            "hidden_act": ("gelu_pytorch_tanh", "gelu"),
             "hidden_activation": ("gelu_pytorch_tanh",),
             "use_bidirectional_attention": (False,),
         },

@@ -99,6 +99,8 @@ def gemma3(
     for key, value in {"sliding_window": sliding_window, "sliding_window_pattern": sliding_window_pattern}.items():
         if value < 1:
             raise ValueError(f"model.{key}: {value} is not allowed; at least 1")
+
+    # Layers, global and local.
     rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
     local_rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, local_rope_base)
     layers = []
@@ -128,6 +130,8 @@ def gemma3(
                 mlp_scale=GemmaRMSNorm(embed_dim, eps=norm_eps),
             )
         )
+
+    # Embeddings, norm and the tied head.
     embeddings = GemmaNormEmbeddings(vocab_size, embed_dim)
     return TransformerDecoder(
         tok_embeddings=embeddings,

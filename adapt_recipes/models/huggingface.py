@@ -115,6 +115,8 @@ class HuggingFaceCheckpointer:
         unfit = f"{_KEY}: {self._checkpoint_dir} does not fit the model"
         if ours.model_type != theirs.model_type:
             raise ValueError(f"{unfit}: its model_type is '{theirs.model_type}', and the model's '{ours.model_type}'")
+
+        # Names and shapes.
         family = FAMILIES[ours.model_type]
         shapes = {
             str(huggingface_name(family, key)): tuple(weight.shape)
@@ -137,6 +139,8 @@ class HuggingFaceCheckpointer:
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 problems.append(f"{text} {names[0]}{more}")
+
+        # Other settings.
         if not problems and (field := theirs.first_difference(ours)):
             problems.append(
                 f"{field} is {getattr(theirs, field)} in its config.json and {getattr(ours, field)} in the model"

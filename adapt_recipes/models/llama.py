@@ -49,6 +49,8 @@ def llama_from_folder(path: str, max_seq_len: int) -> TransformerDecoder:
 def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
     """A decoder with random weights. Unlike torchtune's ``llama3_2`` it has any ``head_dim`` and RoPE scaling."""
     dim, head_dim = a.hidden_size, a.head_dim
+
+    # Position embeddings.
     rope: RotaryPositionalEmbeddings | Llama3ScaledRoPE
     if a.rope_scaling is None:
         rope = RotaryPositionalEmbeddings(head_dim, max_seq_len, a.rope_theta)
@@ -63,6 +65,8 @@ def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
             high_freq_factor=s.high_freq_factor,
             old_context_len=s.original_max_position_embeddings,
         )
+
+    # Layers.
     layers = [
         TransformerSelfAttentionLayer(
             attn=MultiHeadAttention(
@@ -88,6 +92,8 @@ def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
         )
         for _ in range(a.num_hidden_layers)
     ]
+
+    # Embeddings, norm and head.
     embeddings = nn.Embedding(a.vocab_size, dim)
     return TransformerDecoder(
         tok_embeddings=embeddings,

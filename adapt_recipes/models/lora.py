@@ -36,6 +36,7 @@ def add_lora(
     Raises:
         ValueError: a projection is unknown, none is given, or the rank is below 1.
     """
+    # Arguments.
     for name in lora_attn_modules:
         if name not in (allowed := get_args(LORA_ATTN_MODULES)):
             raise ValueError(f"model.lora_attn_modules: there is no '{name}'; allowed: {', '.join(allowed)}")
@@ -43,6 +44,8 @@ def add_lora(
         raise ValueError("model.lora_attn_modules: is empty, and apply_lora_to_mlp is false: nothing would be trained")
     if lora_rank < 1:
         raise ValueError(f"model.lora_rank: {lora_rank} is not allowed; at least 1")
+
+    # Replace each linear layer by one with an adapter and the same weights.
     for layer in decoder.layers:
         places = [(layer.attn, name) for name in lora_attn_modules]
         if apply_lora_to_mlp:

@@ -107,6 +107,8 @@ def qwen3(
         )
         for _ in range(num_layers)
     ]
+
+    # Embeddings, norm and head.
     embeddings = nn.Embedding(vocab_size, embed_dim)
     return TransformerDecoder(
         tok_embeddings=embeddings,

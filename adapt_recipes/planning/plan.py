@@ -159,6 +159,8 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     # A pipe or a file has no width; there the table is as wide as it needs to be. Only a terminal gets wrapped lines.
     console = console or (Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200))
     soft_wrap = not console.is_terminal
+
+    # The table of tasks.
     columns = _COLUMNS if console.width >= WIDE else {k: v for k, v in _COLUMNS.items() if k not in WIDE_ONLY}
     table = task_table(*columns)
     for name, task in plan.tasks.items():
@@ -170,6 +172,8 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     console.print(table)
     if any(map(_is_odd, plan.tasks.values())):
         console.print(f"! read more than {MANY_EPOCHS} times, or never", style=WARNING_STYLE)
+
+    # Lines about the run.
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
@@ -330,7 +334,8 @@ def _cost_of_probes(
     probe_tokens, cost = validations * reads.validation_tokens, 0.0
     # (9) of MoS measures the base model on the pool before the first step.
     reads_pool = any(each.source == "pool" for each in update.passes)
-    before = [Pass("pool")] if reads_pool and getattr(config, "mixture_update_every", 0) else []
+    update_every = getattr(config, "mixture_update_every", 0)
+    before = [Pass("pool")] if reads_pool and update_every else []
     for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
         for each in passes:
             supervised, tokens = reads.tokens(each.source, number)

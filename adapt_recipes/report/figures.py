@@ -434,6 +434,8 @@ def to_plotly(chart: Chart) -> go.Figure:
         shared_xaxes="all",
         shared_yaxes="all" if chart.shares_y else False,
     )
+
+    # Lines. A label is in the legend once.
     to_name = set(chart.names)
     one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
     for i, panel in enumerate(chart.panels):
@@ -442,6 +444,8 @@ def to_plotly(chart: Chart) -> go.Figure:
             trace = _trace(chart, line, one_by_one=one_by_one).update(showlegend=line.label in to_name)
             figure.add_trace(trace, row=row + 1, col=column + 1)
             to_name.discard(line.label)
+
+    # Layout. The whole legend is shown, the nearest value however far, and a finger on a figure scrolls the page.
     figure.update_layout(
         template="none",
         font={"family": "system-ui, sans-serif", "size": 13},
@@ -454,12 +458,19 @@ def to_plotly(chart: Chart) -> go.Figure:
             "x": 0,
             "y": 1 + (0.14 if chart.panels[0].title else 0.02) / chart.rows,
             "yanchor": "bottom",
-            "maxheight": 1,  # of the figure: no name is cut off
+            "maxheight": 1,
         },
         hovermode="closest" if one_by_one else "x unified",
-        hoverdistance=-1,  # the nearest value, however far
-        dragmode=False,  # a finger on a figure scrolls the page
+        hoverdistance=-1,
+        dragmode=False,
     )
+    figure.update_annotations(font_size=13)
+    _set_axes(figure, chart, one_by_one=one_by_one)
+    return figure
+
+
+def _set_axes(figure: go.Figure, chart: Chart, *, one_by_one: bool) -> None:
+    """Ranges, ticks and titles of the axes."""
     figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GRAY, spikethickness=1)
     figure.update_yaxes(fixedrange=True, automargin=True, showticklabels=True, ticklabelstandoff=4)
     figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
@@ -480,15 +491,15 @@ def to_plotly(chart: Chart) -> go.Figure:
                 row=i // chart.columns + 1,
                 col=i % chart.columns + 1,
             )
-    figure.update_annotations(font_size=13)  # the titles of panels
-    for i in range(max(len(chart.panels) - chart.columns, 0), len(chart.panels)):  # the lowest of each column
+
+    # Titles, below the lowest panel of each column and beside the first column.
+    for i in range(max(len(chart.panels) - chart.columns, 0), len(chart.panels)):
         figure.update_xaxes(
             title={"text": chart.x_title, "standoff": 6, "font_size": 13},
             row=i // chart.columns + 1,
             col=i % chart.columns + 1,
         )
     figure.update_yaxes(title={"text": chart.y_label, "standoff": 6, "font_size": 13}, col=1)
-    return figure
 
 
 def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:

@@ -83,12 +83,15 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
     Raises:
         ValueError: the runs share no task.
     """
+    # Groups, and notes for the reader.
     runs, notes = on_shared_tasks(runs)
     groups = group_runs(runs)
     notes += [f"{_called(run, runs)} {run.ended}." for run in runs if run.ended and len(runs) > 1]
     notes += [f"{_called(run, runs)}: {note}." for run in runs for note in run.notes]
     if len(groups) > NAMED:
         notes.append(f"The figures show the {NAMED} strategies of the lowest worst loss; the tables show all.")
+
+    # Figures and tables.
     made = charts(groups)
     drawn = {
         chart.name: Markup(
@@ -98,10 +101,12 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         )
         for chart in made
     }
+    tables = [_task_table(runs[0])] if len(runs) == 1 else _comparison_tables(groups)
+
+    # The page, with the scripts of plotly and itables in it.
     template = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    tables = [_task_table(runs[0])] if len(runs) == 1 else _comparison_tables(groups)
     page = template.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).render(
         title=_title(runs, groups),
         headline=_headline(runs[0]) if len(runs) == 1 else _comparison(groups),
@@ -307,11 +312,22 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
     """Tables of strategies, of the tokens that each needs to reach another's loss, and of tasks."""
     results = task_results(groups)
     several = any(len(group.runs) > 1 for group in groups)
-    mean = "Means over seeds, with the range below. " if several else ""
-    worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
-    finished = [i for i, group in enumerate(groups) if group.is_finished]
     # A strategy can only win against another one.
+    finished = [i for i, group in enumerate(groups) if group.is_finished]
     rivals = finished if len(finished) > 1 else []
+    strategies = _strategy_table(groups, results, rivals, several=several)
+    tasks = _result_table(groups, results, several=several, has_winners=bool(rivals))
+    return [strategies, _reach_table(groups, several=several), tasks] if len(groups) > 1 else [strategies, tasks]
+
+
+def _of_seeds(several: bool) -> str:
+    return "Means over seeds, with the range below. " if several else ""
+
+
+def _strategy_table(
+    groups: Sequence[Group], results: Sequence[TaskResult], rivals: Sequence[int], *, several: bool
+) -> Table:
+    worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
     rows = []
     for i, group in enumerate(groups):
         counts = [counters(run) for run in group.runs]
@@ -338,44 +354,43 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         "time",
         "mixture time",
     ]
-    strategies = Table(
-        "strategies",
-        "Strategies",
-        f"{mean}Validation losses at the end, in nats per supervised token: the highest of any task, and the "
-        "unweighted mean. Supervised tokens are spent on training; probe tokens are read by probes and validations in "
-        "addition. Click a heading to sort.",
-        columns,
-        rows,
+    caption = (
+        f"{_of_seeds(several)}Validation losses at the end, in nats per supervised token: the highest of any task, and "
+        "the unweighted mean. Supervised tokens are spent on training; probe tokens are read by probes and validations "
+        "in addition. Click a heading to sort."
     )
-    reach = Table(
+    return Table("strategies", "Strategies", caption, columns, rows)
+
+
+def _reach_table(groups: Sequence[Group], *, several: bool) -> Table:
+    caption = (
+        f"{_of_seeds(several)}Supervised tokens that the strategy of the row spent until its worst validation loss was "
+        "first at or below the final worst loss of the strategy of the column"
+    )
+    return Table(
         "tokens_to_reach",
         "Supervised tokens to reach another strategy's final worst loss",
-        f"{mean}Supervised tokens that the strategy of the row spent until its worst validation loss was first at or "
-        "below the final worst loss of the strategy of the column"
-        + (", for the same seed where both have it." if several else "."),
+        caption + (", for the same seed where both have it." if several else "."),
         ["strategy", *(group.name for group in groups)],
         [[_name(group.name), *(_reached(group, target) for target in groups)] for group in groups],
     )
-    marked = " The lowest of finished runs is marked" + (
-        "; it is clear if every strategy has several seeds and its worst seed is below the best seed of the others."
-        if several
-        else "."
-    )
-    tasks = Table(
-        "winners" if rivals else "losses",
-        "Tasks",
-        f"{mean}Each task's validation loss at the end.{marked if rivals else ''}",
-        ["task", *(["lowest"] if rivals else []), *(group.name for group in groups)],
+
+
+def _result_table(groups: Sequence[Group], results: Sequence[TaskResult], *, several: bool, has_winners: bool) -> Table:
+    caption = f"{_of_seeds(several)}Each task's validation loss at the end."
+    if has_winners:
+        clear = "; it is clear if every strategy has several seeds and its worst seed is below the others' best seed."
+        caption += f" The lowest of finished runs is marked{clear if several else '.'}"
+    rows = [
         [
-            [
-                _name(result.task),
-                *([_winner(result, groups)] if rivals else []),
-                *(_cell(losses, is_best=i == result.winner) for i, losses in enumerate(result.losses)),
-            ]
-            for result in results
-        ],
-    )
-    return [strategies, reach, tasks] if len(groups) > 1 else [strategies, tasks]
+            _name(result.task),
+            *([_winner(result, groups)] if has_winners else []),
+            *(_cell(losses, is_best=i == result.winner) for i, losses in enumerate(result.losses)),
+        ]
+        for result in results
+    ]
+    columns = ["task", *(["lowest"] if has_winners else []), *(group.name for group in groups)]
+    return Table("winners" if has_winners else "losses", "Tasks", caption, columns, rows)
 
 
 def _winner(result: TaskResult, groups: Sequence[Group]) -> Cell:

@@ -173,6 +173,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: it contains no run, or a file in it is malformed; it names the file, and the line of a log.
     """
+    # The files.
     if not (folder / LOG).is_file():
         raise ValueError(_no_run(folder))
     lines, notes = _read_log(folder / LOG)
@@ -183,6 +184,7 @@ def read_run(folder: Path) -> Run:
     if "mixture" not in lines:
         raise ValueError(f"{folder / LOG}: the run has not begun: there is no line with its probabilities")
 
+    # Columns of the log.
     def column(event: str, *keys: str) -> dict[str, Array]:
         """The values of some keys on all lines of an event."""
         return {key: _array([line.number(key) for line in lines.get(event, [])]) for key in keys}
@@ -259,6 +261,7 @@ def _is_number(value: Any) -> bool:
 
 def _read_log(path: Path) -> tuple[dict[str, list[_Line]], list[str]]:
     """The lines of each event, with those of ``THINNED`` events thinned out, and notes about the file."""
+    # Every n-th line of a thinned event is kept; n doubles when there are too many lines.
     kept: dict[str, list[_Line]] = {}
     last: dict[str, _Line] = {}
     every = dict.fromkeys(THINNED, 1)
@@ -281,6 +284,7 @@ def _read_log(path: Path) -> tuple[dict[str, list[_Line]], list[str]]:
                 if event in THINNED and len(lines) == 2 * KEPT_LINES:
                     del lines[1::2]
                     every[event] *= 2
+    # The last line of every event.
     for event, lines in kept.items():
         if lines[-1] is not last[event]:
             lines.append(last[event])

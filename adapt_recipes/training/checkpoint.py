@@ -149,6 +149,7 @@ class Checkpoints:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        # Load into the state dicts of model and optimizer; everything in the checkpoint must have a place there.
         created = optimizer.state_dict()["state"]
         index = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
         try:

@@ -227,6 +227,8 @@ def _meet(size: int, device: str | None) -> dist.Store:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"WORLD_SIZE is {size} in the environment, without {', '.join(missing)}; {LAUNCH_HINT}")
+
+    # Meet over the store of torchrun.
     where, seconds = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", int(RENDEZVOUS_TIMEOUT.total_seconds())
     backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
@@ -245,6 +247,8 @@ def _meet(size: int, device: str | None) -> dist.Store:
         raise ValueError(
             f"{size} processes did not meet at {where} within {seconds} s: {reason}; {LAUNCH_HINT}"
         ) from error
+
+    # Connect, with timeouts for collectives afterwards.
     try:
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=RENDEZVOUS_TIMEOUT)
     except RuntimeError as error:
