@@ -1,10 +1,10 @@
 # make demo       train a tiny model with a learned mixture, in about a minute
 # make test       the quick tests: every module, every recipe, a resume, two processes; a few minutes on two cores
-# make test-all   every test but the marked ones (see pyproject.toml); half an hour at most
+# make test-all   every test except those with a marker (see pyproject.toml); half an hour at most
 # make lint       ruff      make types    mypy
 #
-# Needs Python 3.11 or 3.12 and nothing else. PYTHON=... picks another interpreter, VENV=... another place,
-# ARGS=... goes to pytest (make test ARGS="-k tune_cli").
+# Needs only Python 3.11 or 3.12. PYTHON=... sets the interpreter, VENV=... the folder of the environment,
+# ARGS=... are arguments of pytest (make test ARGS="-k tune_cli").
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV ?= .venv
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/tune run adapt_full_finetune --config $(DEMO)
 	@echo "Results: $$(sed -n 's/^output_dir: *\([^ ]*\).*/\1/p' $(DEMO))/"
 
-# The tier of a test is its marker `slow`, and nothing else.
+# Only the marker `slow` decides in which of the two a test runs.
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow" $(ARGS)
 
@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# torch first and by its exact pin: then nothing installed later can pull another one.
+# torch first, with its exact version, so that no later package installs another one.
 $(VENV)/.installed: pyproject.toml hatch_build.py tune_cli_ext.pth
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 		|| { echo "Python 3.11 or 3.12 is needed, and '$(PYTHON)' is not one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }

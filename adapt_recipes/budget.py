@@ -1,4 +1,4 @@
-"""The budget of supervised tokens and the ledger that keeps it exactly."""
+"""The budget of supervised tokens, and the ledger that counts what a run has spent."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from adapt_recipes.strict import STRICT
+from adapt_recipes.strict import BUDGETS, STRICT
 
 
 @dataclass(kw_only=True, config=STRICT)
 class BudgetConfig:
-    """How many supervised tokens a run may spend: exactly one of ``fraction``, ``tokens`` and ``passes``."""
+    """How many supervised tokens a run may spend: exactly one of ``fraction``, ``tokens`` and ``epochs``."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """share of the available supervised tokens, in (0, 1]"""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """supervised tokens"""
-    passes: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
     """times the available supervised tokens"""
     allow_repeats: bool = False
     """let ``tokens`` exceed what is available"""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("fraction", "tokens", "passes") if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(f"budget.{name}" for name in given) or "none"
-            raise ValueError(f"budget: give exactly one of fraction, tokens, passes, not {found}")
+            raise ValueError(f"budget: give exactly one of {', '.join(BUDGETS)}, not {found}")
 
     def num_tokens(self, available: int) -> int:
         """The budget in supervised tokens.
@@ -39,7 +39,7 @@ class BudgetConfig:
             available: supervised tokens of the training split.
 
         Raises:
-            ValueError: ``tokens`` is more than one pass over everything, and repeats are not allowed.
+            ValueError: ``tokens`` is more than one epoch of all tasks, and repeats are not allowed.
         """
         if self.tokens is not None:
             if self.tokens > available and not self.allow_repeats:
@@ -48,26 +48,26 @@ class BudgetConfig:
                     "lower it, or set budget.allow_repeats=true"
                 )
             return self.tokens
-        share = self.fraction if self.fraction is not None else self.passes
+        share = self.fraction if self.fraction is not None else self.epochs
         assert share is not None
         return max(1, round(share * available))
 
 
 class Ledger:
-    """What a run has read so far. Every count is a total since the run began.
+    """Counts what a run has read. Every count is a total since the run began.
 
     Args:
         budget_tokens: supervised tokens the run may spend.
         num_tasks: number of tasks.
 
     Attributes:
-        steps: optimizer steps made.
+        steps: optimizer steps.
         task_tokens: (num_tasks,) int64, supervised tokens spent on each task.
-        tokens: positions the model read in training, padding left out.
-        computed_tokens: the same with padding.
+        tokens: positions read in training, without padding.
+        computed_tokens: positions computed in training, with padding.
         unique_supervised_tokens: supervised tokens spent on examples seen for the first time.
-        probe_tokens: supervised tokens that probes and validation read; they are not part of the budget.
-        probe_total_tokens: all positions that probes and validation read, padding left out.
+        probe_tokens: supervised tokens read by probes and validation, which are not part of the budget.
+        probe_total_tokens: all positions read by probes and validation, without padding.
     """
 
     COUNTS = ("tokens", "computed_tokens", "unique_supervised_tokens", "probe_tokens", "probe_total_tokens")
@@ -93,16 +93,16 @@ class Ledger:
         return self.budget_tokens - self.supervised_tokens
 
     def share(self, pending: float = 0) -> float:
-        """Share of the budget that is spent once ``pending`` more tokens are."""
+        """Share of the budget that is spent after ``pending`` more tokens."""
         return (self.supervised_tokens + pending) / self.budget_tokens
 
     def spend(self, task_tokens: Tensor, *, unique: int, batches: Sequence[Any]) -> None:
-        """Count one training step.
+        """Counts one training step.
 
         Args:
             task_tokens: (num_tasks,) int64, supervised tokens of the step by task.
-            unique: how many of them are on examples never seen before.
-            batches: the step's micro-batches.
+            unique: those of examples that were not seen before.
+            batches: micro-batches of the step.
         """
         assert int(task_tokens.sum()) <= self.left, "a step may not spend more than is left"
         self.steps += 1
@@ -112,7 +112,7 @@ class Ledger:
         self.computed_tokens += sum(batch.computed_tokens for batch in batches)
 
     def probe(self, batches: Sequence[Any]) -> None:
-        """Count micro-batches that a probe or a validation has read."""
+        """Counts micro-batches read by a probe or a validation."""
         self.probe_tokens += sum(batch.num_supervised_tokens for batch in batches)
         self.probe_total_tokens += sum(batch.num_tokens for batch in batches)
 

@@ -39,27 +39,27 @@ Steps = Annotated[int, Field(ge=0)]
 
 @dataclass(kw_only=True, config=STRICT)
 class TrainConfig:
-    """What every recipe's config has. Nodes with a `_component_` take that component's arguments as well."""
+    """The keys that every recipe's config has. A node with a `_component_` also takes the component's arguments."""
 
     recipe: str | None = None
     """the recipe that this config is for, by name or path; a shipped recipe called by name refuses another's"""
     strategy: str
-    """name of the way to set the mixture; configs and results are named by it"""
+    """name of the method that sets the mixture; configs and results have this name"""
     output_dir: Annotated[str, FREE_AT_RESUME, NOT_COMPARED]
     """the run directory"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Annotated[str | None, FREE_AT_RESUME] = None
-    """cpu, cuda, ...; default: the best there is"""
+    """cpu, cuda, ...; default: the best available"""
     dtype: DType = "bf16"
     """fp32; bf16: fp32 weights and optimizer, bf16 compute; pure_bf16: bf16 weights"""
     deterministic: bool = False
-    """bit-equal runs on CUDA, slower; on the CPU they always are"""
+    """bit-equal runs on CUDA, slower; on the CPU runs always are"""
 
     model: Component
     """a torchtune builder"""
     tokenizer: Component
     checkpointer: Component
-    """where weights come from"""
+    """the source of the weights"""
     tasks: TasksConfig
     max_seq_len: PositiveInt
     """rendered tokens; longer examples are dropped and counted, never cut"""
@@ -68,34 +68,34 @@ class TrainConfig:
 
     optimizer: Annotated[Component, Injected("params")]
     lr_schedule: Component
-    """multiplies the optimizer's learning rate, by the share of the budget spent in the middle of the step"""
+    """a multiplier of the optimizer's learning rate, by the share of the budget spent in the middle of the step"""
     batch_size: PositiveInt
     """examples per optimizer step"""
     micro_batch_tokens: Annotated[PositiveInt, FREE_AT_RESUME] = 4096
-    """bound on the tokens, padding included, computed in one forward"""
+    """bound on the tokens, padding included, computed in one forward pass"""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     compile: bool = False
     activation_checkpointing: bool = False
-    """keep only the inputs of layers, and compute the rest again in the backward"""
+    """keep only the inputs of layers, and compute the rest again in the backward pass"""
     activation_offloading: Annotated[bool, FREE_AT_RESUME] = False
-    """keep those inputs in host memory"""
+    """keep the checkpointed activations in host memory"""
     loss_chunk_tokens: PositiveInt | None = None
-    """supervised tokens whose logits are held at a time; default: all of a micro-batch"""
+    """supervised tokens whose logits are in memory at a time; default: all of a micro-batch"""
     fsdp_cpu_offload: Annotated[bool, FREE_AT_RESUME] = False
-    """keep weights, gradients and optimizer in host memory; for several processes"""
+    """keep weights, gradients and optimizer in host memory; only with several processes"""
 
     checkpoint_every: Annotated[Steps, FREE_AT_RESUME, NOT_COMPARED] = 0
     """steps between checkpoints; 0: only at the end"""
     keep_checkpoints: Annotated[PositiveInt, FREE_AT_RESUME, NOT_COMPARED] = 1
     async_checkpointing: Annotated[bool, FREE_AT_RESUME, NOT_COMPARED] = False
-    """copy to host memory, and write while the run goes on"""
+    """copy to host memory, and write in the background"""
     validate_every: Annotated[Steps, FREE_AT_RESUME] = 0
-    """steps between validations on the whole split; 0: only at start and end"""
+    """steps between validations on the whole split; 0: only at the start and the end"""
     log_every: Annotated[Steps, FREE_AT_RESUME, NOT_COMPARED] = 10
-    """steps between plain lines and metric logger calls; 0: only at start and end. log.jsonl has every step"""
+    """steps between printed lines and metric logger calls; 0: only the first and last step. log.jsonl has every step"""
     metric_logger: Annotated[Component | None, FREE_AT_RESUME, NOT_COMPARED] = None
     resume: Annotated[bool, FREE_AT_RESUME, NOT_COMPARED] = False
-    """continue from the newest checkpoint in output_dir; start where there is none"""
+    """continue from the newest checkpoint in output_dir; if there is none, start a new run"""
 
     def __post_init__(self) -> None:
         if self.activation_offloading and not self.activation_checkpointing:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, and a table before and after."""
+"""The display of a run: a live view on a terminal or plain lines elsewhere, and a table before and after."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from adapt_recipes.budget import Ledger
 from adapt_recipes.data import Task
 from adapt_recipes.events import Summary
 
-REFRESHES_PER_SECOND = 1  # each takes a few milliseconds
-RECENT_UPDATES = 5  # over which a probability's direction is shown
-OTHER_LINES = 6  # of the live view, besides a line a task
+# A refresh takes a few milliseconds.
+REFRESHES_PER_SECOND = 1
+# Mixture updates over which the direction of a probability is shown.
+RECENT_UPDATES = 5
+# Lines of the live view besides one per task.
+OTHER_LINES = 6
 
 
 class Display:
-    """Progress of the budget, loss and speed, and how each task stands.
+    """Shows the progress of the budget, loss and speed, and the state of each task.
 
     Args:
         tasks: in the order of the mixture.
         budget_tokens: supervised tokens the run will spend.
-        log_every: steps between plain lines where there is no terminal; 0: only the first and the last step.
-        console: where to write; default: standard output.
+        log_every: steps between plain lines if there is no terminal; 0: only the first and the last step.
+        console: default: standard output.
     """
 
     def __init__(
@@ -42,9 +45,8 @@ class Display:
         self._tasks = tasks
         self._budget_tokens = budget_tokens
         self._log_every = log_every
-        self._first_step: tuple[float, int, int] | None = (
-            None  # seconds, tokens, supervised tokens: not before a resume
-        )
+        # Seconds, tokens and supervised tokens at the first step since the start or resume.
+        self._first_step: tuple[float, int, int] | None = None
         self._probabilities: deque[list[float]] = deque(maxlen=RECENT_UPDATES + 1)
         self._train_losses = [math.nan] * len(tasks)
         self._validation_losses = [math.nan] * len(tasks)
@@ -68,38 +70,39 @@ class Display:
         )
 
     def start(self) -> None:
-        """Show the live view, where there is a terminal."""
+        """Shows the live view, if there is a terminal."""
         if self.console.is_terminal:
             self._live.start()
 
     def close(self) -> None:
-        """Take the live view away."""
+        """Removes the live view."""
         if self.console.is_terminal:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Lines above the live view, which a terminal gets broken between words and a pipe gets whole."""
+        """Prints text above the live view, wrapped on a terminal and unwrapped in a pipe."""
         self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False)
 
     def doing(self, what: str) -> None:
-        """What takes a while: it stands in the place of the step until it is over."""
+        """Shows a phase that takes a while in place of the step number."""
         self._progress.update(self._bar, description=what)
 
     def mixture(self, probabilities: Tensor, seconds: float) -> None:
-        """The mixture that is used from now on, and the seconds that all its updates have taken."""
+        """Shows the mixture that is used from now on. ``seconds`` is the total time of all updates."""
         self._probabilities.append(probabilities.tolist())
         self._mixture_seconds = seconds
         self.doing(f"step {self._step:,}")
 
     def validation(self, losses: Tensor) -> None:
-        """What a validation has measured, NaN for tasks it leaves out."""
+        """Shows the losses of a validation; NaN for tasks without one."""
         self._validation_losses = losses.tolist()
         self.doing(f"step {self._step:,}")
 
     def step(
         self, step: int, loss: float, ledger: Ledger, seconds: float, *, task_losses: Tensor, num_drawn: Tensor
     ) -> None:
-        """Training step ``step`` is done, ``seconds`` since the run began; losses are NaN for tasks not in the step."""
+        """Shows training step ``step``, ``seconds`` after the run began; losses are NaN for tasks not in the step."""
+        # Losses, as moving averages over steps.
         self._task_tokens, self._num_drawn = ledger.task_tokens.tolist(), num_drawn.tolist()
         for i, task_loss in enumerate(task_losses.tolist()):
             if not math.isnan(task_loss):
@@ -108,14 +111,17 @@ class Display:
         is_first = self._first_step is None
         if self._first_step is None:
             self._first_step = (seconds, ledger.tokens, ledger.supervised_tokens)
+
+        # Speed over all tokens. The first step has none, because the time before it includes more than the step.
         elapsed = max(seconds - self._first_step[0], 1e-9)
-        # Of all tokens; after one step alone there is none, as the time before it is not the step's alone.
         speed = "" if is_first else f"{(ledger.tokens - self._first_step[1]) / elapsed:,.0f} tokens/s"
         spent, total = ledger.supervised_tokens, self._budget_tokens
         self._step = step
         self._progress.update(self._bar, completed=spent, description=f"step {step:,}")
         updates = f"mixture updates {self._mixture_seconds / max(seconds, 1e-9):.1%} of the time"
         self._line = "   ".join(filter(None, (f"loss {loss:.4f}", speed, updates)))
+
+        # A plain line.
         is_due = is_first or spent >= total or (self._log_every and step % self._log_every == 0)
         if is_due and not self.console.is_terminal:
             since = spent - self._first_step[2]
@@ -126,9 +132,9 @@ class Display:
     def plan(
         self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str, one_task: bool = False
     ) -> None:
-        """What is about to happen: each task's share, training split (in supervised tokens) and validation split.
+        """Prints each task's share, training split (in supervised tokens) and validation split before a run.
 
-        With ``one_task`` a step is of one task alone, and ``probabilities`` are of the step to be of a task.
+        With ``one_task`` each step has examples of one task, and ``probabilities`` are the chances of the tasks.
         """
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
         table = task_table("examples", "dropped", "sup. tokens", "held out", "p")
@@ -146,7 +152,7 @@ class Display:
         lengths = probabilities.new_tensor(
             [tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)]
         )
-        # Of an example. Where p is a share of tokens, a task's share of examples is p over its mean length.
+        # The mean length of an example. If p is a share of tokens, a task's share of examples is p / its mean length.
         mean = float(probabilities @ lengths if one_task else 1 / (probabilities / lengths).sum())
         num_steps = max(1, round(ledger.budget_tokens / mean / batch_size))
         self.say(
@@ -155,7 +161,7 @@ class Display:
         )
 
     def results(self, summary: Summary, *, folder: Path) -> None:
-        """The end of a run."""
+        """Prints the results at the end of a run."""
         table = task_table("p", "spent", "of budget", "loss before", "loss after")
         for name, p in summary.probabilities.items():
             tokens = summary.task_tokens[name]
@@ -172,16 +178,16 @@ class Display:
         )
 
     def _view(self) -> RenderableType:
-        """The live view: as many tasks as fit, those with the largest p; side by side where there is room.
+        """The live view: as many tasks as fit, those with the largest p, in columns if there is room.
 
-        Lines of text, because a table of 60 tasks takes rich 50 ms to draw.
+        It consists of plain lines of text, because rich takes 50 ms to render a table of 60 tasks.
         """
         width, height = self.console.size
         rows = self._rows()
         name_width = max(4, min(max(len(name) for name, *_ in rows), 32, width - len(_HEADER)))
-        abreast = max(1, width // (name_width + len(_HEADER) + 3))
-        per_column = min(max(height - OTHER_LINES, 3), math.ceil(len(rows) / abreast))
-        shown = sorted(range(len(rows)), key=lambda i: -rows[i][1])[: per_column * abreast]
+        num_columns = max(1, width // (name_width + len(_HEADER) + 3))
+        per_column = min(max(height - OTHER_LINES, 3), math.ceil(len(rows) / num_columns))
+        shown = sorted(range(len(rows)), key=lambda i: -rows[i][1])[: per_column * num_columns]
         lines = [f"{rows[i][0]:<{name_width}.{name_width}}{rows[i][2]}" for i in sorted(shown)]
         columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
         header = "   ".join([" " * name_width + _HEADER] * len(columns))
@@ -190,7 +196,7 @@ class Display:
         return Group(self._progress, Text("\n".join([self._line, header, *body, *rest]), no_wrap=True))
 
     def _rows(self) -> list[tuple[str, float, str]]:
-        """Of every task: name, probability, and the cells under ``_HEADER``."""
+        """For every task: name, probability, and the cells under ``_HEADER``."""
         now = self._probabilities[-1] if self._probabilities else [0.0] * len(self._tasks)
         before = self._probabilities[0] if self._probabilities else now
         spent = max(sum(self._task_tokens), 1)
@@ -204,7 +210,7 @@ class Display:
         return rows
 
 
-_HEADER = "      p    spent   train   valid      seen  passes"
+_HEADER = "      p    spent   train   valid      seen  epochs"
 
 
 def _number(value: float) -> str:
@@ -212,19 +218,19 @@ def _number(value: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """With an s where there is not just one."""
+    """A number and a noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def of_available(num_tokens: int, available: int) -> str:
-    """A budget in supervised tokens beside those there are."""
+    """A budget in supervised tokens, and as a share of the available ones."""
     ratio = num_tokens / available
     part = f"{ratio:.1f} times" if ratio > 1 else f"{ratio:.1%} of"
     return f"{count(num_tokens, 'supervised token')} ({part} the {available:,} there are)"
 
 
 def task_table(*columns: str) -> Table:
-    """An empty table of a row a task, in which ``task_name`` is followed by numbers: those are never cut."""
+    """An empty table with a row per task: ``task_name``, and then numbers, which are never truncated."""
     table = Table("task", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -232,8 +238,8 @@ def task_table(*columns: str) -> Table:
 
 
 def task_name(name: str) -> Text:
-    """The first cell of a ``task_table``'s row, which gives way where the terminal is narrow.
+    """The first cell of a row of a ``task_table``, which is shortened on a narrow terminal.
 
-    Its column may wrap, as rich shrinks no other, and the text does not.
+    rich shrinks only a column that may wrap; the text itself does not wrap.
     """
     return Text(name, no_wrap=True, overflow="ellipsis")

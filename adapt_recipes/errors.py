@@ -1,4 +1,4 @@
-"""How errors and warnings are said to a user."""
+"""Warnings and error messages for users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from os.path import commonprefix
 
 
 def warn(message: str) -> None:
-    """One line on stderr, of the first of several processes alone."""
+    """Prints one line on stderr, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr)
 
@@ -19,26 +19,27 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """The end of an error message about an unknown word.
 
     Args:
-        word: what the user wrote.
-        allowed: what would have been right.
+        word: of the user.
+        allowed: the words that are allowed.
 
     Returns:
-        ``"; did you mean 'x'?"`` where something allowed is spelled alike or its initials, else all that is allowed.
+        ``"; did you mean 'x'?"`` if an allowed word has a similar spelling or is the abbreviation of ``word`` (lr of
+        learning_rate); else all allowed words.
     """
     allowed = list(allowed)
     close = (
         [name for name in allowed if name.lower() == word.lower()]
-        or get_close_matches(word, [name for name in allowed if _one_slip_apart(word, name)], n=1, cutoff=0.1)
+        or get_close_matches(word, [name for name in allowed if _one_typo_apart(word, name)], n=1, cutoff=0.1)
         or get_close_matches(word, allowed, n=1)
-        or [name for name in allowed if name == "".join(part[:1] for part in word.split("_"))]  # learning_rate for lr
+        or [name for name in allowed if name == "".join(part[:1] for part in word.split("_"))]
     )
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; allowed: {', '.join(allowed)}" if allowed else "; none is allowed here"
 
 
-def _one_slip_apart(one: str, other: str) -> bool:
-    """Whether one letter is another, missing or too many, or two are swapped."""
+def _one_typo_apart(one: str, other: str) -> bool:
+    """Whether one letter is wrong, missing or extra, or two neighboring letters are swapped."""
     same = len(commonprefix([one, other]))
     one, other = one[same:], other[same:]
     swapped = one[:2] == other[:2][::-1] and one[2:] == other[2:]

@@ -46,7 +46,7 @@ class MixtureEvent:
     mixture_seconds: float
     probabilities: ByTask
     signals: dict[str, Any] = field(default_factory=dict)
-    """what was measured and what the mixture logs; stands in the line under its own names"""
+    """the measured signals and the values that the mixture logs; keys of the line by their own names"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class CheckpointEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeEvent:
-    """The run goes on from a checkpoint; what the log said after it was cut off."""
+    """The run continues from a checkpoint; later lines of the log were removed."""
 
     event: ClassVar[str] = "resume"
     step: int
@@ -79,7 +79,7 @@ class ResumeEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class NoteEvent:
-    """What a component has to say of the run."""
+    """A remark of a component about the run."""
 
     event: ClassVar[str] = "note"
     step: int
@@ -101,7 +101,7 @@ Event = StepEvent | MixtureEvent | ValidationEvent | CheckpointEvent | ResumeEve
 
 
 def to_line(event: Event) -> dict[str, Any]:
-    """An event as the object that stands in ``log.jsonl``."""
+    """An event as an object of ``log.jsonl``."""
     values = {each.name: getattr(event, each.name) for each in fields(event)}
     signals = values.pop("signals", {})
     if isinstance(event, EndEvent):

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, whatever ends the process meanwhile."""
+"""Writes files and folders atomically: complete or not at all, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from pathlib import Path
 from uuid import uuid4
 
 PARTIAL, REMOVED = ".partial", ".removed"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full quota, a limit on the size of a file
+# A full disk, a full quota, a limit on the size of a file.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class NoSpaceLeft(OSError):
-    """There was no room to write something; nothing of it is left behind."""
+    """There was no space to write a file or folder; nothing of it is left behind."""
 
 
 @contextmanager
 def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yields a path to write to, which takes the place of ``path`` at the end of the block.
+    """Yields a path to write to; at the end of the block that file replaces ``path``.
 
-    If the block fails, ``path`` stays as it was.
+    If the block fails, ``path`` is unchanged.
 
     Args:
         path: in a folder that exists.
@@ -46,9 +47,9 @@ def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes ``folder`` at the end of the block, or is removed if the block fails.
+    """Yields a folder to write into, which is renamed to ``folder`` at the end of the block, or removed if it fails.
 
-    A ``folder`` that exists is replaced. For a moment there is none then, but never half of one.
+    An existing ``folder`` is replaced. For a moment there is none, but never an incomplete one.
 
     Raises:
         NoSpaceLeft: the disk, the quota or the allowed size of a file ran out.
@@ -74,7 +75,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that a kill in between leaves no half of it under its name."""
+    """Removes a folder so that a kill does not leave an incomplete one under its name."""
     removed = folder.with_name(folder.name + REMOVED)
     os.rename(folder, removed)
     fsync(folder.parent)
@@ -91,11 +92,11 @@ def fsync(path: Path) -> None:
 
 
 def is_no_space(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it was raised during, says that there is no room."""
+    """Whether an exception, or one of its causes, means that there is no space left."""
     while error is not None:
-        # safetensors has no errno to look at: its writer says "... (os error 28)".
-        spoken = re.search(r"\(os error (\d+)\)", str(error))
-        if (isinstance(error, OSError) and error.errno in _NO_SPACE) or (spoken and int(spoken[1]) in _NO_SPACE):
+        # safetensors has no errno; its message ends in "(os error 28)".
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if (isinstance(error, OSError) and error.errno in _NO_SPACE) or (number and int(number[1]) in _NO_SPACE):
             return True
         error = error.__cause__ or error.__context__
     return False

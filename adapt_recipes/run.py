@@ -1,4 +1,4 @@
-"""What is the same in every run, whatever its recipe: processes, folder, log, display, clock, checkpoints, signals.
+"""The parts of a run that are the same for every recipe: processes, folder, log, display, clock, checkpoints, signals.
 
 ``Run`` never calls the model. A recipe enters it, builds what it trains, calls ``start``, and owns the loop::
 
@@ -222,12 +222,12 @@ class Run:
         return every > 0 and self.ledger.steps % every == 0
 
     def should_stop(self) -> bool:
-        """Whether a process was told to stop; all processes ask at the same places, and agree."""
+        """Whether any process has received a signal to stop; all processes call this at the same points."""
         return self._stop.agreed()
 
     @contextlib.contextmanager
     def timed(self, phase: Literal["mixture", "validation"], doing: str) -> Iterator[None]:
-        """Time that is counted apart, and what the display says meanwhile."""
+        """Counts the time of a phase separately, and shows ``doing`` on the display."""
         self._display.doing(doing)
         began = time.perf_counter()
         yield
@@ -292,7 +292,7 @@ class Run:
         self._display.validation(losses)
 
     def note(self, component: str, text: str) -> None:
-        """What a component has to say of the run, once."""
+        """Logs and prints a remark of a component about the run."""
         self._log.write(NoteEvent(step=self.ledger.steps, text=text))
         self._display.say(f"{component}: {text}")
 
@@ -311,7 +311,7 @@ class Run:
         self._saved_at = self.ledger.steps
 
     def interrupted(self) -> int:
-        """A process was told to stop, and the run is saved. Returns the exit status."""
+        """Saves the run after a signal to stop. Returns the exit status."""
         assert self._stop.received is not None
         self.save()
         self.checkpoints.wait()

@@ -1,4 +1,4 @@
-"""The files of a run directory that people and scripts read: ``resolved.yaml``, ``log.jsonl``, ``summary.json``."""
+"""The files of a run directory for people and scripts: ``resolved.yaml``, ``log.jsonl``, ``summary.json``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def has_run(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder is over: the summary is written last."""
+    """Whether the run in this folder is finished: the summary is written last."""
     return (folder / SUMMARY).exists()
 
 
 class RunLog:
-    """``log.jsonl``: one JSON object a line, flushed as it is written; and what metric loggers get of it.
+    """``log.jsonl``, one JSON object per line, flushed as it is written; and the metric logger.
 
     Args:
         folder: the run directory.
-        metric_logger: one of torchtune's, which is closed with the log; None: there is none. Of steps it gets the
-            first, the last, and those that ``log_every`` says.
+        metric_logger: one of torchtune's, which is closed with the log; None: there is none. It gets the first step,
+            the last one, and every ``log_every``-th one.
         log_every: steps; 0: none in between.
-        budget_tokens: supervised tokens, which tell the last step.
-        keep_bytes: what a resumed run keeps of the log: its length when the checkpoint was taken. What was written
-            after it is written again, so it is cut off first. 0: a new log.
+        budget_tokens: supervised tokens, to recognize the last step.
+        keep_bytes: length of the log at the checkpoint from which a run resumes. Later lines will be written again, so
+            the log is truncated to it. 0: a new log.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class RunLog:
 
     @property
     def num_bytes(self) -> int:
-        """Length of the log now, flushed to the disk: a checkpoint that outlives a power cut counts on it."""
+        """Length of the log, flushed to the disk, because a checkpoint that survives a power failure relies on it."""
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, event: Event) -> None:
-        """Add one line. Tensors become lists, numbers that are not finite become null.
+        """Writes one line. Tensors become lists, and numbers that are not finite become null.
 
         Raises:
-            OSError: it cannot be written, as on a full disk; it names the file.
+            OSError: the line cannot be written, for example on a full disk; it names the file.
         """
         try:
             self._file.write(_json(to_line(event)).encode() + b"\n")
@@ -83,13 +83,14 @@ class RunLog:
             self._metric_logger.log_dict(metrics, step=event.step)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of what could not be written, and `write` has said so
+        # ``write`` has already raised an error about what could not be written.
+        with contextlib.suppress(OSError):
             self._file.close()
         if self._metric_logger:
             self._metric_logger.close()
 
     def _metrics(self, event: Event) -> dict[str, float]:
-        """By the names that docs/watching.md lists."""
+        """The values for the metric logger, by the names listed in docs/watching.md."""
         if isinstance(event, StepEvent):
             is_last = event.supervised_tokens == self._budget_tokens
             if event.step > 1 and not is_last and not (self._log_every and event.step % self._log_every == 0):
@@ -109,7 +110,7 @@ class RunLog:
 
 
 class NullLog:
-    """Stands in for the log on processes that do not write."""
+    """The log of a process that does not write."""
 
     num_bytes = 0
 
@@ -118,7 +119,7 @@ class NullLog:
 
 
 def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:
-    """``resolved.yaml``: the whole config as used, with the versions it ran on."""
+    """Writes ``resolved.yaml``: the whole config as used, with the versions of packages."""
     packages = ("torch", "torchtune", "torchao", "datasets", "tokenizers", "safetensors", "numpy")
     versions = {"adapt_recipes": adapt_recipes.__version__, "python": platform.python_version()}
     versions |= {package: version(package) for package in packages}
@@ -128,7 +129,7 @@ def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
-    """``summary.json``, whole or absent."""
+    """Writes ``summary.json`` atomically."""
     with atomic_file(folder / SUMMARY) as partial:
         partial.write_text(json.dumps(_plain(asdict(summary)), indent=2) + "\n", encoding="utf-8")
 

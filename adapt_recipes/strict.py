@@ -1,8 +1,8 @@
-"""From a YAML file and ``key=value`` overrides to a recipe's typed config, or to one line that says what is wrong.
+"""Loads a YAML file with ``key=value`` overrides into a recipe's typed config, with errors of one line.
 
-A recipe's schema is a dataclass. Keys it does not have are refused, values are checked against its types, and every
-node with a ``_component_`` is checked against the signature of what it names: all before anything is built or written.
-Nothing is converted: a value is of the type that YAML gives it. A whole number will do where any number will.
+A recipe's schema is a dataclass. Unknown keys are refused, values are checked against the types, and a node with a
+``_component_`` is checked against the signature of that class or function, before anything is built or written. Values
+are not converted: a value has the type that YAML gives it, except that a whole number is also a float.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import torch.distributed as dist
 import yaml
@@ -32,18 +32,41 @@ from adapt_recipes.errors import nearest
 
 ConfigT = TypeVar("ConfigT")
 
-# Import paths of components that have moved, and where to; a config with an old one is refused with its new one.
+# Import paths of components that have moved, and their new paths; a config with an old one is refused with its new one.
 MOVED = {"adapt_recipes.rewards": "adapt_recipes.signals.rewards"}
 
-# What makes a dataclass a strict schema: `@dataclass(kw_only=True, config=STRICT)` with pydantic's dataclass.
+
+class Renamed(NamedTuple):
+    """The new name of a config key, and what else has changed about it."""
+
+    key: str
+    remark: str = ""
+
+
+# Keys that were renamed; a config with an old one is refused with its new one. An argument stands beside its component,
+# a key of the recipe's own beside None.
+RENAMED: dict[tuple[str | None, str], Renamed] = {
+    (None, "budget.passes"): Renamed("budget.epochs"),
+    ("adapt_recipes.mixture.Adapt", "averaging"): Renamed("ema_decay"),
+    ("adapt_recipes.mixture.AdaptPlanned", "loss_averaging"): Renamed("ema_decay"),
+    ("adapt_recipes.mixture.AdaptPlanned", "fast_memory"): Renamed("fast_discount"),
+    ("adapt_recipes.mixture.AdaptPlanned", "slow_memory"): Renamed("slow_discount"),
+    ("adapt_recipes.mixture.Exp3", "averaging"): Renamed("ema_decay"),
+    ("adapt_recipes.mixture.Scorer", "ema"): Renamed("ema_decay", "the weight of the old: 1 - ema"),
+    ("adapt_recipes.signals.rewards.Uncertainty", "passes"): Renamed("mc_samples"),
+}
+
+# For strict schemas: `@dataclass(kw_only=True, config=STRICT)` with pydantic's dataclass.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-# Of these, one given on the command line replaces the one in the file.
-BUDGETS = ("fraction", "tokens", "passes")
+# One of these on the command line replaces the one in the file.
+BUDGETS = ("fraction", "tokens", "epochs")
 
-DUPLICATE_ERROR_SECONDS = 10  # seconds until a process says an error that the first one should have said
+# How long a process waits before it prints an error that the first process should have printed.
+DUPLICATE_ERROR_SECONDS = 10
 
-YAML_TERMS = {  # for what pydantic says of JSON
+# YAML's terms for those of JSON in pydantic's messages.
+YAML_TERMS = {
     "Input should be": "has to be",
     "an object": "a mapping of keys to values",
     "a valid array": "a list",
@@ -54,7 +77,7 @@ YAML_TERMS = {  # for what pydantic says of JSON
 
 
 class Injected:
-    """Marks a component field, ``Annotated[Component, Injected("params")]``, with the arguments the recipe gives it."""
+    """Marks a field with the arguments that the recipe passes: ``Annotated[Component, Injected("params")]``."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -65,33 +88,34 @@ class Mark:
 
 
 FREE_AT_RESUME = Mark()
-"""a resume may change it; what is not marked is refused by name"""
+"""a resume may change it; a change of any other key is refused"""
 NOT_COMPARED = Mark()
-"""two runs that differ only in it are still the same run, repeated"""
+"""runs that differ only in it count as repetitions of the same run"""
 
 
 class Component(BaseModel):
-    """A config node that names what to build: ``_component_`` is its import path, all other keys are its arguments."""
+    """A config node to build: ``_component_`` is the import path of a class or function, other keys its arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     component: str = Field(alias="_component_", description="import path of a class or function")
-    _key: str = PrivateAttr("")  # where it stands in the config
+    # The key of the node in the config.
+    _key: str = PrivateAttr("")
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the config gives the component."""
+        """The arguments in the config."""
         return dict(self.model_extra or {})
 
-    def build(self, **given: Any) -> Any:
-        """Call the component with its arguments and those the recipe gives.
+    def build(self, **injected: Any) -> Any:
+        """Calls the component with the arguments in the config and those of the recipe.
 
         Raises:
-            ValueError: whatever the component raises, in one line that begins with the key.
+            ValueError: the component raised an exception; one line that begins with the key.
         """
         key = self._key or self.component
         try:
-            return locate(self.component)(**self.arguments, **given)
+            return locate(self.component)(**self.arguments, **injected)
         except ValueError as error:
             if str(error).startswith((f"{key}.", f"{key}:")):
                 raise
@@ -102,12 +126,13 @@ class Component(BaseModel):
 
 
 def locate(path: str) -> Any:
-    """Import what a dotted path names.
+    """Imports the object at a dotted path.
 
     Raises:
         ValueError: it is not a dotted path, or a part of it cannot be imported.
     """
-    if os.getcwd() not in sys.path:  # a user's own component lies beside the config
+    # A user's components may be in the current folder.
+    if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for old, new in MOVED.items():
         if path.startswith(f"{old}."):
@@ -128,24 +153,26 @@ def locate(path: str) -> Any:
                 raise ValueError(f"'{path}' cannot be imported: it needs the package '{error.name}'") from error
             owner = f"'{'.'.join(parts[:i])}' has no" if i else "there is no module"
             public = [name for name in (dir(found) if i else sys.modules) if name[0] != "_" and "." not in name]
+            # A similar name, but not the whole list.
             hint = nearest(part, public)
-            hint = hint if "did you mean" in hint else ""  # not the whole list
+            hint = hint if "did you mean" in hint else ""
             raise ValueError(f"'{path}' cannot be imported: {owner} '{part}'{hint}") from error
-        except Exception as error:  # whatever the module does when it is imported
+        except Exception as error:
+            # Any exception that the module raises when it is imported.
             raise ValueError(f"'{path}' cannot be imported: {_named(error)}") from error
     return found
 
 
 def load(config_class: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a config file, apply overrides, and check all of it.
+    """Reads a config file, applies overrides, and checks the result.
 
     Args:
         config_class: the recipe's dataclass.
         path: of the YAML file.
-        overrides: ``key=value`` with dots for nested keys, or ``~key`` to take one out.
+        overrides: ``key=value`` with dots for nested keys, or ``~key`` to remove a key.
 
     Returns:
-        The config, interpolations resolved.
+        The config with interpolations resolved.
 
     Raises:
         ValueError: one line that names the key and what is allowed.
@@ -161,7 +188,7 @@ def load(config_class: type[ConfigT], path: str | Path, overrides: Sequence[str]
 
 
 def marked(config_class: type, mark: Mark) -> list[str]:
-    """The dotted keys of a schema whose fields have a mark, in the order of the schema."""
+    """The dotted keys of the fields of a schema that have a mark, in the order of the schema."""
     keys = []
     for name, hint in get_type_hints(config_class, include_extras=True).items():
         if any(each is mark for each in typing.get_args(hint)):
@@ -172,15 +199,15 @@ def marked(config_class: type, mark: Mark) -> list[str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain YAML values, the inverse of ``load``."""
+    """The config as plain YAML values; the inverse of ``load``."""
     return TypeAdapter(type(config)).dump_python(config, by_alias=True)
 
 
 def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a recipe from the command line and exit with its status.
+    """Runs a recipe from the command line and exits with its status.
 
-    A ``ValueError`` or ``OSError`` ends in one line and status 2; ``ADAPT_TRACEBACK=1`` shows where it came from.
-    One of several processes leaves at once after an error, whatever the others do.
+    A ``ValueError`` or ``OSError`` ends in one line and status 2; with ``ADAPT_TRACEBACK=1`` it is a traceback. With
+    several processes, one with an error exits at once without waiting for the others.
 
     Args:
         main: takes the config, returns the exit status.
@@ -201,7 +228,8 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
             traceback.print_exc()
         else:
             print(f"error: {_line(error)}", file=sys.stderr)
-            sys.unraisablehook = lambda _: None  # what is only half built may fail once more as it is cleared away
+            # Partly built objects may raise again when they are deleted.
+            sys.unraisablehook = lambda _: None
         status = 2
     except BaseException as error:
         if not dist.is_initialized():
@@ -209,8 +237,9 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
         status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-    if dist.is_initialized():  # after an error alone
-        # At its end Python would take the group down, and nccl waits there for kernels that wait for other processes.
+    # Only after an error. At exit Python would destroy the group, and nccl would wait for kernels that wait for other
+    # processes.
+    if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -218,32 +247,33 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
 
 
 def _load_once(config_class: type[ConfigT], path: str, overrides: Sequence[str]) -> ConfigT:
-    """``load``, with its error said by the first process of each host alone, as all have the same one."""
+    """``load``, with its error printed by the first process of each host only, because all have the same error."""
     try:
         return load(config_class, path, overrides)
     except ValueError:
+        # torchrun ends this process while it sleeps, as soon as the first one has ended.
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(DUPLICATE_ERROR_SECONDS)  # torchrun ends this process here, as soon as the first one has ended
+            time.sleep(DUPLICATE_ERROR_SECONDS)
         raise
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, in one line; of YAML's and OmegaConf's, which go on about where they were, the first part."""
+    """The message of an error in one line; for YAML and OmegaConf, which add context, only its first part."""
     if isinstance(error, OmegaConfBaseException):
         return str(error).partition("\n")[0]
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def _named(error: BaseException) -> str:
-    """The same with the kind of error, for one that is no ``ValueError`` and means little without."""
+    """The message of an error with its type, for errors other than ``ValueError``."""
     return f"{type(error).__name__}: {_line(error)}".removesuffix(": ")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file as plain values, interpolations still in it."""
+    """The file as plain values, with interpolations unresolved."""
     if not path.is_file():
-        what = "not a file" if path.exists() else "no such file; `tune ls` lists the names that `tune run` knows"
-        raise ValueError(f"--config {path}: {what}")
+        reason = "not a file" if path.exists() else "no such file; `tune ls` lists the names that `tune run` knows"
+        raise ValueError(f"--config {path}: {reason}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -252,28 +282,32 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}{line}: {_line(error)}") from error
     if not isinstance(values, dict) or not values:
         raise ValueError(f"--config {path}: has to be a mapping of keys to values{'' if values else ', and is empty'}")
-    values.pop("versions", None)  # of a run's resolved.yaml, which is a config like any other
+    # A run's resolved.yaml is a valid config; it also has versions.
+    values.pop("versions", None)
     return values  # type: ignore[return-value]
 
 
 def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply the command line to the file's values and resolve interpolations."""
+    """Applies overrides to the file's values and resolves interpolations."""
     seen: set[str] = set()
     for override in overrides:
+        # Parse: key=value, or ~key.
         key, equals, text = override.partition("=")
-        takes_out, key = key.startswith("~"), key.removeprefix("~")
+        removes, key = key.startswith("~"), key.removeprefix("~")
         *parents, last = key.split(".")
-        if takes_out == bool(equals) or key.startswith("-") or not all((*parents, last)):
-            raise ValueError(f"'{override}' is not an override: write key=value, or ~key to take a key out")
+        if removes == bool(equals) or key.startswith("-") or not all((*parents, last)):
+            raise ValueError(f"'{override}' is not an override: write key=value, or ~key to remove a key")
         if key in seen:
             raise ValueError(f"{key} is given twice on the command line")
         seen.add(key)
+
+        # Find the node, and remove or set the key.
         node: Any = values
         for parent in parents:
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
-        if takes_out:
+        if removes:
             if last not in node:
                 raise ValueError(f"~{key}: the config has no such key{nearest(last, node) if node else ''}")
             del node[last]
@@ -283,8 +317,9 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{override}: {_line(error)}") from error
         value = None if parsed["value"] == "None" else parsed["value"]
+        # As in torchtune, model=other.builder sets model._component_.
         if isinstance(value, str) and isinstance(node.get(last), dict) and "_component_" in node[last]:
-            node, last = node[last], "_component_"  # as in torchtune: model=other.builder
+            node, last = node[last], "_component_"
         if parents == ["budget"] and last in BUDGETS:
             for name in BUDGETS:
                 if f"budget.{name}" not in seen:
@@ -298,20 +333,24 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
 
 def _validate(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Build the dataclass, or say in one line what stands in the way."""
+    """Builds the dataclass, or raises an error of one line."""
     try:
         return _strictly(TypeAdapter(config_class), values)
     except ValidationError as error:
-        unknown = "unexpected_keyword_argument"  # these first: a misspelt key also leaves the right one missing
+        # Unknown keys first, because a misspelled key is also a missing one.
+        unknown = "unexpected_keyword_argument"
         detail = min(error.errors(), key=lambda detail: detail["type"] != unknown)
         *parents, last = [str(part) for part in detail["loc"]] or [""]
         key = ".".join((*parents, last))
         if detail["type"] in ("missing", "missing_argument"):
             raise ValueError(f"missing key '{key}'") from error
-        if detail["type"] == "value_error":  # a schema's own
+        # Raised by the schema itself.
+        if detail["type"] == "value_error":
             raise ValueError(str(detail["ctx"]["error"])) from error
         if detail["type"] != unknown:
             raise ValueError(_wrong(key, detail)) from error
+        if renamed := RENAMED.get((None, key)):
+            raise ValueError(f"unknown key '{key}': it is '{renamed.key}' now{_remark(renamed)}") from error
         owner: Any = config_class
         for part in parents:
             owner = get_type_hints(owner)[part]
@@ -320,20 +359,20 @@ def _validate(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
 
 
 def _strictly(adapter: TypeAdapter, value: Any) -> Any:
-    """Checks a value as JSON, for pydantic knows there that lists may be tuples, and mappings dataclasses."""
+    """Validates a value as JSON, where pydantic accepts a list as a tuple and a mapping as a dataclass."""
     return adapter.validate_json(json.dumps(value, default=str), strict=True)
 
 
 def _wrong(key: str, detail: Any) -> str:
-    """What pydantic has to say of a value, in the words of YAML."""
-    said = detail["msg"]
+    """pydantic's message about a value, in YAML's terms."""
+    message = detail["msg"]
     for theirs, ours in YAML_TERMS.items():
-        said = said.replace(theirs, ours)
-    return f"{key}: {said}, not {json.dumps(detail['input'], default=str)}"
+        message = message.replace(theirs, ours)
+    return f"{key}: {message}, not {json.dumps(detail['input'], default=str)}"
 
 
-def _check_arguments(key: str, node: Component, given: Sequence[str]) -> None:
-    """Check a component's arguments against what it takes, without calling it."""
+def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None:
+    """Checks a component's arguments against its signature, without calling it."""
     try:
         component = locate(node.component)
     except ValueError as error:
@@ -342,48 +381,65 @@ def _check_arguments(key: str, node: Component, given: Sequence[str]) -> None:
         raise ValueError(f"{key}._component_: '{node.component}' is not a class or function")
     try:
         parameters = inspect.signature(component).parameters
-    except (ValueError, TypeError):  # some built-in callables do not tell
+    except (ValueError, TypeError):
+        # Some built-in callables have no signature.
         return
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    for name in given:
+
+    # What the recipe passes, which the component has to take and the config must not give.
+    for name in injected:
         if name not in named and not takes_any:
-            raise ValueError(f"{key}._component_: '{node.component}' does not take '{name}', which the recipe gives it")
+            raise ValueError(f"{key}._component_: '{node.component}' does not take '{name}', which the recipe passes")
         if name in node.arguments:
-            raise ValueError(f"{key}.{name}: the recipe gives this itself; take it out")
-    allowed = [name for name in (*named, *type(node).model_fields) if name not in (*given, "component")]
+            raise ValueError(f"{key}.{name}: the recipe passes this itself; remove it")
+
+    # Unknown and missing arguments.
+    allowed = [name for name in (*named, *type(node).model_fields) if name not in (*injected, "component")]
     for name in node.arguments:
         if name not in allowed and not takes_any:
+            for (owner, old), renamed in RENAMED.items():
+                if old == name and owner is not None and locate(owner) is component:
+                    raise ValueError(f"unknown key '{key}.{name}': it is '{key}.{renamed.key}' now{_remark(renamed)}")
             raise ValueError(f"unknown key '{key}.{name}' for {node.component}{nearest(name, allowed)}")
     for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in (*given, *node.arguments):
+        if parameter.default is parameter.empty and name not in (*injected, *node.arguments):
             raise ValueError(f"missing key '{key}.{name}', which {node.component} needs")
+
+    # Types.
     try:
         hints = get_type_hints(component.__init__ if inspect.isclass(component) else component)
-    except Exception:  # libraries hide some annotations behind names that are not importable
+    except Exception:
+        # Some libraries have annotations that cannot be imported.
         return
     for name, value in node.arguments.items():
-        if name in hints and name in named and value is not named[name].default:  # `x: int = None` is common
+        # A default may contradict its annotation: `x: int = None` is common.
+        if name in hints and name in named and value is not named[name].default:
             _check_type(f"{key}.{name}", value, hints[name])
 
 
+def _remark(renamed: Renamed) -> str:
+    return f", {renamed.remark}" if renamed.remark else ""
+
+
 def _check_type(key: str, value: Any, annotation: Any) -> None:
-    """Refuse a value that its parameter's annotation does not admit, as far as the annotation can be checked."""
+    """Refuses a value that does not fit its parameter's annotation, as far as the annotation can be checked."""
     try:
         _strictly(TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)), value)
     except (PydanticUserError, TypeError):
         return
     except ValidationError as error:
+        # An annotation that is a class without a schema can only be checked by the component itself.
         detail = error.errors()[0]
-        if detail["type"] != "needs_python_object":  # of classes, only the component itself can tell
+        if detail["type"] != "needs_python_object":
             raise ValueError(_wrong(key, detail)) from error
 
 
 def config_differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
-    """The settings in which two configs differ.
+    """The keys in which two configs differ.
 
     Args:
-        saved, now: nested dicts; lists are compared as wholes, and a key that one lacks differs.
+        saved, now: nested dicts. Lists are compared as a whole; a key that is in one of them only differs.
         free: dotted keys that may differ, each with everything below it.
 
     Returns:
@@ -408,5 +464,5 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """``==``, but NaN is NaN."""
+    """``==``, except that NaN equals NaN."""
     return one == other or (one != one and other != other)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model and the examples they make when none are given, their tables and numbers."""
+"""Shared by the benchmarks: the model and examples they generate if none are given, tables, and numbers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "yaml"
 
 TYPES = ("Answering", "Dialogue", "Extraction", "Sentiment", "Summarization")
-WORDS = ["a", "the", "of", "to", "in", "is", "was", "for", "that", "with", "this", "from", "which", "answer", "text"]
+VOCAB = ["a", "the", "of", "to", "in", "is", "was", "for", "that", "with", "this", "from", "which", "answer", "text"]
 
 
 def parser(description: str | None, *, max_seq_len: int) -> argparse.ArgumentParser:
-    """A command line with the options that every benchmark has."""
+    """A command line parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; default: a tiny model with random weights")
-    parser.add_argument("--data", type=Path, help="Super-NaturalInstructions; default: examples made by code")
+    parser.add_argument("--data", type=Path, help="Super-NaturalInstructions; default: generated examples")
     parser.add_argument("--max-seq-len", type=int, default=max_seq_len)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the numbers here")
@@ -37,11 +37,11 @@ def parser(description: str | None, *, max_seq_len: int) -> argparse.ArgumentPar
 
 
 def sources(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Overrides that have a config of a real model read the model and the examples of the command line.
+    """Overrides that set the model and the data of a config to those of the command line.
 
     Args:
         arguments: of ``parser``.
-        folder: for what is made where ``--model`` or ``--data`` is missing, for the cache and the run.
+        folder: for a generated model and generated examples, for the cache and the run.
     """
     model = arguments.model or tiny_model(folder / "model", max_seq_len=arguments.max_seq_len)
     data = arguments.data or instructions(folder / "data")
@@ -58,9 +58,9 @@ def sources(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def tiny_model(folder: Path, *, max_seq_len: int) -> Path:
-    """A Hugging Face folder of a model of 0.2M random weights that reads bytes.
+    """Writes a Hugging Face folder with a model of 0.2M random weights that reads bytes.
 
-    Its vocabulary has many more rows than there are bytes, so that the head is a quarter of the work, as in SmolLM2.
+    Its vocabulary is much larger than the number of bytes, so that the head is a quarter of the work, as in SmolLM2.
     """
     import torch
     from torchtune.models.llama3_2 import llama3_2
@@ -86,10 +86,10 @@ def tiny_model(folder: Path, *, max_seq_len: int) -> Path:
 
 
 def instructions(folder: Path, *, examples: int = 400) -> Path:
-    """A folder laid out as Super-NaturalInstructions, with random words.
+    """Writes a folder in the layout of Super-NaturalInstructions, with random words.
 
-    Lengths are those of the collection's real examples in shape: definitions of 20 to 80 characters, inputs log-normal
-    around a median of the type's own, and answers that are short or a tenth of the input.
+    The lengths have distributions like those of the collection: definitions of 20 to 80 characters, log-normal inputs
+    with a median per type, and answers that are short or a tenth of the input.
     """
     (folder / "tasks").mkdir(parents=True)
     rng = random.Random(0)
@@ -106,13 +106,13 @@ def instructions(folder: Path, *, examples: int = 400) -> Path:
 
 
 def equal_tasks(path: str, *, num_tasks: int, num_examples: int, max_bytes: int) -> list[Any]:
-    """The same examples, whatever the number of tasks they are dealt out to: a ``tasks._component_``.
+    """The same examples, distributed to any number of tasks: a ``tasks._component_``.
 
     Args:
         path: Super-NaturalInstructions.
-        num_tasks: how many tasks; divides ``num_examples``.
-        num_examples: of training, and as many of validation, of all tasks together.
-        max_bytes: only examples that are as short are taken, so that none is dropped later.
+        num_tasks: number of tasks; divides ``num_examples``.
+        num_examples: for training, and as many for validation, of all tasks together.
+        max_bytes: longer examples are skipped, so that none is dropped later.
     """
     from adapt_recipes.data import RawTask, natural_instructions
 
@@ -129,7 +129,7 @@ def equal_tasks(path: str, *, num_tasks: int, num_examples: int, max_bytes: int)
 
 def _words(rng: random.Random, size: int) -> str:
     """About ``size`` characters."""
-    words = [rng.choice(WORDS) + str(rng.randrange(100)) for _ in range(size // 5 + 1)]
+    words = [rng.choice(VOCAB) + str(rng.randrange(100)) for _ in range(size // 5 + 1)]
     return " ".join(words)[:size].strip() or "a"
 
 
@@ -142,7 +142,7 @@ def load_recipe(config: Path) -> ModuleType:
 
 
 def load_module(name: str, path: Path) -> ModuleType:
-    """A recipe's module, by its path: torchtune installs a package ``recipes`` that cannot be imported."""
+    """Imports a recipe by its path, because torchtune installs a package ``recipes`` that cannot be imported."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
@@ -152,7 +152,7 @@ def load_module(name: str, path: Path) -> ModuleType:
 
 
 def memory(pid: int | str = "self") -> tuple[float, float]:
-    """(now, at its peak): resident memory of a process in MiB; the peak of this one alone where there is no /proc."""
+    """(current, peak): resident memory of a process in MiB; without /proc both are the peak of this process."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines) if "Vm" in key}
@@ -163,7 +163,7 @@ def memory(pid: int | str = "self") -> tuple[float, float]:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a plain table; numbers to three digits."""
+    """Prints a plain table, with numbers to three digits."""
     table = Table(title=title, box=None, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
@@ -179,7 +179,7 @@ def _digits(cell: object) -> str:
 
 
 def write(path: Path | None, numbers: dict[str, Any]) -> dict[str, Any]:
-    """Write the numbers as JSON where so wished, and return them."""
+    """Writes the numbers as JSON if a path is given, and returns them."""
     if path is not None:
         path.write_text(json.dumps(numbers, indent=2) + "\n")
     return numbers

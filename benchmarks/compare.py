@@ -1,16 +1,16 @@
-"""Runs several configs with several seeds and puts them in one table: what came out, with its range over seeds.
+"""Runs several configs with several seeds, and prints a table of the results with their ranges over seeds.
 
     python benchmarks/compare.py --out runs/toy --seeds 30,31,32 tiny_uniform tiny_adapt tiny_adapt_planned
     python benchmarks/compare.py --out runs/noise --seeds 30,31,32 tasks.noise=true tiny_uniform tiny_dro \
         tiny_dro strategy=dro_mild mixture.sharpness=1
 
-An override before the first config is for all of them, one after a config for that one alone. A row is called by its
-config, or by the strategy that it is given.
+An override before the first config applies to all configs, one after a config to that config only. The name of a row is
+that of its config, or its override of ``strategy``.
 
-The first config is what the others are held against: "tokens to its loss" are the supervised tokens after which a
-validation first finds the worst excess loss at or below the one that the first config ends with, for the same seed.
-Excess is over the lowest loss there can be: ln 16 for the toy tasks' noise, else 0. Runs that are finished are not run
-again, so a comparison that was interrupted goes on where it was.
+The others are compared with the first config: "tokens to its loss" are the supervised tokens after which the worst
+excess loss of a validation is first at or below the final one of the first config, for the same seed. Excess is the
+loss above the lowest possible one: ln 16 for the toy tasks' noise, else 0. Finished runs are not run again, so an
+interrupted comparison can be continued.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ENTROPIES = {"noise": math.log(16)}
 
 
 class Row(NamedTuple):
-    """A line of the table: a shipped config and what is changed in it."""
+    """A row of the table: a shipped config and its overrides."""
 
     config: str
     overrides: list[str]
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def rows(words: Sequence[str]) -> list[Row]:
-    """What the command line says: configs, each with the overrides for all and those that follow it."""
+    """The configs on the command line, each with the overrides for all configs and those that follow it."""
     for_all: list[str] = []
     found: list[Row] = []
     for word in words:
@@ -65,7 +65,7 @@ def rows(words: Sequence[str]) -> list[Row]:
 
 
 def run(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
-    """One run of a shipped config, in a process of its own; nothing where it is finished."""
+    """Runs a shipped config in a process of its own; does nothing if the run is finished."""
     path = ROOT / "yaml" / f"{config}.yaml"
     recipe = recipe_file(str(recipe_of(path)))
     seeds = [f"seed={seed}"] + ([f"tasks.seed={seed}"] if config.startswith("tiny_") else [])
@@ -129,12 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not table:
         parser.error("name a config of yaml/")
     if twice := [name for name in names if names.count(name) > 1]:
-        parser.error(f"two rows are called {twice[0]}: give one of them strategy=NAME")
+        parser.error(f"two rows have the name {twice[0]}: give one of them strategy=NAME")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     folders = {name: [arguments.out / f"{name}_{seed}" for seed in arguments.seeds] for name in names}
     for i, seed in enumerate(arguments.seeds):
-        for each in table:  # one after the other with the same seed, so that a change of the machine hits all
+        # All configs with the same seed in turn, so that changes of the machine's load affect all of them.
+        for each in table:
             run(each.config, seed, folders[each.name][i], each.overrides)
     columns = ["", "worst excess", "mean excess", "tokens to its loss", "noise share", "steps", "updates"]
     columns += ["probe tokens", "seconds", "of them updates"]

@@ -1,7 +1,7 @@
 """One contender of ``throughput.py``, in a process of its own: ``python contenders.py NAME SETTINGS.json ANSWER.json``.
 
-It builds its training, trains over the examples twice, and writes what the second time took. Imports no more than its
-contender needs, for the Trainer may live in an environment without torchtune and without this project.
+It builds the contender's training, trains over the examples twice, and writes the time of the second epoch. It imports
+only what the contender needs, because the Trainer may be in an environment without torchtune and without this project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 
-# The embedding, through which every position that is computed passes; one pass over the examples; the losses logged.
+# The embedding, which sees every computed position; a function that trains one epoch; the logged losses.
 Training = tuple[nn.Module, Callable[[], None], list[float]]
 
 
@@ -62,10 +62,9 @@ def ours(settings: dict[str, Any]) -> Training:
 def torchtune(settings: dict[str, Any]) -> Training:
     """torchtune's own recipe, ``full_finetune_single_device``: the class that its wheel ships, and its ``train``.
 
-    The library's own: the model (bf16 weights), data loader and collate function (padded to the longest row), loss
-    in chunks over all positions, accumulation, optimizer, clipping, logging. Ours: the model comes from the Hugging
-    Face folder through this project's reader, the data set hands out the ready token ids, and nothing is saved at the
-    end of a pass.
+    From the library: the model (bf16 weights), data loader and collate function (padded to the longest row), loss in
+    chunks over all positions, accumulation, optimizer, clipping, logging. Ours: the weights are read from the Hugging
+    Face folder by this project, the dataset returns token ids, and nothing is saved at the end of an epoch.
     """
     import torchtune
     from common import load_module
@@ -134,8 +133,8 @@ def torchtune(settings: dict[str, Any]) -> Training:
 def trainer(settings: dict[str, Any]) -> Training:
     """``transformers.Trainer`` on ``AutoModelForCausalLM`` with ``bf16=True``, over the examples in the same order.
 
-    The library's own: fp32 weights with bf16 autocast, attention, loss over all positions, accumulation, AdamW,
-    clipping. Ours: the collate function, which pads to the longest row with an attention mask, as theirs do.
+    From the library: fp32 weights with bf16 autocast, attention, loss over all positions, accumulation, AdamW,
+    clipping. Ours: the collate function, which pads to the longest row with an attention mask, as the library's do.
     """
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -186,9 +185,9 @@ NEEDS = {"ours": (), "torchtune": (), "Trainer": ("transformers", "accelerate")}
 
 
 class TokenIds(torch.utils.data.Dataset):
-    """Rows of ``tokens`` and ``labels``, which are the same ids where supervised: what both libraries shift themselves.
+    """Rows of ``tokens`` and ``labels``, with the same ids where supervised; both libraries shift labels themselves.
 
-    torchtune passes its tokenizer first.
+    torchtune passes its tokenizer as the first argument.
     """
 
     def __init__(self, tokenizer: object = None, *, path: str) -> None:
@@ -202,7 +201,7 @@ class TokenIds(torch.utils.data.Dataset):
 
 
 class Losses:
-    """A metric logger of torchtune's kind that keeps the losses."""
+    """A metric logger for torchtune that keeps the losses."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []

@@ -1,12 +1,12 @@
-"""What each model of the grid needs on each of N GPUs, and on which of 24, 40 and 80 GB it trains.
+"""Memory of each model of the grid on each of N GPUs, and on which GPUs of 24, 40 and 80 GB it trains.
 
     python benchmarks/memory.py [--models gemma3_1b,...] [--processes 1,2,4,8]
 
-Reckoned and not measured: ``adapt_recipes.planning`` runs a training step of the shipped config on tensors without
-values. Prints the table of docs/scaling.md. All six models take some ten minutes, for no row is taken from another.
+Estimated, not measured: ``adapt_recipes.planning`` runs a training step of the shipped config on fake tensors. Prints
+the table of docs/scaling.md. All six models take about ten minutes.
 
-Activations are those of a full micro-batch, of which one token in eight is supervised. A GPU of G GB takes what is
-reckoned to 0.9 G at the most: the rest is for CUDA, nccl, kernels and what the allocator leaves unused.
+Activations are those of a full micro-batch in which one token in eight is supervised. A model fits on a GPU of G GB if
+its estimate is at most 0.9 G; the rest is for CUDA, nccl, kernels and memory that the allocator leaves unused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import common
 
 from adapt_recipes import models
 from adapt_recipes.config import load
-from adapt_recipes.planning.memory import CPU, Memory, Shape, estimate_memory
+from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import update_of
 
-# A shipped config of each model, and the builder that gives it adapters.
+# A shipped config of each model, and its builder with adapters.
 MODELS = {
     "gemma3_1b": ("gemma3_1b_adapt_1pct", "adapt_recipes.models.lora_gemma3_1b"),
     "llama3_2_1b": ("llama3_2_1b_adapt_1pct", "torchtune.models.llama3_2.lora_llama3_2_1b"),
@@ -35,12 +35,12 @@ GPUS = (24, 40, 80)
 CHECKPOINTING = ["activation_checkpointing=true"]
 SMALLER = [*CHECKPOINTING, "micro_batch_tokens=1024"]
 SHARE_FOR_US, TOKENS_PER_SUPERVISED = 0.9, 8
-# What ADAPT's update does, with the recipe's own settings of `probe`.
+# ADAPT's update, with the recipe's default settings of `probe`.
 OBSERVES = ("validation_losses", "gradient_dots")
 
 
 class Probe(NamedTuple):
-    """The defaults of ``adapt_full_finetune``, for models that are shipped with another recipe."""
+    """The defaults of ``adapt_full_finetune``, also for models whose configs are for another recipe."""
 
     estimator: str = "finite_difference"
     exact_lookahead: bool = False
@@ -48,7 +48,7 @@ class Probe(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
-    """Run the command line ``argv``. Returns the lines that it prints."""
+    """Runs the command line ``argv``. Returns the lines that it prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--processes", default="1,2,4,8")
@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def row(model: str, num_processes: int) -> str:
-    """A line of the table; where there are two numbers the second is with activation checkpointing."""
+    """A row of the table; of two numbers in a cell the second is with activation checkpointing."""
     config, lora = MODELS[model]
-    shipped, checkpointed = (reckoned(config, num_processes, switch) for switch in ([], CHECKPOINTING))
+    shipped, checkpointed = (estimated(config, num_processes, switch) for switch in ([], CHECKPOINTING))
     cells = [f"{value / 1e9:.1f}" for value in (shipped.parameters, shipped.gradients, shipped.optimizer)]
     for name in ("activations", "mixture", "total"):
         cells.append(" / ".join(f"{getattr(memory, name) / 1e9:.1f}" for memory in (shipped, checkpointed)))
@@ -76,21 +76,21 @@ def row(model: str, num_processes: int) -> str:
     for size in GPUS:
         for answer, switches in (("S", SMALLER), ("L", with_lora)):
             if answer not in totals and min(totals.values()) > SHARE_FOR_US * size * 1e9:
-                totals[answer] = reckoned(config, num_processes, switches).total
+                totals[answer] = estimated(config, num_processes, switches).total
         fitting = [answer for answer, total in totals.items() if total <= SHARE_FOR_US * size * 1e9]
         cells.append(fitting[0] if fitting else "no")
     return f"| `{model}` | {num_processes} | {' | '.join(cells)} |"
 
 
-def reckoned(config_name: str, num_processes: int, overrides: Sequence[str]) -> Memory:
-    """Of a shipped config with overrides."""
+def estimated(config_name: str, num_processes: int, overrides: Sequence[str]) -> Memory:
+    """The estimate for a shipped config with overrides."""
     path = common.CONFIGS / f"{config_name}.yaml"
     module = common.load_recipe(path)
     config = load(module.Config, path, overrides)
     rows, length = config.micro_batch_tokens // config.max_seq_len, config.max_seq_len
     shape = Shape(rows, length, rows * length // TOKENS_PER_SUPERVISED)
     update = update_of(OBSERVES, Probe())
-    model = models.build(config, [], device=CPU, checkpointer=None)
+    model = models.build(config, [], device=torch.device("cpu"), checkpointer=None)
     memory, _ = estimate_memory(model, config, shape, update=update, num_processes=num_processes)
     return memory
 

@@ -1,13 +1,13 @@
-"""Start-up cold and from the cache, peak memory, and what a run's own ``summary.json`` says of its speed.
+"""Start-up time with a cold and a warm cache, peak memory, and speed from a run's ``summary.json``.
 
     python benchmarks/startup.py [--config NAME] [--model FOLDER --data FOLDER] [key=value ...]
 
-Runs a shipped config twice, each time as a process of its own: first with an empty cache of tokenised tasks, then from
-the cache. Start-up is from the start of the process to the first line of ``log.jsonl``, when training begins; the
-operating system's own cache of files is as it is. Everything else is of the config as shipped but for the budget
-(``--budget``), so the share of mixture updates is that of its default settings; speed leaves validation and updates
-out, start-up too, and the share of updates is of the time without validation. Give ``--model`` and ``--data`` for the
-configs of real models; their validation at start and end takes long, see ``tasks.validation_examples``.
+Runs a shipped config twice, each time in a process of its own: first with an empty cache of tokenized tasks, then from
+the cache. Start-up is the time from the start of the process to the first line of ``log.jsonl``, when training begins;
+the file cache of the operating system is not cleared. Only the budget of the config is changed (``--budget``), so the
+share of mixture updates is that of its settings. Speed excludes start-up, validation and updates, and the share of
+updates is of the time without validation. Give ``--model`` and ``--data`` for configs of real models; their validation
+at the start and the end takes long, see ``tasks.validation_examples``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from adapt_recipes.cli import recipe_file, recipe_of
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line ``argv``. Returns the numbers that ``--json`` writes."""
+    """Runs the command line ``argv``. Returns the numbers that ``--json`` writes."""
     parser = common.parser(__doc__, max_seq_len=1024)
     parser.add_argument("--config", default="tiny_adapt_planned", help="a name in yaml/")
-    parser.add_argument("--budget", type=int, default=9600, help="supervised tokens a run")
+    parser.add_argument("--budget", type=int, default=9600, help="supervised tokens per run")
     arguments, overrides = parser.parse_known_args(argv)
     real = not arguments.config.startswith("tiny_")
     numbers: dict[str, Any] = {"config": arguments.config, "budget_tokens": arguments.budget}

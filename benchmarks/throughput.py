@@ -1,23 +1,24 @@
-"""Tokens a second, padding and memory of this project's training step, beside torchtune's recipe and HF's Trainer.
+"""Tokens per second, padding and memory of this project's training step, torchtune's recipe and HF's Trainer.
 
     python benchmarks/throughput.py [--model FOLDER] [--data FOLDER]
 
-All train the same model on the same examples: drawn once by this project's sampler with a uniform mixture, in that
-order. All take an optimizer step (AdamW, fused, gradients clipped at 1) every ``--batch-size`` examples, in bf16:
+All train the same model on the same examples, which this project's sampler draws once with a uniform mixture, in the
+same order. All take an optimizer step (AdamW, fused, gradients clipped at 1) every ``--batch-size`` examples, in bf16:
 
 - ours: the shipped recipe's ``step``: fp32 weights and bf16 autocast, micro-batches by length, the head on supervised
   positions.
-- torchtune: the recipe class of its wheel, with its own ``train``: bf16 weights, 8 examples a forward.
-- Trainer: transformers' own: fp32 weights and bf16 autocast, 8 examples a forward. It is left out, with a line that
-  says so, where ``--trainer-python`` has no transformers and accelerate.
+- torchtune: the recipe class of its wheel, with its own ``train``: bf16 weights, 8 examples per forward pass.
+- Trainer: that of transformers: fp32 weights and bf16 autocast, 8 examples per forward pass. It is skipped, with a
+  message, if ``--trainer-python`` has no transformers and accelerate.
 
-``contenders.py`` says of each what is the library's own. Each round gives each a new process, in turns: A B C A B C;
-there it trains over the examples twice, and the second time counts (the first warms kernels and memory up). Trust the
-ratios, which are of runs side by side; on a machine that does other work the times alone are not to be trusted.
+``contenders.py`` says which parts are the library's. Each round starts a new process for each, in turn: A B C A B C. It
+trains over the examples twice, and the second epoch is measured (the first warms up kernels and memory). The ratios,
+between runs that alternate, are reliable; times on a machine with other load are not.
 
-A real token is a position that is not padding, counted after the causal shift (an example's length less one), so that
-all have as many; padding is what else passes through the embedding, of all that does (the others' last token, which
-predicts nothing, is not padding). Memory is the peak of the process, and its growth since the libraries were imported.
+A real token is a position that is not padding, counted after the causal shift (the length of an example minus one), so
+that all contenders have the same number of them. Padding is the share of the other positions that pass through the
+embedding (the last token of an example, which predicts nothing, is not padding). Memory is the peak of the process, and
+its growth since the libraries were imported.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from adapt_recipes.data import IGNORE_INDEX, TokenSampler, load_tasks
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line ``argv``. Returns the numbers that ``--json`` writes."""
+    """Runs the command line ``argv``. Returns the numbers that ``--json`` writes."""
     parser = common.parser(__doc__, max_seq_len=1024)
     parser.add_argument("--examples", type=int, default=64, help="drawn once, a multiple of the batch size")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples an optimizer step, of all")
-    parser.add_argument("--stock-batch-size", type=int, default=8, help="examples a forward of the other two")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples per optimizer step, for all")
+    parser.add_argument("--stock-batch-size", type=int, default=8, help="examples per forward pass of the other two")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--trainer-python", default=sys.executable, help="interpreter of the Trainer's environment")
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The counts of the examples, and what each contender answered in each round."""
+    """The counts of the examples, and the measurements of each contender in each round."""
     settings = draw(arguments, folder)
     (folder / "settings.json").write_text(json.dumps(settings))
     rounds: list[dict[str, dict[str, Any]]] = []
@@ -78,7 +79,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name in contenders:
         turns = [turn[name] for turn in rounds]
-        # Of the others one position an example, the last, is neither a real token nor padding.
+        # For the others one position per example, the last, is neither a real token nor padding.
         real = settings["num_tokens"] + (0 if name == "ours" else settings["num_examples"])
         shown[name] = {
             "tokens_per_second": [settings["num_tokens"] / turn["seconds"] for turn in turns],
@@ -98,7 +99,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Draw the examples as the recipe will, write them down, and return what a contender has to know."""
+    """Draws the examples as the recipe will, writes them to a file, and returns the settings for the contenders."""
     recipe = common.load_module("sft_full_finetune", common.ROOT / "recipes" / "sft_full_finetune.py")
     overrides = [
         *common.sources(arguments, folder),
@@ -138,7 +139,7 @@ def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def contend(name: str, *, python: str, folder: Path, threads: int) -> dict[str, Any]:
-    """What ``contenders.py`` answers, in a process of its own; what that prints is in ``folder / NAME.log``."""
+    """Runs ``contenders.py`` in a process of its own and returns its answer; its output is in ``folder / NAME.log``."""
     here = Path(__file__).resolve().parent
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -149,12 +150,12 @@ def contend(name: str, *, python: str, folder: Path, threads: int) -> dict[str, 
     command = [python, str(here / "contenders.py"), name, str(folder / "settings.json"), str(answer)]
     with log.open("w") as output:
         if subprocess.run(command, stdout=output, stderr=output, env=environment).returncode:
-            raise RuntimeError(f"{name} ended before its time:\n{log.read_text()[-2000:]}")
+            raise RuntimeError(f"{name} failed:\n{log.read_text()[-2000:]}")
     return json.loads(answer.read_text())
 
 
 def report(numbers: dict[str, Any]) -> None:
-    """Print the tables."""
+    """Prints the tables."""
     names = list(numbers["contenders"])
     title = "{num_examples} examples, {num_tokens} real tokens, {num_supervised_tokens} supervised".format(**numbers)
     rows = []
@@ -171,7 +172,7 @@ def report(numbers: dict[str, Any]) -> None:
     for name, ratios in numbers["ours_over"].items():
         print(f"ours / {name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     for name, reason in numbers["skipped"].items():
-        print(f"{name} left out: {reason}")
+        print(f"{name} skipped: {reason}")
 
 
 if __name__ == "__main__":

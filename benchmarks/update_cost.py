@@ -1,22 +1,23 @@
-"""What one mixture update costs, in training steps on the same tokens, for few tasks and for many.
+"""The cost of one mixture update, in training steps on the same tokens, for few tasks and for many.
 
     python benchmarks/update_cost.py [--model FOLDER] [--data FOLDER] [--tasks 2,5,20,50,200] [--strategies ...]
 
-The same examples are dealt out to 2, 5, ... tasks, so that an update reads the same tokens whatever their number: each
-time ``--examples`` of validation, of training, or of both. For each number of tasks and each strategy the shipped
-recipe is set up with the shipped config, and its own ``step`` and ``update_mixture`` are timed, all in turns. Passes
-over the examples, a backward counted as two and a step as three:
+The same examples are distributed to 2, 5, ... tasks, so that an update always reads the same tokens: ``--examples`` of
+validation, of training, or of both. For each number of tasks and each strategy the shipped recipe is set up with the
+shipped config, and its ``step`` and ``update_mixture`` are timed in turn. Passes over the examples, where a forward
+pass counts 1, a backward pass 2 and a step 3:
 
 - adapt: 6: validation losses, their gradient, and dot products with it by finite differences;
-- adapt_planned, dro: 1: validation losses; mos_cossim, mos_diff, multiuat: 1, whatever they look at;
-- hbo: 3: a gradient a task; multidds: 6: a gradient a task of validation and of training.
+- adapt_planned, dro: 1: validation losses; mos_cossim, mos_diff, multiuat: 1;
+- hbo: 3: one gradient per task; multidds: 6: one gradient per task on validation and one on training examples.
 
-What needs forwards alone is to cost at most 1.3 times a third of a step. ``share`` is the part of the time that updates
-take where each reads 5 tasks' batches of the size of a step's, every 100 steps: the setting of MoS (arXiv 2406.08811).
+An update of forward passes only should cost at most 1.3 times a third of a step. ``share`` is the share of training
+time of updates that read batches of 5 tasks, each of the size of a step's batch, every 100 steps: the setting of MoS
+(arXiv 2406.08811).
 
-A cost is the shortest time of an update over that of a training step (forward, backward, clipping, AdamW; one for all
-numbers of tasks), per token: nothing but other work on the machine makes one round longer than another. Flatness is the
-largest over the smallest cost. Trust these ratios, not the seconds.
+A cost is the shortest time of an update divided by the shortest time of a training step (forward, backward, clipping,
+AdamW; the same for all numbers of tasks), per token, because only other load on the machine makes one round longer than
+another. Flatness is the largest cost divided by the smallest. These ratios are reliable, the seconds are not.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CHAT_TEMPLATE_TOKENS = 128  # a token is at least a byte; this much is left for 
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line ``argv``. Returns the numbers that ``--json`` writes."""
+    """Runs the command line ``argv``. Returns the numbers that ``--json`` writes."""
     parser = common.parser(__doc__, max_seq_len=256)
     parser.add_argument("--tasks", default="2,5,20,50,200", help="numbers of tasks, which divide the examples")
     parser.add_argument("--examples", type=int, default=200, help="of all tasks together, that an update measures on")

@@ -174,7 +174,7 @@ class Recipe:
         )
 
     def update_mixture(self) -> None:
-        """Measures what the mixture observes, at the weights as they are, and lets it change."""
+        """Measures what the mixture observes, with the current weights, and updates it."""
         observes, run = self.mixture.observes, self.run
         if not observes:
             return

@@ -181,7 +181,7 @@ class Recipe:
         )
 
     def update_mixture(self) -> None:
-        """Measures what the mixture observes, at the weights as they are, and lets it change."""
+        """Measures what the mixture observes, with the current weights, and updates it."""
         observes, run = self.mixture.observes, self.run
         if not observes:
             return
@@ -208,7 +208,7 @@ class Recipe:
         run.log_mixture({**signals, **logged})
 
     def measure_base_model(self) -> None:
-        """What rewards on the pool are relative to, (9). Read from the cache, it is counted all the same."""
+        """Measures the base model's losses on the pool, (9). They count as read even if they come from the cache."""
         if self.reward is None or "pool" not in self.reward.reads or not self.config.mixture_update_every:
             return
         with self.run.timed("mixture", "measuring the base model"):

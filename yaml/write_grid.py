@@ -2,7 +2,7 @@
 
     python yaml/write_grid.py
 
-Each config is whole in itself, to be read, copied and edited alone; what they share is written once, here. Another
+Each config is complete, so that it can be read, copied and edited alone; what they share is written once, here. Another
 study is another ``Grid`` in ``GRIDS``.
 """
 
@@ -19,15 +19,15 @@ MICRO_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Model:
-    """A model to start from.
+    """A base model.
 
     Attributes:
-        title: what people call it.
+        title: its name.
         repository: on the model hub.
         options: of `tune download`.
-        notes: for the header, in one line.
+        notes: for the header.
         builder: lines under ``model``.
-        remedy: for the header, in lines: what to do where it is too large.
+        remedy: for the header, in lines: what to do if it does not fit in memory.
     """
 
     title: str
@@ -44,16 +44,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to set the mixture.
+    """A method that sets the mixture.
 
     Attributes:
         recipe: the file in ``recipes/``.
         title: for the header.
         mixture: lines under ``mixture``.
         reward: lines under ``reward``, for a mixture that learns from rewards.
-        passes: what an update costs for each example that it measures on, in forward passes; a backward pass is two.
-        updates: for each budget, steps from one update to the next, and the examples a task that it measures on.
-        shares: for the header, in lines: what is shared, where that may be mistaken; ``{name}`` is the config's.
+        passes: cost of an update per example that it reads, in forward passes; a backward pass counts as two.
+        updates: for each budget, steps between updates, and the examples per task that an update reads.
+        shares: for the header, in lines: what the shares refer to; ``{name}`` is that of the config.
     """
 
     recipe: str
@@ -67,32 +67,32 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend.
+    """A budget.
 
     Attributes:
         setting: line under ``budget``.
         title: for the header.
-        passes: over all the data.
+        epochs: over all the data.
         every: steps between validations and checkpoints.
     """
 
     setting: str
     title: str
-    passes: float
+    epochs: float
     every: int
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What one study compares: each model with each strategy and each budget.
+    """The configs of one study: each model with each strategy and each budget.
 
     Attributes:
-        models, strategies, budgets: by what configs call them.
-        data: for the header: what the tasks are, how to get them in one line or more, and what reading them takes.
-        settings: for the header: which settings are the study's, and which ours.
+        models, strategies, budgets: by their names in the names of configs.
+        data: for the header: the tasks, how to get them (in one line or more), and the memory to read them.
+        settings: for the header: which settings are those of the paper, and which ours.
         tasks: lines under ``tasks``.
-        num_tasks: how many these are.
-        num_examples: how many examples they hold, more or less.
+        num_tasks: number of tasks.
+        num_examples: approximate number of examples.
     """
 
     models: Mapping[str, Model]
@@ -105,7 +105,7 @@ class Grid:
     num_examples: int
 
 
-# Ours: the paper's abstract gives the number alone. Spelled as in the collection.
+# Ours: the paper's abstract gives only their number. Spelled as in the collection.
 TASK_TYPES = """\
     - Question Answering
     - Program Execution
@@ -128,7 +128,7 @@ TASK_TYPES = """\
     - Coreference Resolution
     - Dialogue Generation"""
 
-GATED = "Accept its licence on the hub first. The instruction-tuned one, for the base model brings no chat template."
+GATED = "Accept its license on the hub first. It is the instruction-tuned model: the base model has no chat template."
 
 ADAPT = Grid(
     models={
@@ -153,7 +153,7 @@ ADAPT = Grid(
             title="Qwen3 0.6B",
             repository="Qwen/Qwen3-0.6B",
             options="",
-            notes="It learns to answer behind an empty block of thoughts: ask it with enable_thinking=False.",
+            notes="It is trained with an empty thinking block: prompt it with enable_thinking=False.",
             builder="""\
   _component_: adapt_recipes.models.qwen3_0_6b
   max_seq_len: ${max_seq_len}""",
@@ -167,7 +167,8 @@ ADAPT = Grid(
   _component_: adapt_recipes.mixture.Adapt
   meta_lr: 0.1
   entropy_weight: 0.5""",
-            passes=6,  # validation losses, their gradient (3), and training losses on both sides of the weights (2)
+            # Validation losses, their gradient (3), and training losses on both sides of the weights (2).
+            passes=6,
             updates={"1pct": (40, 3), "5pct": (100, 8), "10pct": (200, 16)},
         ),
         "adapt_planned": Strategy(
@@ -175,7 +176,8 @@ ADAPT = Grid(
             title="ADAPT with a measured response (ours, not the paper's)",
             mixture="""\
   _component_: adapt_recipes.mixture.AdaptPlanned""",
-            passes=1,  # validation losses
+            # Validation losses.
+            passes=1,
             updates={"1pct": (35, 16), "5pct": (70, 32), "10pct": (140, 64)},
         ),
         "uniform": Strategy(
@@ -186,23 +188,23 @@ ADAPT = Grid(
         ),
         "proportional": Strategy(
             recipe="sft_full_finetune",
-            title="Shares of supervised tokens by the size of the task type (the paper's SFT-P)",
+            title="Shares of supervised tokens proportional to the size of the task type (the paper's SFT-P)",
             mixture="""\
   _component_: adapt_recipes.mixture.proportional""",
         ),
     },
     budgets={
-        "1pct": Budget("fraction: 0.01", "1 % of their supervised tokens", passes=0.01, every=200),
-        "5pct": Budget("fraction: 0.05", "5 % of their supervised tokens", passes=0.05, every=500),
-        "10pct": Budget("fraction: 0.1", "10 % of their supervised tokens", passes=0.1, every=1000),
+        "1pct": Budget("fraction: 0.01", "1 % of their supervised tokens", epochs=0.01, every=200),
+        "5pct": Budget("fraction: 0.05", "5 % of their supervised tokens", epochs=0.05, every=500),
+        "10pct": Budget("fraction: 0.1", "10 % of their supervised tokens", epochs=0.1, every=1000),
     },
     data=(
         "20 task types of Super-NaturalInstructions v2",
         "git clone https://github.com/allenai/natural-instructions data/natural-instructions",
-        "Reading all of it takes some 25 GB of main memory: reckoned too.",
+        "Reading all of the data takes about 25 GB of main memory (an estimate as well).",
     ),
-    settings="Model, data and budget are those of ADAPT (arXiv 2512.04555). Which task types, and all other settings, "
-    "are ours; learning rate, schedule and batch size are as in MoS (arXiv 2406.08811).",
+    settings="Model, data and budget are those of ADAPT (arXiv 2512.04555). The choice of task types and all other "
+    "settings are ours; learning rate, schedule and batch size are as in MoS (arXiv 2406.08811).",
     tasks=f"""\
   _component_: adapt_recipes.data.natural_instructions
   path: data/natural-instructions
@@ -216,12 +218,14 @@ ADAPT = Grid(
 SCORER = """\
   _component_: adapt_recipes.mixture.Scorer
   prior: uniform
-  learning_rate: 1.0e-4  # the paper's; a whole run moves shares by hundredths, or with optimizer: adam by more
-  ema: 0.9"""
+  # The paper's rate. It changes shares by a few hundredths in a whole run; optimizer: adam changes them more.
+  learning_rate: 1.0e-4
+  # The weight of the old reward; the paper's beta = 0.9 is that of the new one.
+  ema_decay: 0.1"""
 SCORER_UPDATES = {"3ep": (100, 64)}
 SHARES = """\
-of supervised tokens. Of batches, as the paper draws them and where a reward is learned from, with this command
-(sizes are in supervised tokens there too):
+of supervised tokens. The paper's shares are of batches, as in the configs that learn from rewards. This
+command uses shares of batches (sizes are in supervised tokens there too):
 tune run mos_full_finetune --config yaml/{name}.yaml sampling=dataset"""
 
 MOS = Grid(
@@ -230,7 +234,7 @@ MOS = Grid(
             title="Qwen1.5 0.5B",
             repository="Qwen/Qwen1.5-0.5B-Chat",
             options="",
-            notes="Its chat template puts a system message of its own in front where there is none.",
+            notes="Its chat template adds a default system message if there is none.",
             builder="""\
   _component_: adapt_recipes.models.qwen1_5_0_5b
   max_seq_len: ${max_seq_len}""",
@@ -239,7 +243,7 @@ MOS = Grid(
             title="Gemma 2B",
             repository="google/gemma-2b-it",
             options=' --hf-token TOKEN --ignore-patterns "*.gguf"',
-            notes=f"{GATED}\nIts template takes no system message.",
+            notes=f"{GATED}\nIts template accepts no system message.",
             builder="""\
   _component_: torchtune.models.gemma.gemma_2b""",
         ),
@@ -251,74 +255,81 @@ MOS = Grid(
             builder="""\
   _component_: torchtune.models.llama3.llama3_8b""",
             remedy="""\
-No GPU of 80 GB holds all of it alone; 4 do, with activation_checkpointing=true. One does hold LoRA, which
-takes some 36 GB (reckoned; the settings are ours), with activation_checkpointing=true and
+It does not fit on one GPU of 80 GB, but on 4 with activation_checkpointing=true. On one GPU, LoRA takes about
+36 GB (estimated; the settings are ours), with activation_checkpointing=true and
 model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_proj]' optimizer.lr=1e-4""",
         ),
     },
     strategies={
         "mos_cossim": Strategy(
             recipe="mos_full_finetune",
-            title="MoS with transferability as its reward (CosSim: what a dataset has in common with all of them)",
+            title="MoS with transferability as its reward (CosSim: the similarity of a dataset to all of them)",
             mixture=SCORER,
             reward="""\
   _component_: adapt_recipes.signals.rewards.CosineSimilarity""",
-            passes=1,  # hidden states
+            # Hidden states.
+            passes=1,
             updates=SCORER_UPDATES,
         ),
         "mos_diff": Strategy(
             recipe="mos_full_finetune",
-            title="MoS with difficulty as its reward (Diff: how little of a dataset has been learned)",
+            title="MoS with difficulty as its reward (Diff: the remaining difficulty of a dataset)",
             mixture=SCORER,
             reward="""\
   _component_: adapt_recipes.signals.rewards.PerplexityRatio""",
-            passes=1,  # losses; those of the model at the start are taken once
+            # Losses; those of the base model are measured once.
+            passes=1,
             updates=SCORER_UPDATES,
         ),
         "mospec_cossim": Strategy(
             recipe="mos_full_finetune",
-            title="MoSpec, MoS for the sake of one dataset, with transferability as its reward (CosSim: what a dataset "
-            "has in common with that one)",
+            title="MoSpec, MoS for one target dataset, with transferability as its reward (CosSim: the similarity of a "
+            "dataset to the target)",
             mixture=SCORER,
             reward="""\
   _component_: adapt_recipes.signals.rewards.CosineSimilarity
-  specialist: math  # ours: the dataset that counts""",
+  # The target dataset; the choice is ours.
+  specialist: math""",
             passes=1,
             updates=SCORER_UPDATES,
         ),
         "mospec_diff": Strategy(
             recipe="mos_full_finetune",
-            title="MoSpec, MoS for the sake of one dataset, with difficulty as its reward (Diff: how little of a "
-            "dataset has been learned, and twice that for this one)",
+            title="MoSpec, MoS for one target dataset, with difficulty as its reward (Diff: the remaining difficulty "
+            "of a dataset, doubled for the target)",
             mixture=SCORER,
             reward="""\
   _component_: adapt_recipes.signals.rewards.PerplexityRatio
-  specialist: math  # ours: the dataset that counts""",
+  # The target dataset; the choice is ours.
+  specialist: math""",
             passes=1,
             updates=SCORER_UPDATES,
         ),
         "multidds": Strategy(
             recipe="mos_full_finetune",
-            title="MultiDDS-S, a baseline of the paper's (what a step on a dataset does for all of them)",
+            title="MultiDDS-S, a baseline of the paper (the effect of a step on one dataset on all of them)",
             mixture=SCORER,
             reward="""\
   _component_: adapt_recipes.signals.rewards.GradientAlignment""",
-            passes=6,  # gradients of validation losses (3) and of training losses (3)
+            # Gradients of validation losses (3) and of training losses (3).
+            passes=6,
             updates=SCORER_UPDATES,
         ),
         "multiuat": Strategy(
             recipe="mos_full_finetune",
-            title="MultiUAT, a baseline of the paper's (how unsure the model is of a dataset's answers)",
+            title="MultiUAT, a baseline of the paper (how uncertain the model is of a dataset's answers)",
             mixture=SCORER,
             reward="""\
   _component_: adapt_recipes.signals.rewards.Uncertainty
-  measure: EntSent  # ours; PreTP is near 1 for any long answer""",
-            passes=1,  # the models have no dropout: one pass without it in the place of 30
+  # Ours; PreTP is near 1 for any long answer.
+  measure: EntSent""",
+            # The models have no dropout: one forward pass instead of 30 with dropout.
+            passes=1,
             updates=SCORER_UPDATES,
         ),
         "temperature": Strategy(
             recipe="sft_full_finetune",
-            title="Shares by the 10th root of the dataset's size (the paper's temperature baseline)",
+            title="Shares proportional to the 10th root of the dataset's size (the paper's temperature baseline)",
             mixture="""\
   _component_: adapt_recipes.mixture.temperature
   temperature: 10""",
@@ -326,7 +337,7 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
         ),
         "proportional": Strategy(
             recipe="sft_full_finetune",
-            title="Shares by the size of the dataset (the paper's proportional baseline)",
+            title="Shares proportional to the size of the dataset (the paper's proportional baseline)",
             mixture="""\
   _component_: adapt_recipes.mixture.proportional""",
             shares=SHARES,
@@ -339,21 +350,21 @@ model=torchtune.models.llama3.lora_llama3_8b 'model.lora_attn_modules=[q_proj,v_
             shares=SHARES,
         ),
     },
-    budgets={"3ep": Budget("passes: 3", "three times their supervised tokens", passes=3, every=1000)},
+    budgets={"3ep": Budget("epochs: 3", "three times their supervised tokens", epochs=3, every=1000)},
     data=(
         "four datasets",
         """\
 write math.jsonl, medical.jsonl, dialogue.jsonl and nlp.jsonl into data/mos/
 A line is {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...}.
-The paper's are, in this order, MathInstruct (TIGER-Lab/MathInstruct on the hub), MedInstruct (its 52k, in
-XZhang97666/AlpaCare on GitHub), ShareGPT (several copies on the hub) and P3 (bigscience/P3 on the hub).
-Converting them is yours, and so is which copy and how much of P3: what the paper took is not known here.
-Examples of more tokens than max_seq_len are left out, and ShareGPT has many: split those, or raise it.""",
-        "Reading all of it takes some 6 GB of main memory: reckoned too.",
+The paper's datasets are, in this order, MathInstruct (TIGER-Lab/MathInstruct on the hub), MedInstruct (52k,
+in XZhang97666/AlpaCare on GitHub), ShareGPT (several copies on the hub) and P3 (bigscience/P3 on the hub).
+You have to convert them, and to choose a copy of ShareGPT and a part of P3: the paper's choice is not known.
+Examples longer than max_seq_len are dropped, and ShareGPT has many: split those, or raise it.""",
+        "Reading all of the data takes about 6 GB of main memory (an estimate as well).",
     ),
-    settings="Model, datasets, passes, learning rate, schedule, batch size and the scorer's settings are those of MoS "
-    "(arXiv 2406.08811), as are 100 steps between its updates and 64 examples of each dataset for one. All else is "
-    "ours, max_seq_len and the model's chat variant too.",
+    settings="Model, datasets, epochs, learning rate, schedule, batch size and the scorer's settings are those of MoS "
+    "(arXiv 2406.08811), as are 100 steps between updates and 64 examples of each dataset per update. All else is "
+    "ours, including max_seq_len and the model's chat variant.",
     tasks="""\
   _component_: adapt_recipes.data.jsonl_tasks
   path: data/mos/
@@ -381,21 +392,23 @@ def config(grid: Grid, model_name: str, strategy_name: str, budget_name: str) ->
     model, strategy, budget = grid.models[model_name], grid.strategies[strategy_name], grid.budgets[budget_name]
     name = f"{model_name}_{strategy_name}_{budget_name}"
     millions = grid.num_examples / 1e6
-    steps = budget.passes * grid.num_examples / BATCH_SIZE
+    steps = budget.epochs * grid.num_examples / BATCH_SIZE
     length, learning = f"some {round(steps, -1):,.0f} steps", ""
     if strategy.reward:
         learning = f"""\
 reward:
 {strategy.reward}
-sampling: dataset  # each batch is of one dataset, as in the paper; tokens: shares are of supervised tokens
+# Each batch is of one dataset, as in the paper; with tokens, shares are of supervised tokens.
+sampling: dataset
 """
     if strategy.updates:
         update_every, examples = strategy.updates[budget_name]
-        cost = strategy.passes * grid.num_tasks * examples / (3 * BATCH_SIZE)  # in steps, whose passes are 3 an example
+        # In training steps, which count 3 forward passes per example.
+        cost = strategy.passes * grid.num_tasks * examples / (3 * BATCH_SIZE)
         length += f" and {steps // update_every:.0f} mixture updates"
         share = cost / (update_every + cost)
         learning += f"""\
-# Counting passes over examples, an update costs {cost:.1f} steps: {100 * share:.1f} % of the time.
+# An update costs {cost:.1f} steps: {100 * share:.1f} % of training time (by forward and backward passes over examples).
 mixture_update_every: {update_every}
 probe:
   examples: {examples}
@@ -407,15 +420,15 @@ probe:
 #
 {comment(f"{strategy.title}, on {model.title} and {tasks}, with {budget.title}.")}
 {comment(grid.settings)}
-# Written by yaml/write_grid.py: change the table in there, or a copy of this file.
+# Written by yaml/write_grid.py: change the tables in there, or a copy of this file.
 #
 # Model:  tune download {model.repository} --output-dir {model.folder}{model.options}
 #         {lines(model.notes)}
 # Data:   {lines(data)}
-# Memory: docs/scaling.md says which GPUs hold it; for N of them, with your data, so does
+# Memory: docs/scaling.md lists the GPUs it fits on; for N GPUs and your data, estimate it with
 #         tune plan --nproc_per_node N {strategy.recipe} --config yaml/{name}.yaml
 #         {lines(model.remedy, reading)}
-# Length: {length}, more where short answers are drawn; {millions} million examples assumed.
+# Length: {length}, more if short answers are drawn; {millions} million examples assumed.
 {shares}
 recipe: {strategy.recipe}
 strategy: {strategy_name}
@@ -423,7 +436,8 @@ output_dir: runs/{name}
 resume: true
 seed: 0
 
-dtype: bf16  # fp32 weights and optimizer, bf16 compute
+# fp32 weights and optimizer, bf16 compute.
+dtype: bf16
 
 model:
 {model.builder}
@@ -463,7 +477,7 @@ log_every: 10
 
 
 def lines(*texts: str) -> str:
-    """A part of the header, what follows its first line under the first."""
+    """A part of the header: further lines are aligned with the first one."""
     return "\n#         ".join(line for text in texts for line in text.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""Tasks: where they come from, how they become tokens, how they are split, and the order in which a run reads them."""
+"""Tasks: their sources, their tokens, their splits, and the order in which a run reads them."""
 
 from adapt_recipes.data.batching import MicroBatch, build_batches, micro_batches
 from adapt_recipes.data.byte_tokenizer import ByteTokenizer
@@ -43,9 +43,9 @@ __all__ = [
     "max_token",
     "micro_batches",
     "natural_instructions",
-    "sample_one_hot",
     "prepare_tasks",
     "random_examples",
+    "sample_one_hot",
     "toy_tasks",
     "validation_examples",
 ]

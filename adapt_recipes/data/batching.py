@@ -1,4 +1,4 @@
-"""Micro-batches of examples of like length, so that little of what is computed is padding, dealt out to processes."""
+"""Micro-batches of examples of similar length, so that there is little padding, distributed to the processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.nn.utils.rnn import pad_sequence
 from adapt_recipes.data.examples import IGNORE_INDEX, Example
 from adapt_recipes.training.process_group import rank, world_size
 
-# What one more forward and backward cost besides their tokens, in tokens computed: chiefly one more gradient of every
-# weight to write and add up. 145 measured (135M weights, bf16, CPU); the total is flat around its minimum.
+# The fixed cost of one more forward and backward pass, in computed tokens: mainly writing and accumulating one more
+# gradient of every weight. Measured: 145 (135M weights, bf16, CPU). The total cost is flat around its minimum.
 FORWARD_OVERHEAD_TOKENS = 128
-# The same where weights are gathered from other processes, and gradients sent to them: 340 measured in fp32, 680 in
+# The same where weights are gathered from other processes and gradients are sent to them. Measured: 340 in fp32, 680 in
 # bf16 (20M weights, gloo, two processes).
 SHARDED_OVERHEAD_TOKENS = 512
 
 
 class MicroBatch(NamedTuple):
-    """Examples computed in one forward, padded on the right.
+    """Examples computed in one forward pass, padded on the right.
 
     Right padding needs no attention mask: under causal attention no real token sees what comes after it.
 
@@ -31,12 +31,12 @@ class MicroBatch(NamedTuple):
         tokens: (batch, length) int64, padded with 0.
         labels: (batch, length) int64, padded with ``IGNORE_INDEX``.
         tasks: (batch,) int64, each row's task.
-        rows: (batch,) int64, where each row stood in the list that was batched. -1 is a dummy: one token without a
-            label, for a process that has no example where others have some.
-        lengths: (batch,) int64, each row's positions that are not padding.
-        num_tokens: positions that are not padding, of this forward on all processes together.
-        num_supervised_tokens: labels that count, of the same.
-        computed_tokens: all positions, of the same.
+        rows: (batch,) int64, the index of each row in the list that was batched. -1 is a dummy row: one token without a
+            label, for a process that has no example while others have some.
+        lengths: (batch,) int64, positions of each row that are not padding.
+        num_tokens: positions that are not padding, in this forward pass on all processes together.
+        num_supervised_tokens: labels that count in the loss, on all processes together.
+        computed_tokens: all positions, padding included, on all processes together.
     """
 
     tokens: Tensor
@@ -50,7 +50,7 @@ class MicroBatch(NamedTuple):
 
     @property
     def supervised_tasks(self) -> Tensor:
-        """(labels that count on this process,) int64: the task of each, row by row."""
+        """(num_supervised,) int64: the task of each supervised position on this process, row by row."""
         return self.tasks.unsqueeze(1).expand_as(self.labels)[self.labels != IGNORE_INDEX]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -65,34 +65,35 @@ class MicroBatch(NamedTuple):
 def micro_batches(
     examples: Sequence[Example], tasks: Sequence[int], *, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> list[MicroBatch]:
-    """Cut examples into micro-batches that compute the fewest tokens, and deal them out to the processes.
+    """Splits examples into micro-batches that compute the fewest tokens, and distributes them to the processes.
 
-    Examples are sorted by length, and the list is cut into rounds, in which every process computes one micro-batch and
-    waits for the slowest. The cuts are where the sum of the tokens computed (rows times longest row, on the process
-    with the most) and of the overhead of each forward is smallest: a shortest path over the cuts. The longest come
-    first, so that what does not fit in memory fails at once.
+    The examples are sorted by length (length bucketing), and the list is cut into rounds. In a round every process
+    computes one micro-batch and waits for the slowest. The cost of a round is the number of tokens computed (rows times
+    longest row, on the process with the most) plus the overhead of a forward pass. A shortest path finds the cuts with
+    the smallest total cost. The longest examples come first, so that a batch that does not fit in memory fails at once.
 
-    The processes agree on all this without a word. In the end none has computed more tokens than another by more than
-    the longest example.
+    All processes compute the same cuts without communication. The numbers of tokens that two processes compute differ
+    by at most the longest example.
 
     Args:
-        examples: what to compute, the same on every process.
-        tasks: the task of each.
-        max_tokens: bound on the tokens computed in one forward; an example longer than that is computed alone.
+        examples: the same list on every process.
+        tasks: the task of each example.
+        max_tokens: bound on the tokens computed in one forward pass; a longer example is computed alone.
         rank: of this process.
         world_size: number of processes.
 
     Returns:
-        This process's micro-batches, as many as any other's.
+        This process's micro-batches; every process has the same number of them.
     """
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].tokens), i))
     lengths = np.array([len(examples[i].tokens) for i in order], dtype=np.int64)
-    computed = np.zeros(world_size, dtype=np.int64)  # by each process so far
+    computed = np.zeros(world_size, dtype=np.int64)  # tokens, by process
     batches = []
     for parts in _rounds(lengths, max_tokens, world_size):
         sizes = np.array([_size(lengths, part) or 1 for part in parts])
+        # The process that has computed least gets the largest part.
         by_size, by_need = np.argsort(-sizes, kind="stable"), np.argsort(computed, kind="stable")
-        computed[by_need] += sizes[by_size]  # who has computed least gets the largest part
+        computed[by_need] += sizes[by_size]
         mine = parts[by_size[by_need.tolist().index(rank)]]
         everything = [examples[order[place]] for part in parts for place in part]
         totals = {
@@ -119,17 +120,23 @@ def build_batches(
     return [batch.to(device) for batch in batches]
 
 
-Part = Sequence[int]  # places in the sorted list
+# Indices into the sorted list.
+Part = Sequence[int]
 
 
 def _rounds(lengths: np.ndarray, max_tokens: int, num_parts: int) -> Iterator[list[Part]]:
-    """What is computed at the same time: ``num_parts`` micro-batches of nearly as many tokens, some perhaps empty."""
+    """The micro-batches of each round: ``num_parts`` of them with nearly equal numbers of tokens; some may be empty."""
     num, never = len(lengths), np.iinfo(np.int64).max
     overhead = FORWARD_OVERHEAD_TOKENS if num_parts == 1 else SHARDED_OVERHEAD_TOKENS
-    rest = np.append(np.cumsum(lengths[::-1])[::-1], 0)  # rest[start]: the tokens from there on
-    best = np.full(num + 1, never)  # best[end]: least cost of computing all before it
+    # rest[start]: the number of tokens from there on.
+    rest = np.append(np.cumsum(lengths[::-1])[::-1], 0)
+    # best[end]: the smallest cost of computing all examples before it.
+    best = np.full(num + 1, never)
     best[0] = 0
-    start_of, bound_of = np.zeros((2, num + 1), dtype=np.int64)  # of the round that ends there
+    # Start and bound of the round that ends at each index.
+    start_of, bound_of = np.zeros((2, num + 1), dtype=np.int64)
+
+    # Shortest path over the cuts: from each start, try every bound on a part's tokens.
     for start in range(num):
         if best[start] == never:
             continue
@@ -140,10 +147,12 @@ def _rounds(lengths: np.ndarray, max_tokens: int, num_parts: int) -> Iterator[li
         sizes = rows * lengths[np.minimum(edges[:-1], num - 1)]
         fits = ((sizes <= max_tokens) | (rows == 1)).all(0) & (np.ptp(sizes, axis=0) <= lengths[start])
         costs, ends = best[start] + sizes.max(0) + overhead, edges[-1]
-        # Several rounds may reach one end: in this order the one that costs least is written last.
+        # Several rounds may reach the same end. In this order the cheapest one is written last.
         better = (fits & (costs < best[ends])).nonzero()[0]
         better = better[np.argsort(-costs[better], kind="stable")]
         best[ends[better]], start_of[ends[better]], bound_of[ends[better]] = costs[better], start, bounds[better]
+
+    # Walk back along the best path.
     cuts = [num]
     while cuts[-1] > 0:
         cuts.append(int(start_of[cuts[-1]]))
@@ -155,10 +164,10 @@ def _rounds(lengths: np.ndarray, max_tokens: int, num_parts: int) -> Iterator[li
 def _edges(
     lengths: np.ndarray, rest: np.ndarray, start: int, bounds: np.ndarray, max_tokens: int, num_parts: int
 ) -> np.ndarray:
-    """(num_parts + 1, num_bounds): between which places the parts of a round lie, for each bound on a part's tokens.
+    """(num_parts + 1, num_bounds): the boundaries between the parts of a round, for each bound on a part's tokens.
 
-    A part takes as many rows as make no more tokens, and one at least. Bound -1: as many as its share of what is left
-    needs; 0: and one more where that is a whole number.
+    A part takes as many rows as stay within the bound, and at least one. Bound -1: as many as an equal share of the
+    remaining tokens needs; bound 0: one row more where that share is a whole number of rows.
     """
     edges = np.full((num_parts + 1, len(bounds)), start)
     for part in range(num_parts):
@@ -172,7 +181,7 @@ def _edges(
 
 
 def _size(lengths: np.ndarray, part: Part) -> int:
-    """The tokens computed for a part; the first of its rows is the longest."""
+    """The tokens computed for a part; its first row is the longest."""
     return len(part) * int(lengths[part[0]]) if part else 0
 
 
@@ -188,7 +197,7 @@ def _collate(examples: Sequence[Example], tasks: Sequence[int], rows: list[int],
 
 
 def _dummy(task: int, totals: dict[str, int]) -> MicroBatch:
-    """Of a task that another process computes, or a probe that needs no other task would compute it for nothing."""
+    """A row of a task that another process computes: a probe that does not need the task can skip the row as well."""
     return MicroBatch(
         tokens=torch.zeros(1, 1, dtype=torch.int64),
         labels=torch.full((1, 1), IGNORE_INDEX),

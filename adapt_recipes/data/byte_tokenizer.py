@@ -1,4 +1,4 @@
-"""Bytes as tokens: no vocabulary to fetch, for the toy tasks and for tests."""
+"""Bytes as tokens, for the toy tasks and for tests: there is no vocabulary to download."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _END_ID = 256
 
 
 class ByteTokenizer:
-    """The UTF-8 bytes of the messages one after the other, ids 0 to 255, and an end token, 256, after every answer.
+    """The UTF-8 bytes of all messages (ids 0 to 255), and an end token (256) after every answer.
 
-    The same interface as :class:`~adapt_recipes.data.chat.ChatTokenizer`.
+    It has the interface of ``ChatTokenizer``.
 
     Args:
-        supervise_end: whether the end token, supervised, follows an answer. Without it there is no end token at all:
-            for answers of a fixed length, where an end teaches nothing.
+        supervise_end: put a supervised end token after every answer. False: there is no end token, for answers of a
+            fixed length.
     """
 
     vocab_size = 257
@@ -33,13 +33,13 @@ class ByteTokenizer:
         self.fingerprint = f"bytes-{'end' if supervise_end else 'no-end'}"
 
     def encode(self, messages: Conversation) -> tuple[list[int], list[bool]]:
-        """Ids (num_tokens,) and, as long, whether each is supervised.
+        """Token ids, and for each whether it is supervised; two lists of the same length.
 
         Raises:
-            ValueError: the text holds the end token's name, which transformers would read as the end token.
+            ValueError: the text contains the name of the end token, which transformers would read as the end token.
         """
         if _END in "".join(message["content"] for message in messages):
-            raise ValueError(f"the text holds {_END}, the name of the end token")
+            raise ValueError(f"the text contains {_END}, the name of the end token")
         tokens: list[int] = []
         supervised: list[bool] = []
         for message in messages:
@@ -51,7 +51,7 @@ class ByteTokenizer:
         return tokens, supervised
 
     def save(self, folder: str | Path) -> None:
-        """Writes a tokenizer and a chat template that give the same ids in transformers."""
+        """Writes a tokenizer and a chat template with which transformers computes the same ids."""
         byte_names = {f"<0x{byte:02X}>": byte for byte in range(256)}
         tokenizer = Tokenizer(models.BPE(vocab=byte_names, merges=[], byte_fallback=True))
         tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

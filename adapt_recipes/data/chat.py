@@ -1,6 +1,6 @@
-"""From a conversation to tokens, and which of them count: the answers and the token that ends each of them.
+"""Converts a conversation to tokens. Supervised are the assistant's answers and the token that ends each of them.
 
-One rule for every model: render the chat template once, tokenise the text once, and mask by character offsets.
+The same for every model: render the chat template once, tokenize the text once, and mask by character offsets.
 """
 
 from __future__ import annotations
@@ -30,30 +30,32 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
-_ANSWER = "\ue000answer\ue000"  # stands for an answer while the template shows what it puts around one
+# Stands for an answer, to find what the template puts before and after one.
+_ANSWER = "\ue000answer\ue000"
 
 
 class ChatTokenizer:
     """The tokenizer and the chat template of any Hugging Face folder, without transformers.
 
-    Gives the ids of transformers' ``apply_chat_template``, with a clock that stands still (see ``chat_template.py``).
-    As there, the name of a special token inside a message becomes that token.
-    The folder holds ``tokenizer.json``, ``tokenizer_config.json`` and a template: ``chat_template.jinja``, or
-    ``chat_template`` in the config; of several the one called ``default``.
+    It computes the same ids as transformers' ``apply_chat_template``, with a fixed date (see ``chat_template.py``). As
+    in transformers, the name of a special token inside a message becomes that token.
+
+    The folder contains ``tokenizer.json``, ``tokenizer_config.json`` and a template: the file ``chat_template.jinja``,
+    or ``chat_template`` in the config. If the config has several, the one called ``default`` is used.
 
     Args:
         path: the folder.
-        chat_template: a Jinja file with the template to take; None: the folder's own.
+        chat_template: a Jinja file to use instead; None: the folder's own template.
 
     Attributes:
-        vocab_size: one more than the highest id. A model may have more rows than that; Gemma 3's text models have one
-            less, for the last id is an image's.
-        fingerprint: changes with whatever changes the ids or the mask.
-        pad_id: the padding token's id; 0 where the folder names none.
-        eos_ids: these end a text: the config's end token, and those in ``generation_config.json`` where it exists.
+        vocab_size: the highest id plus one. A model may have more embeddings than that. Gemma 3's text models have one
+            less, because the last id is that of an image.
+        fingerprint: differs between tokenizers that may give different ids or masks.
+        pad_id: the id of the padding token; 0 if the folder names none.
+        eos_ids: the ids that end a text: the config's end token, and those in ``generation_config.json`` if it exists.
 
     Raises:
-        ValueError: a file that is missing or malformed.
+        ValueError: a file is missing or malformed.
     """
 
     def __init__(self, path: str | Path, *, chat_template: str | Path | None = None) -> None:
@@ -72,21 +74,23 @@ class ChatTokenizer:
         self.fingerprint = blake2b(b"".join(blake2b(part).digest() for part in parts), digest_size=16).hexdigest()
 
     def _read_tokenizer(self) -> dict[str, Any]:
-        """All but the template; returns ``tokenizer_config.json``."""
+        """Reads everything but the template; returns ``tokenizer_config.json``."""
         if not self._path.is_dir():
-            raise ValueError(f"no folder {self._path}; `tune download` makes one of a model's name")
+            raise ValueError(f"no folder {self._path}; `tune download MODEL --output-dir FOLDER` creates one")
         tokenizer_file = self._path / "tokenizer.json"
         if not tokenizer_file.is_file():
             raise ValueError(f"no file {tokenizer_file}")
         try:
             self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # `tokenizers` raises nothing more precise
+        except Exception as error:
+            # The tokenizers library raises nothing more specific.
             raise ValueError(f"{tokenizer_file}: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special_ids = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
 
+        # Special tokens: the variables of the template, and the ids of padding and of the ends of a text.
         config = _json_object(self._path / "tokenizer_config.json")
         named = _json_object(self._path / "special_tokens_map.json", optional=True) | config
         named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
@@ -100,26 +104,27 @@ class ChatTokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
         return config
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a compiled template cannot be pickled
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the arguments, because a compiled template cannot be pickled."""
         return partial(type(self), chat_template=self._template_file), (self._path,)
 
     def encode(self, messages: Conversation) -> tuple[list[int], list[bool]]:
-        """Tokenises a conversation.
+        """Tokenizes a conversation.
 
         Every answer of the assistant is supervised, from its first character to the special token that ends the turn.
-        What the template puts before an answer (a header, an empty block of thoughts) and after its end token (a new
-        line) is not. The first supervised token is the first that ends behind the answer's start: a token merged across
-        that boundary counts, for the answer begins in it.
+        Text that the template adds before an answer (a header, an empty thinking block) or after its end token (a new
+        line) is not supervised. A token that spans the start of the answer is supervised, because the answer begins in
+        it.
 
         Args:
             messages: a checked conversation.
 
         Returns:
-            Ids (num_tokens,) and, as long, whether each is supervised.
+            Token ids, and for each whether it is supervised; two lists of the same length.
 
         Raises:
-            ValueError: the template refuses or changes the conversation, is not prefix-stable (shows a turn otherwise
-                once another follows), or ends an answer with no special token.
+            ValueError: the template refuses or changes the conversation, is not prefix-stable (renders a turn
+                differently when another follows), or ends an answer without a special token.
         """
         text = self._render(messages)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -134,33 +139,34 @@ class ChatTokenizer:
                 last += 1
             if last == len(ids):
                 raise ValueError(
-                    "the chat template ends an answer with no special token: the model could not learn to stop"
+                    "the chat template ends an answer without a special token: the model could not learn to stop"
                 )
             first = bisect_right(spans, start, key=lambda span: span[1])
+            # A special token of the header may also consume the white space at the start of the answer.
             if spans[first][0] < start and ids[first] in self._special_ids:
-                first += 1  # a special token of the header that swallows white space, the answer's own too
+                first += 1
             supervised[first : last + 1] = [True] * (last + 1 - first)
         return ids, supervised
 
     def _answer_span(self, messages: Conversation, text: str) -> tuple[int, int]:
-        """Where in ``text`` the answer that is the last of ``messages`` starts and ends."""
+        """Start and end of the last message, an answer, in ``text``."""
         *before, answer = messages
         turn, prompt = self._render(messages), self._render(before, add_generation_prompt=True)
         head, _, foot = self._render([*before, answer | {"content": _ANSWER}]).partition(_ANSWER)
         end = len(turn) - len(foot)
-        # Templates may strip an answer, no more. One that brings its own thoughts starts where others have an empty
-        # block of them in their head: right behind the prompt.
+        # A template may strip an answer, but not change it otherwise. An answer that includes its thoughts starts right
+        # after the prompt, where the template inserts an empty thinking block for other answers.
         starts = [
             len(front)
             for front in (head, prompt)
             if turn.startswith(front) and turn[len(front) : end].strip() == answer["content"].strip()
         ]
         if not starts:
-            raise ValueError("the chat template does not show an answer as it is written")
+            raise ValueError("the chat template does not render an answer as it is written")
         if not (text.startswith(turn) and turn.startswith(prompt)):
             raise ValueError(
-                "the chat template is not prefix-stable: an answer stands behind another text in training than when "
-                "the model is asked for it (Qwen3's drops earlier thoughts); keep one answer a conversation"
+                "the chat template is not prefix-stable: in training an answer follows another text than in generation "
+                "(Qwen3's template drops earlier thoughts); keep one answer per conversation"
             )
         return starts[0], end
 
@@ -172,7 +178,7 @@ class ChatTokenizer:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
     def save(self, folder: str | Path) -> None:
-        """Copies the tokenizer's files, so that transformers loads the same tokenizer and template from ``folder``."""
+        """Copies the tokenizer's files, so that transformers loads the same tokenizer and chat template."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             if (self._path / name).is_file():

@@ -1,4 +1,4 @@
-"""Chat templates as transformers renders them, but for the clock."""
+"""Renders chat templates as transformers does, but with a fixed date."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# What templates see as today. With a real clock the tokens, and so the run, would depend on the day. It is the day that
-# Llama 3.2's template takes where there is no clock.
+# The current date as templates see it. With the real date the tokens, and so the run, would depend on the day. This is
+# the date that Llama 3.2's template uses if it has no clock.
 TODAY = datetime(2024, 7, 26)
 
 
 def read_chat_template(folder: Path, config: dict[str, Any], file: Path | None) -> str:
-    """The source of the template: ``file``, else the tokenizer's own, where a file goes before the folder's config."""
+    """The source of the template: ``file`` if given, else the folder's file, else the one in its config."""
     if file is not None and not file.is_file():
         raise ValueError(f"no file {file}")
     file = file or folder / "chat_template.jinja"
@@ -30,14 +30,14 @@ def read_chat_template(folder: Path, config: dict[str, Any], file: Path | None) 
         template = {each.get("name"): each.get("template") for each in template}.get("default")
     if not isinstance(template, str):
         raise ValueError(
-            f"{folder} has no chat template (no default one): name a Jinja file with one in tokenizer.chat_template, "
-            "or take an instruction-tuned model's tokenizer"
+            f"{folder} has no chat template (no default one): name a Jinja file in tokenizer.chat_template, "
+            "or use the tokenizer of an instruction-tuned model"
         )
     return template
 
 
 def compile_chat_template(source: str) -> jinja2.Template:
-    """A template with all that transformers lets it use, in the same sandbox."""
+    """Compiles a template in the sandbox that transformers uses, with the same functions."""
     extensions: list[type[Extension]] = [_Generation, loopcontrols]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
@@ -50,7 +50,7 @@ def compile_chat_template(source: str) -> jinja2.Template:
 
 
 class _Generation(Extension):
-    """Lets ``{% generation %} ... {% endgeneration %}`` pass: the mask has no need of it."""
+    """Accepts ``{% generation %} ... {% endgeneration %}`` and ignores it: the mask does not need it."""
 
     tags = {"generation"}
 
@@ -64,4 +64,5 @@ def _raise_exception(message: str) -> None:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
+    """JSON without HTML escapes, which Jinja's own filter adds."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -1,4 +1,4 @@
-"""What a conversation has to look like, and what identifies its prompt."""
+"""Checks conversations, and computes hashes that identify a conversation and its prompt."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from adapt_recipes.errors import nearest
 
 
 def text_of(value: Any, what: str) -> str:
-    """``value``, which must be a string that UTF-8 can hold; ``what`` names it in the error."""
+    """Returns ``value`` if it is a string that UTF-8 can encode; ``what`` names it in the error."""
     if not isinstance(value, str):
         raise ValueError(f"{what} must be a string, not {type(value).__name__}")
     try:
-        value.encode()  # JSON may spell half a surrogate pair, which no tokenizer takes
+        # JSON can express half a surrogate pair, which no tokenizer accepts.
+        value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} is not valid Unicode: it holds half a surrogate pair") from None
+        raise ValueError(f"{what} is not valid Unicode: it contains half a surrogate pair") from None
     return value
 
 
 def checked_conversation(messages: Any) -> Conversation:
-    """A conversation with nothing but roles and contents, after an optional system message: user, assistant, user, ...
+    """A conversation of roles and contents alone: an optional system message, then user, assistant, user, ...
 
     Raises:
-        ValueError: what is wrong with which message; the caller knows the file and line, see :func:`error_prefix`.
+        ValueError: it names the message. The caller adds file and line with ``error_prefix``.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of {role, content} with at least a user's and an assistant's message")
@@ -40,7 +41,7 @@ def checked_conversation(messages: Any) -> Conversation:
         turn = len(conversation) - (conversation[0]["role"] == "system" if conversation else 0)
         expected = ("user", "assistant")[turn % 2]
         if role != expected and not (role == "system" and index == 0):
-            raise ValueError(f"message {index} has the role {role!r}, expected {expected!r} (system only in front)")
+            raise ValueError(f"message {index} has the role {role!r}, expected {expected!r} (system only at the start)")
         if role == "assistant" and not content.strip():
             raise ValueError(f"message {index}: the assistant's answer is empty")
         conversation.append({"role": role, "content": content})
@@ -52,7 +53,7 @@ def checked_conversation(messages: Any) -> Conversation:
 def conversation_of(
     record: Any, *, messages: str = "messages", prompt: str = "prompt", response: str = "response"
 ) -> Conversation:
-    """The conversation in a record that holds either messages or a prompt and its response, under the given keys."""
+    """The conversation in a record that has either messages, or a prompt and its response, under the given keys."""
     if not isinstance(record, Mapping):
         raise ValueError(f"must be an object with the key {messages!r}, or {prompt!r} and {response!r}")
     if messages in record:
@@ -67,7 +68,7 @@ def conversation_of(
 
 @contextmanager
 def error_prefix(where: str) -> Iterator[None]:
-    """Puts ``where: `` in front of a ``ValueError``."""
+    """Adds the prefix ``where: `` to the message of a ``ValueError``."""
     try:
         yield
     except ValueError as error:
@@ -75,16 +76,16 @@ def error_prefix(where: str) -> Iterator[None]:
 
 
 def content_hash(conversation: Conversation) -> int:
-    """63 bits that identify the messages, the same on every machine and for every tokenizer.
+    """A 63-bit hash of the messages, the same on every machine and for every tokenizer.
 
-    ``content_hash(conversation[:-1])`` identifies the prompt: everything before the last answer.
+    ``content_hash(conversation[:-1])`` is the hash of the prompt: everything before the last answer.
     """
     text = json.dumps([[message["role"], message["content"]] for message in conversation])
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def folder_of(path: str | Path) -> Path:
-    """``path`` with ``~`` expanded; refused where it is not a folder."""
+    """``path`` with ``~`` expanded, which has to be a folder."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"tasks.path: no folder {folder}")

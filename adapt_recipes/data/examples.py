@@ -1,4 +1,4 @@
-"""What a task is: before it is tokenised (``RawTask``) and after (``Task``)."""
+"""A task before it is tokenized (``RawTask``) and after (``Task``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-Message = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take it
+# {"role": ..., "content": ...}, as in chat templates.
+Message = dict[str, str]
 Conversation = list[Message]
 
 
@@ -20,10 +21,10 @@ class RawTask:
     """One task as text.
 
     Attributes:
-        name: the task, as the mixture and every log name it.
-        conversations: one an example; the last message is the assistant's.
-        validation: the validation split where the source brings its own; None: it is split off by hash of the prompt.
-        entropy: the lowest loss any model can reach, in nats a supervised token, where it is known.
+        name: of the task, in the mixture and in every log.
+        conversations: one per example; the last message is the assistant's.
+        validation: the validation split if the source has its own; None: it is split off by the hash of the prompt.
+        entropy: the lowest loss that any model can reach, in nats per supervised token, if it is known.
     """
 
     name: str
@@ -33,11 +34,11 @@ class RawTask:
 
 
 class Example(NamedTuple):
-    """One example after the causal shift: ``labels[t]`` is what follows ``tokens[t]``.
+    """One example after the causal shift: ``labels[t]`` is the token that follows ``tokens[t]``.
 
     Attributes:
         tokens: (length,) int64, all rendered tokens but the last.
-        labels: (length,) int64, ``IGNORE_INDEX`` where the position does not count in the loss.
+        labels: (length,) int64, ``IGNORE_INDEX`` at positions that do not count in the loss.
     """
 
     tokens: Tensor
@@ -46,13 +47,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised examples, flat, so that a memory map of any size serves as well as a tensor.
+    """Tokenized examples in flat tensors, which may be memory maps of any size.
 
     Attributes:
-        tokens: (num_tokens,) int32, the rendered examples one after the other.
-        supervised: (num_tokens,) bool, True for a token that is predicted and counts in the loss; never an example's
-            first token, which nothing precedes.
-        offsets: (num_examples + 1,) int64, where each example begins, and the end.
+        tokens: (num_tokens,) int32, the rendered examples, concatenated.
+        supervised: (num_tokens,) bool, True for a token that is predicted and counts in the loss. Never the first token
+            of an example, because nothing precedes it.
+        offsets: (num_examples + 1,) int64, the start of each example, and the end of the last.
         prompt_hashes: (num_examples,) int64, of everything before the last answer.
     """
 
@@ -77,33 +78,33 @@ class Examples:
         return total[self.offsets].diff()
 
     def example(self, index: int) -> Example:
-        """Example ``index`` as a model reads it."""
+        """Example ``index``, shifted for a causal model."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         tokens = self.tokens[start:end].to(torch.int64)
         labels = tokens[1:].masked_fill(~self.supervised[start + 1 : end], IGNORE_INDEX)
         return Example(tokens[:-1], labels)
 
     def select(self, indices: Sequence[int] | Tensor) -> Examples:
-        """The examples ``indices``, in that order, as a new flat block."""
+        """The examples at ``indices``, in that order, in new flat tensors."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         lengths = self.lengths[indices]
         offsets = torch.zeros(len(indices) + 1, dtype=torch.int64)
         offsets[1:] = lengths.cumsum(0)
-        # Where each selected token stands in the old block: its example's start there plus how far it is into that.
+        # The index of each selected token in the old tensors: the start of its example plus its position in it.
         source = torch.arange(int(offsets[-1])) + (self.offsets[indices] - offsets[:-1]).repeat_interleave(lengths)
         return Examples(self.tokens[source], self.supervised[source], offsets, self.prompt_hashes[indices])
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task, tokenised and split.
+    """One task, tokenized and split.
 
     Attributes:
-        name: as in the mixture and in every log.
-        train: what training draws from.
-        validation: what the objective and the results are measured on; None: the task is left out of both.
+        name: of the task, in the mixture and in every log.
+        train: the training split.
+        validation: the split for the objective and the results; None: the task is in neither.
         entropy: see ``RawTask``.
-        num_dropped: examples left out because they are longer than ``max_seq_len``.
+        num_dropped: examples dropped because they are longer than ``max_seq_len``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tasks out of a Hugging Face data set, on disk or on the hub, through ``datasets``."""
+"""Tasks from a Hugging Face dataset, on disk or on the hub, through ``datasets``."""
 
 from __future__ import annotations
 
@@ -26,35 +26,36 @@ def hf_tasks(
     prompt: str = "prompt",
     response: str = "response",
 ) -> list[RawTask]:
-    """One task a split, or one a configuration, of a data set.
+    """One task per split, or one per configuration, of a dataset.
 
     Args:
         path: a folder written by ``save_to_disk``, or a folder of such folders, its configurations (both are read
-            without network); or what ``datasets.load_dataset`` takes: a name on the hub, a folder of data files.
-        task_per: what a task is.
-        names: which splits or configurations, in which order; None: all, in the data set's order.
-        configuration: with ``task_per="split"``: the one whose splits are meant.
-        split: with ``task_per="configuration"``: the split of each that is trained on.
-        validation_split: with ``task_per="configuration"``: the split of each that is validated on; None: split off.
-        messages: the column of the conversations, lists of ``{role, content}``, or, where there is none,
-        prompt: the column of the user's message, and
-        response: the column of the assistant's.
+            without network); or an argument of ``datasets.load_dataset``: a name on the hub, a folder of data files.
+        task_per: whether a task is a split or a configuration.
+        names: which splits or configurations, in which order; None: all, in the order of the dataset.
+        configuration: with ``task_per="split"``: the configuration whose splits are the tasks.
+        split: with ``task_per="configuration"``: the split of each to train on.
+        validation_split: with ``task_per="configuration"``: the split of each to validate on; None: split off.
+        messages: the column of the conversations, lists of ``{role, content}``.
+        prompt: the column of the user's message, if there is no column ``messages``.
+        response: the column of the assistant's message, if there is no column ``messages``.
 
     Raises:
-        ValueError: a data set that cannot be loaded; an unknown split, configuration or column; a row that is no
-            conversation, by split and row.
+        ValueError: the dataset cannot be loaded; a split, configuration or column is unknown; a row is no conversation
+            (it names split and row).
     """
     if task_per not in ("split", "configuration"):
         allowed = nearest(str(task_per), ("split", "configuration"))
         raise ValueError(f"tasks.task_per: {task_per!r} is not allowed{allowed}")
     if task_per == "split" and validation_split is not None:
         raise ValueError(
-            "tasks.validation_split goes with task_per: configuration; with task_per: split every split is a task"
+            "tasks.validation_split is for task_per: configuration; with task_per: split every split is a task"
         )
     if task_per == "configuration" and configuration is not None:
-        raise ValueError("tasks.configuration goes with task_per: split; tasks.names chooses among configurations")
+        raise ValueError("tasks.configuration is for task_per: split; tasks.names chooses among configurations")
 
-    if str(path).startswith((".", "/", "~")):  # surely no name on the hub, which would be asked for a long time
+    # This cannot be a name on the hub, where a missing one takes long to report.
+    if str(path).startswith((".", "/", "~")):
         folder_of(path)
 
     def conversations(splits: dict[str, Any], name: str, where: str) -> list[Conversation]:
@@ -63,6 +64,7 @@ def hf_tasks(
         with error_prefix(f"{where}, split {name!r}"):
             return _conversations(splits[name], messages, prompt, response)
 
+    # A task per split, or per configuration.
     if task_per == "split":
         splits = _splits(path, configuration)
         return [RawTask(name, conversations(splits, name, str(path))) for name in names or splits]
@@ -75,7 +77,7 @@ def hf_tasks(
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote ``folder``: several splits, or a single one."""
+    """Whether ``save_to_disk`` wrote ``folder``: with several splits, or a single one."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
@@ -89,7 +91,7 @@ def _configurations(path: str | Path) -> list[str]:
 
 
 def _splits(path: str | Path, configuration: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a data set by name; a data set saved without a name for its only split has it under ``train``."""
+    """The splits of a dataset by name. A dataset saved with a single split without a name has it under ``train``."""
     folder = Path(path).expanduser() / (configuration or "")
     with _loading(path, configuration):
         if _is_saved(folder):
@@ -101,13 +103,13 @@ def _splits(path: str | Path, configuration: str | None) -> dict[str, datasets.D
 
 @contextmanager
 def _loading(path: str | Path, configuration: str | None = None) -> Iterator[None]:
-    """Whatever ``datasets`` raises, in one line."""
+    """Turns any exception of ``datasets`` into one line."""
     try:
         yield
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         named = f"{path}, configuration {configuration!r}" if configuration else f"{path}"
-        raise ValueError(f"tasks.path: cannot load the data set {named}: {reason}") from error
+        raise ValueError(f"tasks.path: cannot load the dataset {named}: {reason}") from error
 
 
 def _conversations(dataset: datasets.Dataset, messages: str, prompt: str, response: str) -> list[Conversation]:

@@ -1,4 +1,4 @@
-"""Tasks out of a folder with one JSON Lines file a task."""
+"""Tasks from a folder with one JSON Lines file per task."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from adapt_recipes.data.examples import Conversation, RawTask
 
 
 def jsonl_tasks(path: str | Path) -> list[RawTask]:
-    """One task for every ``path/NAME.jsonl``, called NAME, by name.
+    """One task for every ``path/NAME.jsonl``, called NAME, in alphabetical order.
 
     A line is ``{"messages": [{"role": ..., "content": ...}, ...]}`` or ``{"prompt": ..., "response": ...}``. Other keys
     are ignored, and so are empty lines.
 
     Raises:
-        ValueError: no folder, no file, an empty file, or a line that is not as above, by file and line.
+        ValueError: there is no folder or no file, a file is empty, or a line is malformed; it names file and line.
     """
     folder = folder_of(path)
     files = sorted(folder.glob("*.jsonl"))
@@ -27,7 +27,8 @@ def jsonl_tasks(path: str | Path) -> list[RawTask]:
 
 def _conversations(file: Path) -> list[Conversation]:
     conversations = []
-    with file.open("rb") as lines:  # bytes: a line ends at \n alone, and an error in the encoding has a line too
+    # Bytes: so only \n ends a line, and an encoding error has a line number.
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 with error_prefix(f"{file}, line {number}"):

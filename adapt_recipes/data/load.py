@@ -1,4 +1,4 @@
-"""The ``tasks`` node of a config: where tasks come from, and how they are split."""
+"""The ``tasks`` node of a config: the source of the tasks, and how they are split."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from adapt_recipes.training.process_group import raise_on_all_ranks
 
 
 class TasksConfig(Component):
-    """A component that returns a list of ``RawTask``, and what holds for the tasks of every source."""
+    """A component that returns a list of ``RawTask``, and the settings that tasks of every source have."""
 
     validation_examples: Annotated[int, Field(ge=1)] = 32
-    """prompts of each task held out for validation; tasks that bring a validation split keep their own"""
+    """prompts of each task held out for validation; a task with a validation split of its own keeps that"""
     max_examples_per_task: Annotated[int, Field(ge=1)] | None = None
-    """use at most as many examples of each task"""
+    """use at most this many examples of each task"""
     no_validation: list[str] = []
-    """tasks that are trained on but left out of the objective and of the results"""
+    """tasks to train on, but to leave out of the objective and of the results"""
     cache_dir: Annotated[str | None, FREE_AT_RESUME] = None
-    """where tokenised tasks are kept; default: $XDG_CACHE_HOME/adapt_recipes, or ~/.cache/adapt_recipes"""
+    """folder of the cache of tokenized tasks; default: $XDG_CACHE_HOME/adapt_recipes, or ~/.cache/adapt_recipes"""
 
     @property
     def cache_folder(self) -> Path:
@@ -36,15 +36,15 @@ class TasksConfig(Component):
 
 
 def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list[Task]:
-    """Read, tokenise (or read from the cache) and split the tasks of a config.
+    """Reads the tasks of a config, tokenizes them (or reads them from the cache), and splits them.
 
     Args:
         config: the ``tasks`` node.
-        tokenizer: a ``ChatTokenizer`` or anything with its ``encode`` and ``fingerprint``.
+        tokenizer: a ``ChatTokenizer``, or an object with its ``encode`` and ``fingerprint``.
         max_seq_len: rendered tokens; longer examples are dropped and counted.
 
     Raises:
-        ValueError: the file and line, or the task, and what is wrong with it.
+        ValueError: it names the file and line, or the task.
     """
     tasks = prepare_tasks(
         config.build(),
@@ -56,12 +56,12 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         cache_dir=config.cache_folder,
     )
     if all(task.validation is None for task in tasks):
-        raise ValueError("tasks.no_validation: it names every task; leave one at least to validate on")
+        raise ValueError("tasks.no_validation: it names every task; leave at least one to validate on")
     return tasks
 
 
 def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) -> tuple[Any, list[Task]]:
-    """The tokenizer and the tasks of a config, on every process; the first of each host fills the cache.
+    """The tokenizer and the tasks of a config, on every process. The first process of each host fills the cache.
 
     Args:
         config: the ``tasks`` node.
@@ -83,7 +83,7 @@ def max_token(tasks: Sequence[Task]) -> int:
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
-    """Identifies all that a run reads: a resume on other data is refused by it."""
+    """A hash of everything that a run reads. A resume on other data is refused by it."""
     digest = blake2b(digest_size=16)
     for task in tasks:
         digest.update(task.name.encode() + b"\0")

@@ -1,15 +1,33 @@
-"""Tokenises tasks, drops what is too long, and splits off what validates."""
+"""Tokenizes tasks, drops examples that are too long, and splits off the validation examples.
+
+The result does not depend on the number of workers, the order of the tasks, or the state of the cache. The steps:
+
+1. Every conversation is tokenized, or read from the cache, whose entries depend on the conversations and the tokenizer
+   alone.
+2. Examples longer than ``max_seq_len`` are dropped and counted, never cut.
+3. If a task has more than ``max_examples_per_task`` examples, those with the smallest hash of the whole conversation
+   are kept.
+4. Every task that is in the objective and has no validation split of its own holds out ``validation_examples`` of its
+   prompts: those with the smallest hash. A prompt is everything before the last answer, as roles and texts, so its hash
+   depends neither on the tokenizer nor on a seed.
+5. A task that is split here validates on every example whose prompt is held out by any task, that is, on
+   ``validation_examples`` prompts or more. No task trains on a prompt on which another task validates: a task that is
+   not in the objective, or has its own validation split, loses such examples.
+
+A task's own validation split is used unchanged except for step 2, and its prompts are held out from all *other* tasks.
+Inside the task the split of the source is kept: rows that are meant to be memorized stay in both splits.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from adapt_recipes.data.examples import Examples, RawTask, Task
-from adapt_recipes.data.tokenise import ConversationTokenizer, Tokenised, tokenise
+from adapt_recipes.data.tokenize import ConversationTokenizer, Tokenized, tokenize
 from adapt_recipes.errors import nearest
 
 
@@ -24,40 +42,57 @@ def prepare_tasks(
     num_workers: int | None = None,
     cache_dir: str | Path,
 ) -> list[Task]:
-    """Tokenises and splits tasks.
-
-    The result is the same whatever the number of workers, the order of the tasks and the state of the cache. In turn:
-
-    1. Every conversation is tokenised, or read from ``cache_dir``, whose entries depend on the conversations and the
-       tokenizer alone.
-    2. Examples longer than ``max_seq_len`` are dropped and counted, never cut.
-    3. Of more than ``max_examples_per_task`` examples those with the smallest hash of the whole conversation stay.
-    4. Every task that is in the objective and brings no validation split of its own holds ``validation_examples`` of
-       its prompts for validation: those with the smallest hash. A prompt is everything before the last answer, as roles
-       and texts; so its hash knows neither the tokenizer nor a seed.
-    5. A task that is split here validates on every example whose prompt is held, whichever task holds it, so on
-       ``validation_examples`` prompts or more. No task trains on a prompt that another validates on: a task that is out
-       of the objective, or brings its own validation split, loses such examples.
-
-    A validation split that a task brings is used as it is, but for step 2, and holds its prompts against all *other*
-    tasks. Inside the task the source is taken at its word: rows that are there to be memorised stay in both splits.
+    """Tokenizes and splits tasks; see the module.
 
     Args:
         raw_tasks: the tasks, in the order of the result.
         tokenizer: see ``ConversationTokenizer``.
-        max_seq_len: the most rendered tokens an example may have.
-        validation_examples: prompts that a task holds, at least 1.
-        max_examples_per_task: bound on a task's training and validation examples together (a validation split that it
-            brings not counted); None: all.
-        no_validation: names of tasks left out of the objective: their ``validation`` is None.
-        num_workers: processes that tokenise; None: as many as there are usable cores.
+        max_seq_len: rendered tokens that an example may have at most.
+        validation_examples: prompts that a task holds out, at least 1.
+        max_examples_per_task: bound on a task's training and validation examples together (not counting a validation
+            split of its own); None: all.
+        no_validation: names of tasks that are not in the objective: their ``validation`` is None.
+        num_workers: processes that tokenize; None: one per usable core.
         cache_dir: folder of the cache.
 
     Raises:
-        ValueError: an unknown or doubled task name; a conversation that is malformed or has no supervised token, by
-            task and example; a task with no example short enough, or too few prompts to hold some and train on others.
+        ValueError: a task name is unknown or duplicated; a conversation is malformed or has no supervised token (it
+            names task and example); a task has no example that is short enough, or too few prompts to hold some out.
     """
     names = [task.name for task in raw_tasks]
+    _check_names(names, no_validation)
+    for key, value in (("validation_examples", validation_examples), ("max_examples_per_task", max_examples_per_task)):
+        if value is not None and value < 1:
+            raise ValueError(f"tasks.{key}: {value} is not allowed; at least 1")
+
+    # Step 1: tokenize the conversations, and the tasks' own validation splits.
+    objective = [task for task in raw_tasks if task.name not in no_validation]
+    sources = {_label(task.name): task.conversations for task in raw_tasks}
+    own_splits = {task.name: task.validation for task in objective if task.validation is not None}
+    sources |= {_label(name, "validation example"): conversations for name, conversations in own_splits.items()}
+    tokenized = tokenize(sources, tokenizer, num_workers=num_workers, cache_dir=Path(cache_dir).expanduser())
+
+    # Steps 2 and 3: drop examples that are too long or too many. By task.
+    available: dict[str, Examples] = {}
+    own_validation: dict[str, Examples] = {}
+    num_dropped: dict[str, int] = {}
+    for name in names:
+        available[name], num_dropped[name] = _fitting(_label(name), tokenized, max_seq_len, max_examples_per_task)
+        if name in own_splits:
+            own_validation[name], dropped = _fitting(_label(name, "validation example"), tokenized, max_seq_len, None)
+            num_dropped[name] += dropped
+
+    # Steps 4 and 5: hold out prompts, and split.
+    validators = _validators([task.name for task in objective], available, own_validation, validation_examples)
+    tasks = []
+    for task in raw_tasks:
+        train, held_out = _split(task.name, available[task.name], own_validation.get(task.name), validators)
+        validation = None if task.name in no_validation else own_validation.get(task.name, held_out)
+        tasks.append(Task(task.name, train, validation, task.entropy, num_dropped[task.name]))
+    return tasks
+
+
+def _check_names(names: Sequence[str], no_validation: Collection[str]) -> None:
     if not names:
         raise ValueError("tasks: there is no task")
     if twice := [name for name in names if names.count(name) > 1]:
@@ -65,66 +100,51 @@ def prepare_tasks(
     for name in no_validation:
         if name not in names:
             raise ValueError(f"tasks.no_validation: no task {name!r}{nearest(name, names)}")
-    for key, value in {
-        "validation_examples": validation_examples,
-        "max_examples_per_task": max_examples_per_task,
-    }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"tasks.{key}: {value} is not allowed, at least 1")
 
-    objective = [task for task in raw_tasks if task.name not in no_validation]
-    sources = {_label(task.name): task.conversations for task in raw_tasks}
-    brought = {task.name: task.validation for task in objective if task.validation is not None}
-    sources |= {_label(name, "validation example"): conversations for name, conversations in brought.items()}
-    tokenised = tokenise(sources, tokenizer, num_workers=num_workers, cache_dir=Path(cache_dir).expanduser())
 
-    available: dict[str, Examples] = {}  # by task, without a validation split that the task brings
-    given: dict[str, Examples] = {}  # by task, that split
-    num_dropped: dict[str, int] = {}
-    for name in names:
-        available[name], num_dropped[name] = _fitting(_label(name), tokenised, max_seq_len, max_examples_per_task)
-        if name in brought:
-            given[name], dropped = _fitting(_label(name, "validation example"), tokenised, max_seq_len, None)
-            num_dropped[name] += dropped
-
-    held: set[int] = set()  # every prompt that some task holds
-    for task in objective:
-        if task.name in given:
-            held.update(given[task.name].prompt_hashes.tolist())
+def _validators(
+    objective: Sequence[str],  # names of tasks
+    available: Mapping[str, Examples],
+    own_validation: Mapping[str, Examples],
+    validation_examples: int,
+) -> Counter[int]:
+    """For the hash of every prompt that a task holds out, the number of tasks that validate on it."""
+    held_out: set[int] = set()
+    for name in objective:
+        if name in own_validation:
+            held_out.update(own_validation[name].prompt_hashes.tolist())
         else:
-            held.update(_smallest_prompts(task.name, available[task.name], validation_examples))
-    validators: Counter[int] = Counter()  # by prompt: how many tasks validate on it
-    for task in objective:
-        prompts = given.get(task.name, available[task.name]).prompt_hashes.tolist()
-        validators.update(held.intersection(prompts))
+            held_out.update(_smallest_prompts(name, available[name], validation_examples))
+    validators: Counter[int] = Counter()
+    for name in objective:
+        validators.update(held_out.intersection(own_validation.get(name, available[name]).prompt_hashes.tolist()))
+    return validators
 
-    tasks = []
-    for task in raw_tasks:
-        name, examples = task.name, available[task.name]
-        own = set(given[name].prompt_hashes.tolist()) if name in given else set()
-        is_held = torch.tensor([validators[prompt] > (prompt in own) for prompt in examples.prompt_hashes.tolist()])
-        if is_held.all():
-            raise ValueError(
-                f"task {name!r}: no example is left to train on, for other tasks validate on all of its prompts"
-            )
-        validation = given.get(name)
-        if name not in no_validation and name not in given:
-            validation = examples.select(is_held.nonzero().flatten())
-        train = examples.select((~is_held).nonzero().flatten())
-        tasks.append(Task(name, train, validation, task.entropy, num_dropped[name]))
-    return tasks
+
+def _split(
+    name: str, examples: Examples, own_validation: Examples | None, validators: Counter[int]
+) -> tuple[Examples, Examples]:
+    """The training examples of a task, and those with held-out prompts."""
+    # A prompt in the task's own validation split is held out only if another task validates on it as well.
+    own = set() if own_validation is None else set(own_validation.prompt_hashes.tolist())
+    is_held = torch.tensor([validators[prompt] > (prompt in own) for prompt in examples.prompt_hashes.tolist()])
+    if is_held.all():
+        raise ValueError(
+            f"task {name!r}: no example is left to train on, because other tasks validate on all of its prompts"
+        )
+    return examples.select((~is_held).nonzero().flatten()), examples.select(is_held.nonzero().flatten())
 
 
 def _label(name: str, kind: str = "example") -> str:
-    """What an error calls an example of a task."""
+    """The name of an example of a task in an error; its number follows."""
     return f"task {name!r}, {kind}"
 
 
 def _fitting(
-    where: str, tokenised: dict[str, Tokenised], max_seq_len: int, at_most: int | None
+    where: str, tokenized: dict[str, Tokenized], max_seq_len: int, at_most: int | None
 ) -> tuple[Examples, int]:
-    """What is short enough, of that the ``at_most`` with the smallest hash in the old order; how many are too long."""
-    examples, hashes = tokenised[where].examples, tokenised[where].content_hashes
+    """The examples that are short enough (the ``at_most`` with the smallest hash), and how many are too long."""
+    examples, hashes = tokenized[where].examples, tokenized[where].content_hashes
     indices = (examples.lengths <= max_seq_len).nonzero().flatten()
     if not len(indices):
         shortest = int(examples.lengths.min())
@@ -136,11 +156,11 @@ def _fitting(
 
 
 def _smallest_prompts(name: str, examples: Examples, validation_examples: int) -> list[int]:
-    """The prompts that task ``name`` holds for validation."""
+    """The hashes of the prompts that task ``name`` holds out for validation."""
     prompts = sorted(set(examples.prompt_hashes.tolist()))
     if len(prompts) <= validation_examples:
         raise ValueError(
             f"tasks.validation_examples: {validation_examples} is too many for task {name!r}, which has {len(prompts)} "
-            "different prompts and must train on one at least; lower it, or list the task in tasks.no_validation"
+            "different prompts and must train on at least one; lower it, or list the task in tasks.no_validation"
         )
     return prompts[:validation_examples]

@@ -1,4 +1,4 @@
-"""Which example comes next, so that every task gets the share of supervised tokens the mixture gives it."""
+"""Draws examples so that every task gets the share of supervised tokens that the mixture gives it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Draw(NamedTuple):
     Attributes:
         task: index of the task.
         example_index: of the example in the task's training split.
-        num_supervised_tokens: those that count; fewer than the example has only where the budget ends within it.
-        first_time: whether this is the task's first pass.
+        num_supervised_tokens: those that count; fewer than the example has only if the budget ends within it.
+        first_time: whether this is the task's first epoch.
     """
 
     task: int
@@ -30,12 +30,12 @@ class Draw(NamedTuple):
 
 
 class TokenSampler:
-    """Largest deficit first: ``p`` is the share of *supervised tokens*, whatever the length of a task's examples.
+    """The deficit sampler: ``p`` is a task's share of *supervised tokens*, however long its examples are.
 
-    For an example of ``l`` supervised tokens drawn from task ``k``: ``d += p * l; d[k] -= l``; the next one comes from
-    ``argmax d`` over tasks with ``p > 0``, ties to the first. The share spent stays within O(1) examples of ``p`` for
-    ever, also while ``p`` drifts. Within a task every example comes once before any comes twice, in an order that
-    depends on the seed, the task's name and the pass alone.
+    The task with the largest deficit comes next. For an example of ``l`` supervised tokens drawn from task ``k``,
+    ``d += p * l; d[k] -= l``. The next example comes from ``argmax d`` over tasks with ``p > 0``, ties to the first.
+    The share spent always stays within O(1) examples of ``p``, also while ``p`` changes. Within a task every example
+    comes once before any comes twice, in an order that depends on the seed, the task's name and the epoch alone.
 
     Args:
         tasks: the tasks, in the order of the mixture.
@@ -45,19 +45,20 @@ class TokenSampler:
     def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
         self._tasks = tasks
         self._seed = seed
-        # numpy, because this loop runs once an example and a small tensor operation costs several times as much
+        # numpy, because draw loops over examples and operations on small tensors are several times slower.
         self._lengths = [task.train.num_supervised.numpy() for task in tasks]
         self._deficits = np.zeros(len(tasks))
         self._num_drawn = np.zeros(len(tasks), dtype=np.int64)
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # task -> (pass, order); derived, never saved
+        # task -> (epoch, order). Computed from the seed, so it is not part of the state.
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def draw(self, probabilities: Tensor, *, max_examples: int, max_tokens: int) -> list[Draw]:
         """The examples of one step.
 
         Args:
             probabilities: (num_tasks,) float64.
-            max_examples: stop after as many examples.
-            max_tokens: stop after as many supervised tokens; the last example is counted only up to there.
+            max_examples: stop after this many examples.
+            max_tokens: stop after this many supervised tokens; the last example counts only up to there.
 
         Returns:
             At least one example.
@@ -68,13 +69,13 @@ class TokenSampler:
         draws: list[Draw] = []
         while len(draws) < max_examples and max_tokens > 0:
             task = int(np.argmax(self._deficits - closed))
-            num_pass, position = divmod(int(self._num_drawn[task]), len(self._lengths[task]))
-            index = int(self._order(task, num_pass)[position])
+            epoch, position = divmod(int(self._num_drawn[task]), len(self._lengths[task]))
+            index = int(self._order(task, epoch)[position])
             length = int(self._lengths[task][index])
             self._num_drawn[task] += 1
             self._deficits += shares * length
             self._deficits[task] -= length
-            draws.append(Draw(task, index, min(length, max_tokens), num_pass == 0))
+            draws.append(Draw(task, index, min(length, max_tokens), epoch == 0))
             max_tokens -= length
         return draws
 
@@ -86,14 +87,14 @@ class TokenSampler:
 
     @property
     def num_drawn(self) -> Tensor:
-        """(num_tasks,) int64: examples drawn from each task since the run began."""
+        """(num_tasks,) int64, examples drawn from each task since the run began."""
         return torch.from_numpy(self._num_drawn.copy())
 
-    def _order(self, task: int, num_pass: int) -> np.ndarray:
-        """The task's order in one pass, (num_examples,) int64."""
-        if task not in self._orders or self._orders[task][0] != num_pass:
-            generator = _generator("order", self._seed, self._tasks[task].name, num_pass)
-            self._orders[task] = (num_pass, torch.randperm(len(self._lengths[task]), generator=generator).numpy())
+    def _order(self, task: int, epoch: int) -> np.ndarray:
+        """The order of the task's examples in one epoch, (num_examples,) int64."""
+        if task not in self._orders or self._orders[task][0] != epoch:
+            generator = _generator("order", self._seed, self._tasks[task].name, epoch)
+            self._orders[task] = (epoch, torch.randperm(len(self._lengths[task]), generator=generator).numpy())
         return self._orders[task][1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class TokenSampler:
 
 
 def count_tokens(draws: Sequence[Draw], num_tasks: int) -> Tensor:
-    """(num_tasks,) int64: supervised tokens of the draws, by task."""
+    """(num_tasks,) int64, supervised tokens of the draws by task."""
     counts = torch.zeros(num_tasks, dtype=torch.int64)
     for draw in draws:
         counts[draw.task] += draw.num_supervised_tokens
@@ -118,20 +119,20 @@ def count_unique(draws: Sequence[Draw]) -> int:
 
 
 def draw_names(draws: Sequence[Draw], tasks: Sequence[Task]) -> list[str]:
-    """What an error calls each of the draws."""
+    """The name of each draw in an error."""
     return [f"training example {draw.example_index} of task '{tasks[draw.task].name}'" for draw in draws]
 
 
 def sample_one_hot(probabilities: Tensor, *, seed: int, step: int) -> Tensor:
-    """A mixture of one task alone, drawn from a mixture: MoS (arXiv 2406.08811) takes each batch from one dataset.
+    """Samples one task: MoS (arXiv 2406.08811) takes each batch from one dataset.
 
     Args:
-        probabilities: (num_tasks,) float64: the chance of each task to be drawn.
+        probabilities: (num_tasks,) float64, the probability of each task.
         seed: of the run.
-        step: that the batch is for; a seed and a step give the same task every time.
+        step: of the batch; the same seed and step give the same task.
 
     Returns:
-        (num_tasks,) float64, 1 for the task that was drawn.
+        (num_tasks,) float64, 1 for the sampled task and 0 for the others.
     """
     task = torch.multinomial(probabilities, 1, generator=_generator("task", seed, step))
     return torch.zeros_like(probabilities).scatter(0, task, 1.0)
@@ -141,21 +142,21 @@ def validation_examples(tasks: Sequence[Task], count: int | None = None) -> list
     """The validation split, each example with the index of its task.
 
     Args:
-        tasks: in the order of the mixture; those without a validation split have no part in it.
-        count: only the first so many of each task, the same ones every time; None: all.
+        tasks: in the order of the mixture; those without a validation split are skipped.
+        count: the first ``count`` examples of each task, always the same ones; None: all.
     """
     splits = [(i, task.validation) for i, task in enumerate(tasks) if task.validation is not None]
     return [(i, split.example(k)) for i, split in splits for k in range(len(split))[:count]]
 
 
 def random_examples(tasks: Sequence[Task], count: int, *, seed: int, update: int | None) -> list[tuple[int, Example]]:
-    """Training examples for a probe, each with the index of its task: fresh at each update, apart from the sampler's.
+    """Random training examples for a probe, each with the index of its task; independent of what the sampler draws.
 
     Args:
         tasks: in the order of the mixture.
-        count: how many of each task; all of them where there are fewer.
+        count: examples of each task; all of them if it has fewer.
         seed: of the run.
-        update: number of the mixture update; None: the pool, which is the same at all of them.
+        update: number of the mixture update, each with other examples; None: the pool, the same at every update.
     """
     examples = []
     for i, task in enumerate(tasks):
@@ -165,6 +166,6 @@ def random_examples(tasks: Sequence[Task], count: int, *, seed: int, update: int
 
 
 def _generator(*key: object) -> torch.Generator:
-    """A generator seeded by all of ``key``, the same on every machine."""
+    """A generator seeded by ``key``, the same on every machine."""
     digest = blake2b("\0".join(map(str, key)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -1,4 +1,4 @@
-"""Tables to memorise: tasks that learn at different speeds, made by code, whose best possible loss is known."""
+"""Tables to memorize: generated tasks that are learned at different speeds, with a known lowest loss."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from adapt_recipes.data.examples import Conversation, RawTask
 
 NUM_FACTS = (2, 8, 32, 64, 128, 256, 512)
 # The large tables need many rows: with 1,500 rows for 512 facts some facts never occur in training, and every mixture
-# sits on the same floor.
+# ends at the same loss.
 NUM_TRAIN_ROWS = (8000, 6000, 4000, 3000, 4000, 6000, 10000)
 NUM_NOISE_ROWS = 6000
 NUM_KEYS = 1024
 ANSWERS = ascii_lowercase[:16]
-KEY_DIGITS = ascii_lowercase[:22] + digits  # base 32: a key is two of these
+# Base 32: a key is two of these.
+KEY_DIGITS = ascii_lowercase[:22] + digits
 
 
 def toy_tasks(*, noise: bool = False, seed: int = 0, num_validation_rows: int = 256) -> list[RawTask]:
-    """Seven random tables of 2 to 512 facts, and by option a task of labels that cannot be learned.
+    """Seven random tables of 2 to 512 facts, and optionally a task of random labels, which cannot be learned.
 
-    A prompt is three bytes, the table's letter and one of 1024 keys; its answer is one of 16 letters. Memorising is the
-    task, so training and validation rows are drawn from the same table: the split by prompt that other sources get does
-    not apply. The noise task draws a fresh label for every row.
+    A prompt is three bytes: the table's letter and one of 1024 keys. Its answer is one of 16 letters. The task is to
+    memorize, so training and validation rows come from the same table; the split by prompt of other sources does not
+    apply. The noise task draws a new random label for every row.
 
     The names carry the number of facts (``facts_512``, ``noise``). The true entropies are 0, and ln 16 for noise.
 
     Args:
         noise: add the task of random labels.
         seed: of the tables and rows.
-        num_validation_rows: validation rows a task.
+        num_validation_rows: validation rows per task.
     """
     rng = random.Random(f"toy {seed}")
     keys = [high + low for high in KEY_DIGITS for low in KEY_DIGITS]

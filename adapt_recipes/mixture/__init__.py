@@ -1,4 +1,4 @@
-"""Mixtures: how the budget is shared between tasks. Pure maths on small tensors; no model, no data."""
+"""Mixtures: the shares of the tasks in the budget. Computed on small tensors, without the model or the data."""
 
 from adapt_recipes.mixture.adapt import Adapt
 from adapt_recipes.mixture.bandit import Exp3

@@ -1,21 +1,20 @@
 """ADAPT: a task mixture learned by meta-gradients under a token budget (arXiv 2512.04555), in its one-step form.
 
-The paper's abstract fixes the idea: a distribution over tasks, updated by meta-gradients of a smooth worst-case
-validation objective with entropy regularisation. Neither code nor hyper-parameters are public, so what follows is *our
-reading* of it, and every default below is *ours*. With one logit a_i a task:
+The paper's abstract gives the idea: a distribution over tasks, updated by meta-gradients of a smooth worst-case
+validation objective with entropy regularization. Neither code nor hyperparameters are public, so this is *our reading*
+of it, and every default below is *ours*. With one logit a_i per task:
 
     (1)  s = softmax(a),   p = (1 - floor) s + floor / N                               the mixture
     (2)  theta'(p) = theta - eta * sum_i p_i g_i,   g_i = grad L_train_i(theta)        one look-ahead step
     (3)  F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p)                     smooth worst case, entropy
          l_j = (L_val_j(theta') - r_j) / c_j
     (4)  v = sum_j w_j / c_j * grad L_val_j(theta'),   w = softmax(beta l)             one aggregated gradient
-    (5)  dF/dp_i = -u_i + lambda (log p_i + 1),   u_i = eta <v, g_i>                   u_i: what a unit of p_i is worth
+    (5)  dF/dp_i = -u_i + lambda (log p_i + 1),   u_i = eta <v, g_i>                   u_i: the value of a unit of p_i
     (6)  a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)                      gradient descent on F through (1)
 
-r_j, what losses are counted from, is 0, or a reference (``adapt_recipes.mixture.reference``) that keeps a task which
-cannot be learned from being the worst case. (2) is linear in p, so (5) is exact and needs first derivatives only. The
-model is the recipe's business: it measures validation losses and dot products <v, g_i> (``adapt_recipes.signals``), v
-at theta' or, to first order in eta, at theta.
+The reference r_j is 0, or a loss (``adapt_recipes.mixture.reference``) with which a task that cannot be learned is not
+the worst case. (2) is linear in p, so (5) is exact and needs first derivatives only. The recipe computes (2), the
+gradient in (4) and the dot products in (5) with the model, v at theta' or, to first order in eta, at theta.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from adapt_recipes.errors import nearest
 from adapt_recipes.mixture.common import copied_state, floored, load_state, number
 from adapt_recipes.mixture.reference import Reference
 
-# Ours. The smallest divisor c_j, in nats a token: dividing by next to nothing would make a task that the base model
-# already masters the worst case of (3).
-SMALLEST_NORMALISER = 0.1
+# The smallest divisor c_j, in nats per supervised token (ours). Without it, a task that the base model has already
+# mastered would become the worst case of (3), because its loss would be divided by almost 0.
+MIN_NORMALIZER = 0.1
 
 _STATE = ("logits", "values", "first_losses")
 
@@ -44,22 +43,23 @@ class Adapt:
         task_names: the tasks, in order.
         num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
         budget_tokens: supervised tokens to spend; only ``reference: asymptote`` uses it.
-        meta_lr: rho of (6), >= 0 (ours); 0 keeps the mixture uniform to the last bit.
+        meta_lr: rho of (6), >= 0 (ours); with 0 the mixture stays uniform to the last bit.
         entropy_weight: lambda of (3), >= 0 (ours).
-        sharpness: beta of (3), > 0 (ours): near 0 the mean of the losses, large their maximum.
-        floor: the part of the mixture spread evenly, 0 <= floor < 1 (ours).
-        normalize: ``initial``: c_j is the first validation loss measured, at least ``SMALLEST_NORMALISER``;
-            ``none``: c_j = 1 (ours).
+        sharpness: beta of (3), > 0 (ours): near 0 the mean of the losses, if large their maximum.
+        floor: the part of the mixture that is distributed evenly, 0 <= floor < 1 (ours).
+        normalize: ``initial``: c_j is the first measured validation loss, at least ``MIN_NORMALIZER``; ``none``:
+            c_j = 1 (ours).
         reference: r_j of (3) (ours): null: 0; a mapping of each task's name to a loss, or the path of a JSON file with
             one; ``initial`` or ``asymptote``.
-        center_and_scale: replace u by z = (u - mean u) / rms(u - mean u) and rho by rho * N in (5) and (6) (ours): the
-            part common to all u_i can be many times their differences, and their size depends on model and data. All
-            u_i equal (to 1e-9 of their size): no move at all. False: the exact gradient step.
-        averaging: share of the old in the running mean of u over updates, 0 <= averaging < 1 (ours); 0: the newest u.
-        lookahead_lr: eta of (2), > 0, the step that the recipe looks ahead (ours).
+        center_and_scale: replace u by z = (u - mean u) / rms(u - mean u), and rho by rho * N, in (5) and (6) (ours).
+            The part common to all u_i can be many times larger than their differences, and their size depends on model
+            and data. If all u_i are equal (to 1e-9 of their size), the logits do not change. False: the exact gradient
+            step.
+        ema_decay: weight of the old in the running mean of u over updates, 0 <= ema_decay < 1 (ours); 0: the newest u.
+        lookahead_lr: eta of (2), > 0, the step size of the recipe's look-ahead step (ours).
 
     Raises:
-        ValueError: if an argument is out of range; one line that names it.
+        ValueError: an argument is out of range; one line that names it.
     """
 
     observes: tuple[str, ...] = ("validation_losses", "gradient_dots")
@@ -77,9 +77,10 @@ class Adapt:
         normalize: str = "initial",
         reference: str | Mapping[str, float] | None = None,
         center_and_scale: bool = True,
-        averaging: float = 0.7,
+        ema_decay: float = 0.7,
         lookahead_lr: float = 0.1,
     ) -> None:
+        # Arguments.
         if normalize not in ("initial", "none"):
             raise ValueError(f"mixture.normalize: {normalize!r}{nearest(str(normalize), ['initial', 'none'])}")
         if not isinstance(center_and_scale, bool):
@@ -88,80 +89,78 @@ class Adapt:
         self.entropy_weight = number("entropy_weight", entropy_weight, at_least=0)
         self.sharpness = number("sharpness", sharpness, above=0)
         self.floor = number("floor", floor, at_least=0, below=1)
-        self.averaging = number("averaging", averaging, at_least=0, below=1)
+        self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
         self.lookahead_lr = number("lookahead_lr", lookahead_lr, above=0)
         self.normalize = normalize
         self.center_and_scale = center_and_scale
         self.reference = Reference(reference, task_names=task_names, budget_tokens=budget_tokens)
-        self.logits = torch.zeros(len(task_names), dtype=torch.float64)  # a
-        self.values = torch.full_like(self.logits, math.nan)  # the running mean of u; NaN: never measured
-        self.first_losses = torch.full_like(self.logits, math.nan)  # NaN: never measured
+
+        # State, (num_tasks,) float64 each: a; the running mean of u and the first losses, NaN until measured.
+        self.logits = torch.zeros(len(task_names), dtype=torch.float64)
+        self.values = torch.full_like(self.logits, math.nan)
+        self.first_losses = torch.full_like(self.logits, math.nan)
 
     def probabilities(self) -> Tensor:
         """The mixture (1): (num_tasks,) float64 on the CPU, sums to 1."""
+        # (1): s = softmax(a), p = (1 - floor) s + floor / N
         return floored(torch.softmax(self.logits, dim=0), self.floor)
 
-    def objective_weights(self, validation_losses: Tensor) -> Tensor:
-        """What multiplies grad L_val_j in (4): w_j / c_j.
-
-        Args:
-            validation_losses: (num_tasks,) float64, nats a supervised token at theta'; NaN: not in the objective.
+    def objective_weights(
+        self,
+        validation_losses: Tensor,  # (num_tasks,) float64, nats per supervised token at theta'; NaN: not in (3)
+    ) -> Tensor:
+        """The weights w_j / c_j of the validation gradients in (4).
 
         Returns:
-            (num_tasks,) float64; 0 for a task that is not in the objective. On the very first call, before any update,
-            these losses are the ones that c_j is made of.
+            (num_tasks,) float64; 0 for a task that is not in the objective. At the first call, before any update, c_j
+            is computed from these losses.
         """
         _, weights = self._worst_case(validation_losses)
-        return weights / torch.nan_to_num(self._normalisers(validation_losses), nan=1.0)
+        # (4): v = sum_j w_j / c_j * grad L_val_j
+        return weights / torch.nan_to_num(self._normalizers(validation_losses), nan=1.0)
 
     def update(
-        self, *, task_tokens: Tensor, validation_losses: Tensor, gradient_dots: Tensor, **signals: Tensor
+        self,
+        *,
+        task_tokens: Tensor,  # (num_tasks,) float64, supervised tokens spent on each task
+        validation_losses: Tensor,  # (num_tasks,) float64, the argument of ``objective_weights``
+        gradient_dots: Tensor,  # (num_tasks,) float64, <v, g_i>; NaN: the probe had no token of the task
+        **signals: Tensor,
     ) -> dict[str, Tensor]:
         """One step (6) on the logits.
-
-        Args:
-            task_tokens: (num_tasks,) supervised tokens each task has had; for ``reference: asymptote``.
-            validation_losses: (num_tasks,) float64, those that ``objective_weights`` was given.
-            gradient_dots: (num_tasks,) float64, <v, g_i>. NaN where the probe held no token of a task: no evidence.
-                Its running mean stays as it is; before any evidence it counts as the mean of the others under s, which
-                makes its share of (6), apart from the entropy's, exactly 0.
 
         Returns:
             To log: ``objective``, F at the mixture in use, a scalar; ``weights``, w; ``values``, the running mean of u;
             ``reference_losses``, the r_j of the next update.
         """
         assert not gradient_dots.isinf().any(), "an infinite gradient: the model has diverged"
+
+        # Losses and weights with the reference and c_j of ``objective_weights``; only then may the reference change.
         losses, weights = self._worst_case(validation_losses)
         self.first_losses = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
-        self.reference.observe(validation_losses, task_tokens)  # not before: w is to be that of objective_weights
+        self.reference.observe(validation_losses, task_tokens)
+
+        # (3): F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p), where p_i log p_i -> 0 as p_i -> 0
         shares, p = torch.softmax(self.logits, dim=0), self.probabilities()
-        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # p_i log p_i -> 0 as p_i -> 0
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
         beta, measured = self.sharpness, losses[~losses.isnan()]
         worst_case = (torch.logsumexp(beta * measured, dim=0) - math.log(max(len(measured), 1))) / beta
         objective = worst_case + self.entropy_weight * (p * log_p).sum()
 
-        u = self.lookahead_lr * gradient_dots
-        mean = torch.where(self.values.isnan(), u, self.averaging * self.values + (1 - self.averaging) * u)
-        self.values = torch.where(u.isnan(), self.values, mean)
-        known = ~self.values.isnan()
-        u = torch.where(known, self.values, 0.0)
-        u = torch.where(known, u, (shares * u).sum() / (shares * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
-
-        rate = self.meta_lr
+        # (5): dF/dp_i = -u_i + lambda (log p_i + 1)
+        u, rate = self._average_values(gradient_dots, shares), self.meta_lr
         if self.center_and_scale:
-            centred = u - u.mean()
-            size = centred.abs().max()
-            differ = bool(size > 1e-9 * u.abs().max())
-            z = centred / size  # first by its size, so that no square overflows
-            u = z / z.square().mean().sqrt() if differ else torch.zeros_like(u)
+            u, differ = _centered_and_scaled(u)
             rate = self.meta_lr * len(u) if differ else 0.0
         gradient = -u + self.entropy_weight * (log_p + 1)
+
+        # (6): a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)
         self.logits = self.logits - rate * (1 - self.floor) * shares * (gradient - (shares * gradient).sum())
         logged = {"objective": objective, "weights": weights, "values": torch.nan_to_num(self.values)}
         return {**logged, "reference_losses": self.reference.losses.clone()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that ``load_state_dict`` needs to continue as if never stopped."""
+        """Everything that an exact resume needs."""
         return {**copied_state(self, _STATE), **self.reference.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -170,16 +169,43 @@ class Adapt:
         load_state(self, _STATE, own)
         self.reference.load_state_dict({name: value for name, value in state.items() if name not in own})
 
-    def _normalisers(self, validation_losses: Tensor) -> Tensor:
+    def _normalizers(self, validation_losses: Tensor) -> Tensor:
+        """c_j of (3): (num_tasks,) float64."""
         if self.normalize == "none":
             return torch.ones_like(validation_losses)
         first = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
-        return first.clamp_min(SMALLEST_NORMALISER)
+        return first.clamp_min(MIN_NORMALIZER)
 
     def _worst_case(self, validation_losses: Tensor) -> tuple[Tensor, Tensor]:
         """(l, w) of (3) and (4): l is NaN and w is 0 for tasks that are not in the objective."""
         assert not validation_losses.isinf().any(), "an infinite validation loss: the model has diverged"
-        losses = self.reference.excess(validation_losses) / self._normalisers(validation_losses)
+        # (3): l_j = (L_val_j(theta') - r_j) / c_j
+        losses = self.reference.excess(validation_losses) / self._normalizers(validation_losses)
+        # (4): w = softmax(beta l)
         weights, measured = torch.zeros_like(losses), ~losses.isnan()
         weights[measured] = torch.softmax(self.sharpness * losses[measured], dim=0)
         return losses, weights
+
+    def _average_values(self, gradient_dots: Tensor, shares: Tensor) -> Tensor:
+        """The running mean of u.
+
+        The mean of a task that was not measured stays the same. A task that was never measured has the mean of the
+        others under s, with which its term in (6), apart from the entropy's, is exactly 0.
+        """
+        # (5): u_i = eta <v, g_i>
+        u = self.lookahead_lr * gradient_dots
+        mean = torch.where(self.values.isnan(), u, self.ema_decay * self.values + (1 - self.ema_decay) * u)
+        self.values = torch.where(u.isnan(), self.values, mean)
+        known = ~self.values.isnan()
+        u = torch.where(known, self.values, 0.0)
+        return torch.where(known, u, (shares * u).sum() / (shares * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
+
+
+def _centered_and_scaled(u: Tensor) -> tuple[Tensor, bool]:
+    """z = (u - mean u) / rms(u - mean u), and whether the u_i differ; if not, z is 0."""
+    centered = u - u.mean()
+    size = centered.abs().max()
+    differ = bool(size > 1e-9 * u.abs().max())
+    # Divided by its largest value first, so that no square overflows.
+    z = centered / size
+    return (z / z.square().mean().sqrt() if differ else torch.zeros_like(u)), differ

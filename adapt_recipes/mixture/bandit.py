@@ -1,16 +1,16 @@
-"""ODM: the mixture as an adversarial bandit, with the train loss as reward (online data mixing, arXiv 2312.02406).
+"""Online data mixing (ODM): the mixture as an adversarial bandit with the training loss as reward (arXiv 2312.02406).
 
-Exp3 over K tasks. A task that the model is still bad at is worth drawing; what was drawn rarely counts for more. In
+Exp3 over K tasks. A task with a high loss gets more tokens; the loss of a task that is drawn rarely counts for more. In
 turn t, with R_i = 0 and eps_0 = 1 / K at the start (the numbers are ours):
 
-    (1)  eps_t = min(1 / K, sqrt(ln K / (K t)))                                    how much is explored
+    (1)  eps_t = min(1 / K, sqrt(ln K / (K t)))                                    the exploration
     (2)  pi_t(i) = (1 - K eps_t) softmax(eps_{t-1} R)_i + eps_t                    the mixture
     (3)  R_i <- alpha R_i + (1 - alpha) L_i / pi_t(i)                              importance-weighted rewards
 
-*Our reading*: a turn is a mixture update. In the paper it is a training step, which draws some of the tasks, and
-dividing by pi(i) makes up for the steps without task i. Here most tasks are drawn in every turn, as often as pi says,
-and L_i is task i's mean train loss since the last update. (3) is kept as it stands, so a rare task's loss counts for
-more. The paper's warm-up under given weights is not here.
+*Our reading*: a turn is a mixture update. In the paper it is a training step, which draws some of the tasks, and the
+division by pi(i) compensates for the steps without task i. Here most tasks are drawn in every turn, as often as pi
+says, and L_i is the mean training loss of task i since the last update. (3) is unchanged, so the loss of a rare task
+counts for more. The paper's warm-up with given weights is not implemented.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _STATE = ("rewards", "turn")
 
 
 class Exp3:
-    """Learns the mixture from the train losses of the steps themselves: no probe, no validation split.
+    """Learns the mixture from the losses of the training steps, without a probe or a validation split.
 
-    The exploration rate falls slowly: with 7 tasks nothing but exploring up to turn 13, and half of it in turn 55. In
-    softmax's exponent stands eps R, which is near the loss itself (R is near K L), so the mixture stays mild.
+    The exploration decreases slowly: with 7 tasks the mixture only explores until turn 13, and half of it still does in
+    turn 55. The exponent of the softmax, eps R, is close to the loss (R is close to K L), so the mixture stays mild.
 
     Args:
         task_names: the tasks, in order; K of them.
         num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
         budget_tokens: supervised tokens to spend; not used.
-        averaging: alpha of (3), share of the old, 0 <= averaging < 1. The moving average is the paper's, 0.9 is ours.
+        ema_decay: alpha of (3), weight of the old, 0 <= ema_decay < 1. The moving average is the paper's, 0.9 is ours.
 
     Raises:
-        ValueError: if an argument is out of range; one line that names it.
+        ValueError: an argument is out of range; one line that names it.
     """
 
     observes: tuple[str, ...] = ("train_losses",)
@@ -50,45 +50,49 @@ class Exp3:
         task_names: Sequence[str],
         num_supervised_tokens: Tensor | Sequence[int],
         budget_tokens: int,
-        averaging: float = 0.9,
+        ema_decay: float = 0.9,
     ) -> None:
-        self.averaging = number("averaging", averaging, at_least=0, below=1)
-        self.rewards = torch.zeros(len(task_names), dtype=torch.float64)  # R
-        self.turn = torch.tensor(1, dtype=torch.float64)  # t
+        self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
+        # State: R, (num_tasks,) float64, and t.
+        self.rewards = torch.zeros(len(task_names), dtype=torch.float64)
+        self.turn = torch.tensor(1, dtype=torch.float64)
 
     def exploration(self, turn: float) -> float:
-        """K eps_t of (1): the part of the mixture that is spread evenly, a floor that falls; 1 at turn 0."""
+        """K eps_t of (1): the part of the mixture that is distributed evenly, a decreasing floor; 1 in turn 0."""
         num_tasks = len(self.rewards)
+        # (1): K eps_t = min(1, sqrt(K ln K / t))
         return min(1.0, math.sqrt(num_tasks * math.log(num_tasks) / turn)) if turn else 1.0
 
     def probabilities(self) -> Tensor:
         """The mixture (2): (num_tasks,) float64 on the CPU, sums to 1."""
         turn = float(self.turn)
-        # Softmax takes the largest exponent out first: rewards of any size are safe.
+        # (2): pi_t(i) = (1 - K eps_t) softmax(eps_{t-1} R)_i + eps_t. Softmax is safe for rewards of any size.
         shares = torch.softmax(self.exploration(turn - 1) / len(self.rewards) * self.rewards, dim=0)
         return floored(shares, self.exploration(turn))
 
-    def update(self, *, task_tokens: Tensor, train_losses: Tensor, **signals: Tensor) -> dict[str, Tensor]:
-        """The rewards (3) of the turn that ends, and the next turn.
-
-        Args:
-            task_tokens: (num_tasks,) supervised tokens each task has had; not used.
-            train_losses: (num_tasks,) float64, nats a supervised token since the last update. NaN for a task that had
-                no token: its reward stays as it is.
+    def update(
+        self,
+        *,
+        task_tokens: Tensor,  # (num_tasks,) float64, supervised tokens spent on each task; not used
+        train_losses: Tensor,  # (num_tasks,) float64, nats per supervised token since the last update; NaN: not drawn
+        **signals: Tensor,
+    ) -> dict[str, Tensor]:
+        """Computes the rewards (3) of this turn, and starts the next turn. A task that was not drawn keeps its reward.
 
         Returns:
-            To log: ``estimated_rewards``, R, (num_tasks,); ``exploration``, K eps of the turn that begins, a scalar.
+            To log: ``estimated_rewards``, R, (num_tasks,); ``exploration``, K eps of the next turn, a scalar.
         """
-        assert not train_losses.isinf().any(), "an infinite train loss: the model has diverged"
+        assert not train_losses.isinf().any(), "an infinite training loss: the model has diverged"
+        # (3): R_i <- alpha R_i + (1 - alpha) L_i / pi_t(i)
         weighted = train_losses / self.probabilities()
-        averaged = self.averaging * self.rewards + (1 - self.averaging) * weighted
+        averaged = self.ema_decay * self.rewards + (1 - self.ema_decay) * weighted
         self.rewards = torch.where(train_losses.isnan(), self.rewards, averaged)
         self.turn = self.turn + 1
         exploration = torch.tensor(self.exploration(float(self.turn)), dtype=torch.float64)
         return {"estimated_rewards": self.rewards.clone(), "exploration": exploration}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that ``load_state_dict`` needs to continue as if never stopped."""
+        """Everything that an exact resume needs."""
         return copied_state(self, _STATE)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The few lines every mixture shares: checked arguments, the floor, and state that survives a resume."""
+"""Shared by all mixtures: checked arguments, the floor, and the state for a resume."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def number(
     below: float | None = None,
     finite: bool = True,
 ) -> float:
-    """A number given in the config, checked.
+    """Checks a number from the config.
 
     Args:
-        key: the argument's name, under ``mixture``.
-        value: what the config says.
-        at_least: the smallest value allowed.
-        above: a bound that the value must exceed.
-        below: a bound that the value must stay under.
+        key: name of the argument, under ``mixture``.
+        value: of the config.
+        at_least: the smallest allowed value.
+        above: the value must be greater than this.
+        below: the value must be less than this.
         finite: refuse infinity.
 
     Returns:
         ``value`` as a float.
 
     Raises:
-        ValueError: if ``value`` is no number or out of range; one line that names ``mixture.<key>``.
+        ValueError: ``value`` is not a number or out of range; one line that names ``mixture.<key>``.
     """
     bounds = [
         f"{sign} {bound:g}" for sign, bound in ((">=", at_least), (">", above), ("<", below)) if bound is not None
@@ -51,34 +51,34 @@ def number(
     return float(value)
 
 
-def floored(shares: Tensor, floor: float) -> Tensor:
+def floored(
+    shares: Tensor,  # (num_tasks,) float64, on the simplex
+    floor: float,  # 0 <= floor < 1
+) -> Tensor:
     """``(1 - floor) * shares + floor / num_tasks``, the floor of every learned mixture.
 
-    Written as an interpolation, ``shares + floor * (1 / num_tasks - shares)``: equal shares stay equal to the last bit.
-
-    Args:
-        shares: (num_tasks,), on the simplex.
-        floor: what is spread evenly, 0 <= floor < 1.
+    Computed as an interpolation, ``shares + floor * (1 / num_tasks - shares)``, so that equal shares stay equal to the
+    last bit.
 
     Returns:
-        (num_tasks,), on the simplex, nowhere below ``floor / num_tasks``.
+        (num_tasks,) float64, on the simplex, nowhere below ``floor / num_tasks``.
     """
     return torch.lerp(shares, torch.full_like(shares, 1 / len(shares)), floor)
 
 
 def copied_state(mixture: object, names: Sequence[str]) -> dict[str, Tensor]:
-    """Copies of the tensors that ``mixture`` holds under ``names``."""
+    """Copies of the attributes ``names`` of a mixture, all of them tensors."""
     return {name: getattr(mixture, name).clone() for name in names}
 
 
 def load_state(mixture: object, names: Sequence[str], state: Mapping[str, Tensor]) -> None:
-    """Puts copies of the tensors of ``state`` in the place of those that ``mixture`` holds under ``names``.
+    """Sets the attributes ``names`` of a mixture to copies of the tensors in ``state``.
 
     Raises:
-        ValueError: if ``state`` is that of another kind of mixture or of another number of tasks.
+        ValueError: ``state`` is that of another kind of mixture or of another number of tasks.
     """
     if set(state) != set(names):
-        raise ValueError(f"mixture: the state holds {sorted(state)}, this mixture's is {sorted(names)}")
+        raise ValueError(f"mixture: the state has {sorted(state)}, and this mixture needs {sorted(names)}")
     for name in names:
         here = getattr(mixture, name)
         if state[name].shape != here.shape:

@@ -1,4 +1,4 @@
-"""The contract of a mixture, and its checks: before a run starts, and after every update."""
+"""The interface of a mixture, and its checks before a run starts and after every update."""
 
 from __future__ import annotations
 
@@ -12,56 +12,57 @@ from torch import Tensor
 from adapt_recipes.errors import nearest
 
 METHODS = ("probabilities", "update", "state_dict", "load_state_dict")
-LOGGED = ("event", "step", "supervised_tokens", "probe_tokens", "mixture_seconds", "probabilities")  # by recipes
+# Keys of a mixture event that recipes write themselves.
+LOGGED_BY_RECIPES = ("event", "step", "supervised_tokens", "probe_tokens", "mixture_seconds", "probabilities")
 
 
 class Mixture(Protocol):
-    """How the budget of supervised tokens is shared between tasks. A user's own is any class with these members.
+    """The shares of the tasks in the budget of supervised tokens. Any class with these members is a mixture.
 
     A recipe builds it with the keywords ``task_names``, ``num_supervised_tokens`` (available per task, (num_tasks,))
-    and ``budget_tokens``, and with the arguments that the config gives. It is the same on every rank: it may depend on
-    nothing but what it is given.
+    and ``budget_tokens``, and with the arguments in the config. It must be the same on every rank, so it may depend on
+    nothing but its arguments and the signals.
     """
 
     observes: tuple[str, ...]
-    """the signals that ``update`` is given, out of those in the recipe's ``SIGNALS``; () for a static mixture"""
+    """the signals that ``update`` takes, out of those in the recipe's ``SIGNALS``; () for a static mixture"""
 
     def probabilities(self) -> Tensor:
         """The share of supervised tokens of each task: (num_tasks,) float64 on the CPU, >= 0, sums to 1."""
         ...
 
     def update(self, *, task_tokens: Tensor, **signals: Tensor) -> Mapping[str, Tensor]:
-        """Learns from what was measured; a mixture that observes nothing needs no ``update``.
+        """Learns from the signals. A mixture that observes nothing needs no ``update``.
 
         Args:
             task_tokens: (num_tasks,) float64, supervised tokens spent on each task so far.
-            signals: (num_tasks,) float64 on the CPU each, the same on every rank; NaN where a task was not measured.
+            signals: (num_tasks,) float64 on the CPU each, the same on every rank; NaN for a task that was not measured.
 
         Returns:
-            What to log, () or (num_tasks,) each; may be empty.
+            Tensors to log, each () or (num_tasks,); may be empty.
         """
         ...
 
     def state_dict(self) -> Mapping[str, Any]:
-        """All that ``load_state_dict`` needs to continue as if never stopped."""
+        """Everything that an exact resume needs."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class GradientMixture(Mixture, Protocol):
-    """One that observes ``gradient_dots`` also says along which step, and of which objective."""
+    """A mixture that observes ``gradient_dots`` also gives the look-ahead step and the weights of its objective."""
 
     lookahead_lr: float
     """the step size of the look-ahead step"""
 
     def objective_weights(self, validation_losses: Tensor) -> Tensor:
-        """What multiplies each task's validation gradient in the objective's: (num_tasks,) float64 both."""
+        """The weight of each task's validation gradient in the objective's; (num_tasks,) float64 in and out."""
         ...
 
 
 def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str) -> None:
-    """Refuse a mixture that the recipe cannot serve or that breaks the contract.
+    """Refuses a mixture whose signals the recipe cannot measure, or that does not have the interface.
 
     Args:
         mixture: the built component.
@@ -70,12 +71,12 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
         recipe: its name, for the error.
 
     Raises:
-        ValueError: it names what is missing.
+        ValueError: it names the missing member or signal.
     """
     name = f"mixture: {type(mixture).__name__}"
     observes = getattr(mixture, "observes", None)
     if not isinstance(observes, tuple):
-        raise ValueError(f"{name} needs `observes`, a tuple of the signals it wants; () for none")
+        raise ValueError(f"{name} needs `observes`, a tuple of the signals it observes; () for none")
     methods = METHODS if observes else METHODS[:1] + METHODS[2:]
     needed = [*methods, *(["objective_weights", "lookahead_lr"] if "gradient_dots" in observes else [])]
     for method in needed:
@@ -91,15 +92,15 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
 
 
 def check_update(mixture: Any, logged: Any, *, num_tasks: int) -> None:
-    """Refuse what an update has made of a mixture, or what it wants to log.
+    """Refuses a mixture whose update left invalid probabilities, or returned something that cannot be logged.
 
     Args:
-        mixture: just updated.
-        logged: what its ``update`` has returned.
+        mixture: after its update.
+        logged: the return value of its ``update``.
         num_tasks: tasks in the run.
 
     Raises:
-        ValueError: it names what is wrong.
+        ValueError: it names the mixture and the value.
     """
     _check_probabilities(mixture, num_tasks=num_tasks)
     name = f"mixture: {type(mixture).__name__}.update"
@@ -107,13 +108,13 @@ def check_update(mixture: Any, logged: Any, *, num_tasks: int) -> None:
         raise ValueError(f"{name} has to return a dict of tensors to log, which may be empty, not {logged!r}")
     for key, value in logged.items():
         if not isinstance(value, torch.Tensor) or value.shape not in ((), (num_tasks,)):
-            raise ValueError(f"{name} returned as '{key}' no tensor of shape () or ({num_tasks},): {value!r}")
-        if key in (*LOGGED, *mixture.observes):
+            raise ValueError(f"{name} returned '{key}', which is not a tensor of shape () or ({num_tasks},): {value!r}")
+        if key in (*LOGGED_BY_RECIPES, *mixture.observes):
             raise ValueError(f"{name} returned '{key}', which is logged already; give it another name")
 
 
 def check_takes(name: str, function: Callable[..., Any], given: Sequence[str]) -> None:
-    """Refuse a function that cannot be called with these keywords."""
+    """Refuses a function that cannot be called with these keywords."""
     try:
         inspect.signature(function).bind(**dict.fromkeys(given))
     except TypeError as error:
@@ -123,7 +124,7 @@ def check_takes(name: str, function: Callable[..., Any], given: Sequence[str]) -
 def _check_probabilities(mixture: Any, *, num_tasks: int) -> None:
     p = mixture.probabilities()
     needs = f"mixture: {type(mixture).__name__}.probabilities() has to be ({num_tasks},) float64 on the CPU, sum to 1 "
-    needs += "and hold none below 0"
+    needs += "and have no value below 0"
     if not isinstance(p, torch.Tensor):
         raise ValueError(f"{needs}; it is a {type(p).__name__}")
     if p.dtype != torch.float64 or p.shape != (num_tasks,) or p.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Mixtures that stay as they start: uniform, proportional to size, tempered, and given by hand."""
+"""Static mixtures: uniform, proportional to size, by temperature, and fixed weights."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Static:
         return self._probabilities.clone()
 
     def update(self, *, task_tokens: Tensor, **signals: Tensor) -> dict[str, Tensor]:
-        """Nothing to learn and nothing to log."""
+        """Does nothing and logs nothing."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: it follows from the config."""
+        """Empty, because the shares follow from the config."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the empty state of a static mixture."""
-        assert not state, f"a static mixture has no state, but was given {sorted(state)}"
+        """Accepts the empty state of a static mixture."""
+        assert not state, f"a static mixture has no state, but got {sorted(state)}"
 
 
 def uniform(*, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int) -> Static:
-    """Every task the same share of the supervised tokens (the SFT-U baseline of arXiv 2512.04555).
+    """The same share of the supervised tokens for every task (the SFT-U baseline of arXiv 2512.04555).
 
     Args:
         task_names: the tasks, in order.
@@ -54,7 +54,7 @@ def uniform(*, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequen
 def proportional(
     *, task_names: Sequence[str], num_supervised_tokens: Tensor | Sequence[int], budget_tokens: int
 ) -> Static:
-    """Shares in proportion to the supervised tokens available (the SFT-P baseline of arXiv 2512.04555).
+    """Shares proportional to the available supervised tokens (the SFT-P baseline of arXiv 2512.04555).
 
     Args:
         task_names: the tasks, in order; not used.
@@ -71,7 +71,7 @@ def temperature(
     budget_tokens: int,
     temperature: float,
 ) -> Static:
-    """Shares in proportion to size^(1/temperature) (MoS, arXiv 2406.08811): 1 is proportional, infinity uniform.
+    """Shares proportional to size^(1/temperature) (MoS, arXiv 2406.08811): 1 is proportional, infinity uniform.
 
     Args:
         task_names: the tasks, in order; not used.
@@ -80,7 +80,7 @@ def temperature(
         temperature: > 0; ``.inf`` in YAML for infinity.
 
     Raises:
-        ValueError: if the temperature is no number above 0.
+        ValueError: the temperature is not a number above 0.
     """
     return Static(_by_size(num_supervised_tokens, number("temperature", temperature, above=0, finite=False)))
 
@@ -92,7 +92,7 @@ def fixed_weights(
     budget_tokens: int,
     weights: Mapping[str, float],
 ) -> Static:
-    """Shares given by hand, normalised to sum to 1.
+    """Shares given in the config, normalized to sum to 1.
 
     Args:
         task_names: the tasks, in order.
@@ -101,7 +101,7 @@ def fixed_weights(
         weights: a weight >= 0 for each task, by name; a task of weight 0 is never drawn.
 
     Raises:
-        ValueError: if a task is missing or unknown, a weight is no number >= 0, or all are 0.
+        ValueError: a task is missing or unknown, a weight is not a number >= 0, or all are 0.
     """
     if not isinstance(weights, Mapping):
         raise ValueError(f"mixture.weights must map each task's name to a weight, not {weights!r}")
@@ -115,7 +115,7 @@ def fixed_weights(
     values = [number(f"weights[{name!r}]", given[name], at_least=0) for name in task_names]
     if not any(values):
         raise ValueError("mixture.weights: at least one weight must be above 0, and all are 0")
-    # Relative to the largest, so that the sum of finite weights is finite.
+    # Relative to the largest, so that the sum of finite weights stays finite.
     shares = torch.tensor(values, dtype=torch.float64) / max(values)
     return Static(shares / shares.sum())
 
@@ -123,6 +123,6 @@ def fixed_weights(
 def _by_size(num_supervised_tokens: Tensor | Sequence[int], temperature: float) -> Tensor:
     sizes = torch.as_tensor(num_supervised_tokens, dtype=torch.float64)
     assert sizes.min() >= 0 and sizes.max() > 0, f"sizes {sizes.tolist()}"
-    # Relative to the largest, so that a low temperature cannot overflow; an empty task gets nothing at any temperature.
+    # Relative to the largest, so that a low temperature cannot overflow. An empty task has share 0 at any temperature.
     weights = torch.where(sizes > 0, (sizes / sizes.max()) ** (1 / temperature), 0.0)
     return weights / weights.sum()

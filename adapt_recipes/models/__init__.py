@@ -1,4 +1,4 @@
-"""Models that torchtune lacks a builder for, their checkpoints, and the form in which recipes use a model."""
+"""Builders of models that torchtune does not have, Hugging Face checkpoints, and the model as recipes use it."""
 
 from adapt_recipes.models.adapters import train_adapters_alone
 from adapt_recipes.models.architecture import huggingface_config

@@ -1,4 +1,4 @@
-"""Training adapters alone (LoRA, https://arxiv.org/abs/2106.09685), and adding them to the weights in the end."""
+"""Trains LoRA adapters alone (https://arxiv.org/abs/2106.09685), and merges them into the weights at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable
 
 @dataclass(frozen=True)
 class Adapters:
-    """What is the same of all adapters in a decoder: an adapter's output counts ``alpha / rank``."""
+    """The settings that all adapters in a decoder share. The output of an adapter is scaled by ``alpha / rank``."""
 
     rank: int
     alpha: float
@@ -19,13 +19,13 @@ class Adapters:
 
 
 def train_adapters_alone(decoder: nn.Module) -> Adapters | None:
-    """Freezes all other weights of a decoder that has adapters. One without stays as it is, to be trained whole.
+    """Freezes all weights but the adapters. A decoder without adapters is left unchanged, so all its weights train.
 
     Returns:
-        What the adapters are; None: there are none.
+        The settings of the adapters; None: there are none.
 
     Raises:
-        ValueError: adapters that cannot be saved for PEFT.
+        ValueError: the adapters cannot be saved for PEFT.
     """
     parameters = get_adapter_params(decoder)
     if not parameters:
@@ -46,7 +46,7 @@ def train_adapters_alone(decoder: nn.Module) -> Adapters | None:
 
 
 def merged(key: str, state_dict: Mapping[str, Tensor], adapters: Adapters | None) -> Tensor:
-    """A decoder's weight with what its adapter adds to it, in fp32; one that has no adapter as it is.
+    """A weight of a decoder with its adapter merged into it, in fp32; a weight without an adapter is unchanged.
 
     Args:
         key: of the weight.

@@ -1,4 +1,4 @@
-"""What has to agree, beside names and shapes, for weights to make the same function in a model."""
+"""The settings that must agree, besides names and shapes of weights, for two models to compute the same function."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 from adapt_recipes.errors import nearest
 from adapt_recipes.models.families import DEFAULTS, FAMILIES, Family, is_adapter, of_any_layer
 from adapt_recipes.models.gemma3 import SlidingWindowAttention
-from adapt_recipes.models.rotations import Rotations
+from adapt_recipes.models.rotations import RotaryEmbeddings
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of slow rotations, named as in ``config.json``."""
+    """Llama 3.1's scaling of low RoPE frequencies, named as in ``config.json``."""
 
     factor: float
     low_freq_factor: float
@@ -32,14 +32,15 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What fixes the function that a decoder computes, its weights aside; named as in ``config.json``.
+    """Everything but the weights that determines the function of a decoder; named as in ``config.json``.
 
     Attributes:
-        full_attention_layers: numbers of the layers whose tokens see all tokens before them; those of the others see
-            ``sliding_window`` tokens, themselves among them. (In ``config.json``: ``layer_types``.)
-        rope_theta: base of the rotations in those layers; None: there is none.
-        rope_local_base_freq: base of the rotations in the others; None, as ``sliding_window``: there is none.
-        rope_scaling: None: plain rotations.
+        full_attention_layers: numbers of the layers with full causal attention. In the other layers a token attends to
+            ``sliding_window`` tokens, itself included. (In ``config.json``: ``layer_types``.)
+        sliding_window: None: all layers have full attention.
+        rope_theta: RoPE base in the layers with full attention; None: there are none.
+        rope_local_base_freq: RoPE base in the other layers; None: there are none.
+        rope_scaling: None: RoPE without scaling.
     """
 
     model_type: str
@@ -60,11 +61,11 @@ class Architecture:
     attention_dropout: float
 
     def first_difference(self, other: Architecture) -> str | None:
-        """The first field in which the two compute differently, rounding and dropout aside; None: they agree."""
+        """The first field that differs, up to rounding and ignoring dropout, which training may choose; None: none."""
         for name in (field.name for field in fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             rounded = isinstance(mine, float) and theirs is not None and math.isclose(mine, theirs, rel_tol=1e-6)
-            if mine != theirs and not rounded and name != "attention_dropout":  # a choice of the training
+            if mine != theirs and not rounded and name != "attention_dropout":
                 return name
         return None
 
@@ -73,14 +74,15 @@ class Architecture:
 
 
 def read_config(folder: str | Path, *, key: str) -> dict[str, Any]:
-    """A Hugging Face folder's ``config.json``; ``key`` is what names the folder in the user's config.
+    """A Hugging Face folder's ``config.json``; ``key`` is the key of the user's config that names the folder.
 
     Raises:
-        ValueError: no folder, no file in it, or no JSON object in the file.
+        ValueError: the folder or the file does not exist, or the file is not a JSON object.
     """
     file = Path(folder) / "config.json"
     if not file.parent.is_dir():
-        raise ValueError(f"{key}: there is no folder {file.parent}; `tune download` makes one of a model's name")
+        advice = "`tune download MODEL --output-dir FOLDER` creates one"
+        raise ValueError(f"{key}: there is no folder {file.parent}; {advice}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -88,19 +90,21 @@ def read_config(folder: str | Path, *, key: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: {file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{key}: {file} must hold a JSON object, not a {type(config).__name__}")
+        raise ValueError(f"{key}: {file} must contain a JSON object, not a {type(config).__name__}")
     return config
 
 
 def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architecture:
-    """Reads both layouts: ``rope_theta`` and ``rope_scaling`` (transformers 4), or ``rope_parameters`` (5).
+    """Reads a ``config.json`` of either layout: ``rope_theta`` and ``rope_scaling``, or ``rope_parameters``.
+
+    The first is that of transformers 4, the second that of transformers 5.
 
     Args:
         config: a folder's ``config.json``.
-        where: what an error begins with.
+        where: prefix of an error.
 
     Raises:
-        ValueError: an unknown kind of model, a setting that no decoder here can compute, or a bad or missing number.
+        ValueError: the model type is unknown, a setting is not supported, or a number is invalid or missing.
     """
     model_type = str(config.get("model_type"))
     if model_type == "gemma3":
@@ -109,39 +113,25 @@ def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architec
     if model_type not in FAMILIES:
         raise ValueError(f"{where}: model_type '{model_type}' is not supported{nearest(model_type, FAMILIES)}")
     family = FAMILIES[model_type]
-    settings = {**DEFAULTS, **family.silent, **config}
-    known = _flat({key: value for key, value in settings.items() if value is not None}, where=where)
+    config = {**DEFAULTS, **family.defaults, **config}
+    given = _flat({key: value for key, value in config.items() if value is not None}, where=where)
+    settings = _Settings(given, where)
+    number = settings.number
 
-    def number(key: str, kind: type[int] | type[float] = float) -> Any:
-        if (value := known.get(key)) is None:
-            raise ValueError(f"{where} has no '{key}'")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise ValueError(f"{where}: {key} = {value!r} has to be a {'whole ' * (kind is int)}number above 0")
-        return value
-
-    def allow(key: str, *allowed: Any) -> None:
-        if (value := known.get(key, allowed[0])) not in allowed:
-            choice = " or ".join(map(repr, allowed))
-            raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {choice}")
-
+    # Settings whose defaults depend on others.
     num_layers, heads = number("num_hidden_layers", int), number("num_attention_heads", int)
-    known = {"num_key_value_heads": heads, "head_dim": number("hidden_size", int) // heads, **known}
-    if "sliding_window_pattern" in known:
+    settings.values = {"num_key_value_heads": heads, "head_dim": number("hidden_size", int) // heads, **given}
+    if "sliding_window_pattern" in given:
         number("sliding_window_pattern", int)
-    full_layers = _full_attention_layers(known, num_layers, where=where)
+    full_layers = _full_attention_layers(given, num_layers, where=where)
     windowed = len(full_layers) < num_layers
+    # Of no effect without windowed layers.
     if not windowed:
-        known["use_sliding_window"] = False  # whatever it says
-    for key, values in family.settings.items():
-        allow(key, *values)
-    allow("rope_type", "default", *(("llama3",) if Llama3ScaledRoPE in family.rotations else ()))
-    allow("rope_parameters.sliding_attention.rope_type", "default")
-    allow("partial_rotary_factor", 1.0)
-    allow("tie_word_embeddings", False, True)
-    if "query_pre_attn_scalar" in family.silent:  # torchtune's attention divides by the root of head_dim
-        allow("query_pre_attn_scalar", known["head_dim"])
+        settings.values["use_sliding_window"] = False
+
+    _check_supported(settings, family)
     scaling = None
-    if known["rope_type"] == "llama3":
+    if settings.values["rope_type"] == "llama3":
         scaling = RopeScaling(**{field.name: number(field.name) for field in fields(RopeScaling)})
     return Architecture(
         model_type=model_type,
@@ -158,13 +148,48 @@ def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architec
         rope_theta=number("rope_theta") if full_layers else None,
         rope_local_base_freq=number("rope_local_base_freq") if windowed else None,
         rope_scaling=scaling if scaling is not None and scaling.factor != 1 else None,
-        tie_word_embeddings=known.get("tie_word_embeddings", False),
-        attention_dropout=known.get("attention_dropout", 0.0),
+        tie_word_embeddings=settings.values.get("tie_word_embeddings", False),
+        attention_dropout=settings.values.get("attention_dropout", 0.0),
     )
 
 
+@dataclass
+class _Settings:
+    """The settings of a ``config.json``, checked as they are read; errors begin with ``where``."""
+
+    values: dict[str, Any]
+    where: str
+
+    def number(self, key: str, kind: type[int] | type[float] = float) -> Any:
+        """A number above 0."""
+        if (value := self.values.get(key)) is None:
+            raise ValueError(f"{self.where} has no '{key}'")
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+            raise ValueError(f"{self.where}: {key} = {value!r} has to be a {'whole ' * (kind is int)}number above 0")
+        return value
+
+    def allow(self, key: str, *allowed: Any) -> None:
+        """Refuses a value that is not allowed; the first one is the default."""
+        if (value := self.values.get(key, allowed[0])) not in allowed:
+            choice = " or ".join(map(repr, allowed))
+            raise ValueError(f"{self.where}: {key} = {value!r} is not supported; allowed: {choice}")
+
+
+def _check_supported(settings: _Settings, family: Family) -> None:
+    """Refuses settings that the decoders of a family cannot compute."""
+    for key, values in family.settings.items():
+        settings.allow(key, *values)
+    settings.allow("rope_type", "default", *(("llama3",) if Llama3ScaledRoPE in family.rope else ()))
+    settings.allow("rope_parameters.sliding_attention.rope_type", "default")
+    settings.allow("partial_rotary_factor", 1.0)
+    settings.allow("tie_word_embeddings", False, True)
+    # torchtune's attention divides scores by the square root of head_dim.
+    if "query_pre_attn_scalar" in family.defaults:
+        settings.allow("query_pre_attn_scalar", settings.values["head_dim"])
+
+
 def _flat(known: dict[str, Any], *, where: str) -> dict[str, Any]:
-    """With the rotations' settings beside all others, as the older layout has them, wherever they stood."""
+    """Moves the settings of RoPE to the top level, as in the layout of transformers 4."""
 
     def mapping(within: Mapping[str, Any], key: str) -> dict[str, Any]:
         value = within.get(key)
@@ -172,7 +197,8 @@ def _flat(known: dict[str, Any], *, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {key} = {value!r} has to be a JSON object")
         return {name: setting for name, setting in (value or {}).items() if setting is not None}
 
-    parameters = mapping(known, "rope_parameters")  # of all layers alike, or of each kind of layer
+    # Either of all layers, or one mapping for each type of layer.
+    parameters = mapping(known, "rope_parameters")
     local = mapping(parameters, "sliding_attention")
     rope = (mapping(parameters, "full_attention") | mapping(known, "rope_scaling")) or parameters
     return {
@@ -205,22 +231,22 @@ def huggingface_config(
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """The ``config.json`` with which transformers computes what ``decoder`` does, for one that came from no folder.
+    """A ``config.json`` with which transformers computes the same as ``decoder``, for one that came from no folder.
 
-    In the older layout, which transformers 4 and 5 both read.
+    It has the layout of transformers 4, which transformers 5 reads too.
 
     Args:
-        decoder: of a builder of one of the ``FAMILIES``, with adapters or without.
-        bos_token_id, eos_token_id, pad_token_id: the tokenizer's; None: it has none.
+        decoder: of one of the ``FAMILIES``, with or without adapters.
+        bos_token_id, eos_token_id, pad_token_id: of the tokenizer; None: it has none.
 
     Raises:
-        ValueError: a decoder of another kind.
+        ValueError: the decoder is of none of the ``FAMILIES``.
     """
     architecture = architecture_of_decoder(decoder)
     family = FAMILIES[architecture.model_type]
     config = {key: value for key, value in vars(architecture).items() if value is not None}
     full_layers = config.pop("full_attention_layers")
-    if "sliding_window_pattern" in family.silent:
+    if "sliding_window_pattern" in family.defaults:
         kinds = ["full_attention" if i in full_layers else "sliding_attention" for i in range(len(decoder.layers))]
         config |= {"layer_types": kinds, "query_pre_attn_scalar": architecture.head_dim}
     if architecture.rope_scaling is not None:
@@ -240,21 +266,24 @@ def huggingface_config(
 
 
 def architecture_of_decoder(decoder: TransformerDecoder) -> Architecture:
-    """Reads it off the modules.
+    """Reads the architecture from the modules of a decoder.
 
     Raises:
-        ValueError: a decoder of another kind than the ``FAMILIES``, naming what the one most like it has instead.
+        ValueError: the decoder is of none of the ``FAMILIES``; it names the most similar one and a difference.
     """
+    # The most similar family, which has to fit.
     keys = {of_any_layer(key) for key in decoder.state_dict() if not is_adapter(key)}
     misfits = {model_type: _misfits(decoder, keys, family) for model_type, family in FAMILIES.items()}
     model_type = min(misfits, key=lambda model_type: len(misfits[model_type]))
     if misfits[model_type]:
-        reason = f"most like '{model_type}', but {misfits[model_type][0]}"
-        raise ValueError(f"model: it is of none of the kinds {', '.join(FAMILIES)}: {reason}")
+        reason = f"it is most similar to '{model_type}', but {misfits[model_type][0]}"
+        raise ValueError(f"model: its architecture is none of {', '.join(FAMILIES)}: {reason}")
+
+    # Attention, position embeddings and norms.
     attentions = [layer.attn for layer in decoder.layers]
     local = [attention for attention in attentions if isinstance(attention, SlidingWindowAttention)]
     others = [attention for attention in attentions if not isinstance(attention, SlidingWindowAttention)]
-    rope = _rotations(attentions[0])
+    rope = _rope(attentions[0])
     scaling = None
     if isinstance(rope, Llama3ScaledRoPE) and rope.scale_factor != 1:
         scaling = RopeScaling(rope.scale_factor, rope.low_freq_factor, rope.high_freq_factor, rope.old_context_len)
@@ -271,8 +300,8 @@ def architecture_of_decoder(decoder: TransformerDecoder) -> Architecture:
         rms_norm_eps=_one("rms_norm_eps", [norm.eps for norm in norms]),
         full_attention_layers=tuple(i for i, attention in enumerate(attentions) if attention in others),
         sliding_window=_one("sliding_window", [attention.sliding_window for attention in local]),
-        rope_theta=_one("rope_theta", [_rotations(attention).base for attention in others]),
-        rope_local_base_freq=_one("rope_local_base_freq", [_rotations(attention).base for attention in local]),
+        rope_theta=_one("rope_theta", [_rope(attention).base for attention in others]),
+        rope_local_base_freq=_one("rope_local_base_freq", [_rope(attention).base for attention in local]),
         rope_scaling=scaling,
         tie_word_embeddings=isinstance(decoder.output, TiedLinear),
         attention_dropout=attentions[0].attn_dropout,
@@ -280,11 +309,11 @@ def architecture_of_decoder(decoder: TransformerDecoder) -> Architecture:
 
 
 def _misfits(decoder: TransformerDecoder, keys: set[str], family: Family) -> list[str]:
-    """What of a decoder, whose weights have these names in any layer, is not of the family."""
+    """The ways in which a decoder, whose weights have these names in any layer, differs from the family."""
     layer = decoder.layers[0]
     parts = {
         "attention": (layer.attn, MultiHeadAttention),
-        "rotation": (_rotations(layer.attn), family.rotations),
+        "position embedding": (_rope(layer.attn), family.rope),
         "norm": (decoder.norm, family.norm),
     }
     wrong = [
@@ -300,13 +329,14 @@ def _misfits(decoder: TransformerDecoder, keys: set[str], family: Family) -> lis
     return wrong
 
 
-def _rotations(attention: MultiHeadAttention) -> nn.Module:
-    rotations = attention.pos_embeddings
-    return rotations.rope if isinstance(rotations, Rotations) else rotations
+def _rope(attention: MultiHeadAttention) -> nn.Module:
+    """torchtune's module of the position embeddings."""
+    embeddings = attention.pos_embeddings
+    return embeddings.rope if isinstance(embeddings, RotaryEmbeddings) else embeddings
 
 
-def _one(what: str, values: Sequence[Any]) -> Any:
-    """The value that is the same in all layers; None: there are none."""
+def _one(name: str, values: Sequence[Any]) -> Any:
+    """The value of all layers, which has to be the same; None: there are no such layers."""
     if len(set(values)) > 1:
-        raise ValueError(f"model: {what} is not the same in all layers: {', '.join(map(str, sorted(set(values))))}")
+        raise ValueError(f"model: {name} is not the same in all layers: {', '.join(map(str, sorted(set(values))))}")
     return values[0] if values else None

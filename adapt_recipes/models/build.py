@@ -1,4 +1,4 @@
-"""The model of a config: built, checked against the data, and, for a run, sharded and filled with its first weights."""
+"""Builds the model of a config, checks it against the data, and for a run shards it and loads its first weights."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def build(
 
     Args:
         config: of the recipe.
-        tasks: the data it has to be able to read.
+        tasks: the data, whose token ids and lengths the model has to accept.
         device: of parameters that start from random values.
-        checkpointer: its folder has to fit the model, whose parameters then have no values yet; None: as in
-            ``tune plan``, which never gives them any.
+        checkpointer: its folder has to fit the model; the parameters are on the meta device until ``prepare``. None:
+            they stay there, as in ``tune plan``.
 
     Raises:
         ValueError: the model cannot be built, cannot read the data, or does not fit the folder.
@@ -66,14 +66,14 @@ def prepare(
     checkpointer: HuggingFaceCheckpointer,
     load: bool,
 ) -> None:
-    """Compiles a model, shards it over the processes, and fills it with the weights of its folder.
+    """Compiles a model, shards it over the processes, and loads the weights of its folder.
 
     Args:
         model: of ``build``.
         config: of the recipe.
         device: of this process.
         checkpointer: of ``build``.
-        load: false: a checkpoint will fill it.
+        load: false: a checkpoint will be loaded instead.
     """
     if config.compile:
         training.compile_model(model.decoder, verbose=False)
@@ -84,7 +84,7 @@ def prepare(
 
 
 def save(model: TokenLosses, checkpointer: HuggingFaceCheckpointer, folder: Path, *, tokenizer: Any) -> None:
-    """Writes the model as a Hugging Face folder, and its adapters, if it has some, to the folder ``adapter`` beside it.
+    """Writes the model as a Hugging Face folder, and its adapters, if it has any, to the folder ``adapter`` beside it.
 
     Args:
         model: of ``build``.

@@ -1,4 +1,4 @@
-"""The kinds of models as data, and how the weights of each are called and laid out in torchtune and in transformers."""
+"""The supported model families as data: names and layout of their weights in torchtune and in transformers."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ class Family:
 
     Attributes:
         transformers_class: for ``architectures``.
-        names: Hugging Face's names of the weights -> torchtune's, ``{}`` for a layer's number.
-        norm, activation, rotations: parts of the decoder, by class or as they are printed.
-        settings: of ``config.json``, each with the values that the decoder computes with; the first is what
-            transformers takes where a file is silent.
-        silent: what transformers takes where a file is silent on other things, beside ``DEFAULTS``.
-        neighbours: torchtune's rotations pair neighbouring rows of a head. Hugging Face's pair the first half of a head
-            with the second, so the rows of queries and keys have to change places.
-        scaled_embeddings: they are multiplied by the root of ``hidden_size``.
+        names: Hugging Face's names of the weights -> torchtune's, with ``{}`` for the number of a layer.
+        norm, activation, rope: parts of the decoder, by class or as printed.
+        settings: of ``config.json``, each with the values that the decoder supports; the first is the default of
+            transformers.
+        defaults: of transformers, for other keys of ``config.json``, besides ``DEFAULTS``.
+        interleaved_rope: torchtune's RoPE pairs neighboring rows of a head. Hugging Face's pairs the first half of a
+            head with the second, so the rows of queries and keys are permuted.
+        scaled_embeddings: embeddings are multiplied by the square root of ``hidden_size``.
     """
 
     transformers_class: str
     names: Mapping[str, str]
     norm: type[nn.Module]
     activation: str
-    rotations: tuple[type[nn.Module], ...]
+    rope: tuple[type[nn.Module], ...]
     settings: dict[str, tuple[Any, ...]]
-    silent: dict[str, Any] = field(default_factory=dict)
-    neighbours: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+    interleaved_rope: bool = False
     scaled_embeddings: bool = False
 
 
+# Of transformers, in every family.
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "attention_dropout": 0.0}
 
 _LLAMA_NAMES = {theirs: ours for theirs, ours in convert_weights._FROM_HF.items() if ours is not None}
@@ -60,29 +61,31 @@ _NORMS_AROUND_BLOCKS = {
 }
 
 FAMILIES = {
-    "llama": Family(  # Llama 2 and 3, SmolLM2, and whatever else says so
+    # Llama 2 and 3, SmolLM2, and any folder with this model_type.
+    "llama": Family(
         transformers_class="LlamaForCausalLM",
         names=_LLAMA_NAMES,
         norm=RMSNorm,
         activation="SiLU()",
-        rotations=(RotaryPositionalEmbeddings, Llama3ScaledRoPE),
+        rope=(RotaryPositionalEmbeddings, Llama3ScaledRoPE),
         settings={"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",)},
-        neighbours=True,
+        interleaved_rope=True,
     ),
     "gemma": Family(
         transformers_class="GemmaForCausalLM",
         names=_LLAMA_NAMES,
         norm=GemmaRMSNorm,
         activation="GELU(approximate='tanh')",
-        rotations=(RotaryPositionalEmbeddings,),
+        rope=(RotaryPositionalEmbeddings,),
         settings={
             "attention_bias": (False,),
-            "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # the second in the oldest files, which mean the first
+            # "gelu" in the oldest files, which mean the other.
+            "hidden_act": ("gelu_pytorch_tanh", "gelu"),
             "hidden_activation": ("gelu_pytorch_tanh",),
             "use_bidirectional_attention": (False,),
         },
-        silent={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
-        neighbours=True,
+        defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
+        interleaved_rope=True,
         scaled_embeddings=True,
     ),
     "gemma3_text": Family(
@@ -90,7 +93,7 @@ FAMILIES = {
         names=_LLAMA_NAMES | _NORMED_HEADS | _NORMS_AROUND_BLOCKS,
         norm=GemmaRMSNorm,
         activation="GELU(approximate='tanh')",
-        rotations=(Qwen2RotaryPositionalEmbeddings,),
+        rope=(Qwen2RotaryPositionalEmbeddings,),
         settings={
             "attention_bias": (False,),
             "hidden_activation": ("gelu_pytorch_tanh",),
@@ -98,7 +101,7 @@ FAMILIES = {
             "final_logit_softcapping": (None,),
             "attn_logit_softcapping": (None,),
         },
-        silent={
+        defaults={
             "head_dim": 256,
             "num_key_value_heads": 4,
             "query_pre_attn_scalar": 256,
@@ -110,23 +113,24 @@ FAMILIES = {
         },
         scaled_embeddings=True,
     ),
-    "qwen2": Family(  # Qwen 1.5 says so too
+    # Qwen 1.5 and 2.
+    "qwen2": Family(
         transformers_class="Qwen2ForCausalLM",
         names=_QWEN2_NAMES,
         norm=RMSNorm,
         activation="SiLU()",
-        rotations=(Qwen2RotaryPositionalEmbeddings,),
+        rope=(Qwen2RotaryPositionalEmbeddings,),
         settings={"hidden_act": ("silu",), "use_sliding_window": (False,)},
-        silent={"num_key_value_heads": 32, "max_window_layers": 28},
+        defaults={"num_key_value_heads": 32, "max_window_layers": 28},
     ),
     "qwen3": Family(
         transformers_class="Qwen3ForCausalLM",
         names=_LLAMA_NAMES | _NORMED_HEADS,
         norm=RMSNorm,
         activation="SiLU()",
-        rotations=(Qwen2RotaryPositionalEmbeddings,),
+        rope=(Qwen2RotaryPositionalEmbeddings,),
         settings={"attention_bias": (False,), "hidden_act": ("silu",), "use_sliding_window": (False,)},
-        silent={"head_dim": 128, "num_key_value_heads": 32, "max_window_layers": 28},
+        defaults={"head_dim": 128, "num_key_value_heads": 32, "max_window_layers": 28},
     ),
 }
 
@@ -135,27 +139,27 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def of_any_layer(name: str) -> str:
-    """A weight's name with ``{}`` for the layer's number."""
+    """A weight's name with ``{}`` for the number of the layer."""
     return _LAYER.sub(".{}.", name)
 
 
 def torchtune_name(family: Family, name: str) -> str | None:
-    """Of a weight that has ``name`` in a Hugging Face folder; None: the family has no such weight."""
+    """torchtune's name of a weight of a Hugging Face folder; None: the family has no such weight."""
     return _renamed(name, family.names)
 
 
 def huggingface_name(family: Family, key: str) -> str | None:
-    """Of a weight that has ``key`` in a decoder; None: the family has no such weight."""
+    """Hugging Face's name of a weight of a decoder; None: the family has no such weight."""
     return _renamed(key, {ours: theirs for theirs, ours in family.names.items()})
 
 
 def is_adapter(key: str) -> bool:
-    """Whether a decoder's weight is one of LoRA's."""
+    """Whether a weight of a decoder belongs to a LoRA adapter."""
     return key.endswith((".lora_a.weight", ".lora_b.weight"))
 
 
 def peft_name(family: Family, key: str) -> str:
-    """What PEFT calls an adapter's weight that has ``key`` in a decoder."""
+    """PEFT's name of an adapter's weight."""
     projection, _, matrix = key.removesuffix(".weight").rpartition(".")
     name = huggingface_name(family, f"{projection}.weight")
     assert name is not None, key
@@ -163,13 +167,13 @@ def peft_name(family: Family, key: str) -> str:
 
 
 def to_torchtune(family: Family, key: str, weight: Tensor, *, head_dim: int) -> Tensor:
-    """A folder's weight as a decoder has it under ``key``; the same memory unless rows change places."""
-    return _regrouped(weight, 2, head_dim // 2) if _is_rotated(family, key) else weight
+    """Converts a weight of a Hugging Face folder to a decoder's layout; without a copy unless rows are permuted."""
+    return _regrouped(weight, 2, head_dim // 2) if _is_permuted(family, key) else weight
 
 
 def to_huggingface(family: Family, key: str, weight: Tensor, *, head_dim: int) -> Tensor:
-    """What ``to_torchtune`` was given; of a bias or an adapter's weight too."""
-    return _regrouped(weight, head_dim // 2, 2) if _is_rotated(family, key) else weight
+    """The inverse of ``to_torchtune``, also for a bias and for the weights of an adapter."""
+    return _regrouped(weight, head_dim // 2, 2) if _is_permuted(family, key) else weight
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
@@ -177,9 +181,9 @@ def _renamed(name: str, names: Mapping[str, str]) -> str | None:
     return other.format(layer[1]) if other and layer else other
 
 
-def _is_rotated(family: Family, key: str) -> bool:
-    """Whether the rows of a weight are those of queries or keys, in another order than Hugging Face's."""
-    return family.neighbours and (".q_proj." in key or ".k_proj." in key) and not key.endswith(".lora_a.weight")
+def _is_permuted(family: Family, key: str) -> bool:
+    """Whether a weight computes queries or keys and has its rows in another order than Hugging Face's."""
+    return family.interleaved_rope and (".q_proj." in key or ".k_proj." in key) and not key.endswith(".lora_a.weight")
 
 
 def _regrouped(weight: Tensor, outer: int, inner: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gemma 3: torchtune's Gemma with heads normalised, norms on both sides of each block, and mostly local attention."""
+"""Gemma 3: torchtune's Gemma with normalized heads, norms before and after each block, and mostly local attention."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gemma3_1b(*, max_seq_len: int) -> TransformerDecoder:
     """Gemma 3 1B, the text model.
 
     Args:
-        max_seq_len: the longest input, in tokens. The rotary caches are this long, so pass the training length.
+        max_seq_len: the longest input, in tokens. The RoPE caches have this length, so pass the training length.
     """
     return gemma3(**_1B, max_seq_len=max_seq_len)
 
@@ -77,28 +77,30 @@ def gemma3(
     rope_base: float = 1_000_000.0,
     local_rope_base: float = 10_000.0,
 ) -> TransformerDecoder:
-    """A decoder of the Gemma 3 kind, its head tied to the embeddings (https://arxiv.org/abs/2503.19786).
+    """A Gemma 3 decoder with its head tied to the embeddings (https://arxiv.org/abs/2503.19786).
 
-    Rows of weights lie as in transformers: a rotation pairs the first half of a head with the second. Sizes from 4B on
-    also stretch the global rotations and 27B scales its scores otherwise, which this decoder does not.
+    Rows of weights are laid out as in transformers: RoPE pairs the first half of a head with the second. Gemma 3 4B and
+    larger also scale RoPE in global layers, and 27B scales attention scores differently; this decoder supports neither.
 
     Args:
         vocab_size, num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim: sizes.
-        head_dim: of a head; attention scores are divided by its root.
-        max_seq_len: the longest input, in tokens; length of the rotary caches.
-        sliding_window: a token of a local layer sees this many tokens, itself the last of them.
-        sliding_window_pattern: every layer whose number, from 1, is a multiple of this is global.
+        head_dim: of a head; attention scores are divided by its square root.
+        max_seq_len: the longest input, in tokens; length of the RoPE caches.
+        sliding_window: number of tokens to which a token of a local layer attends, itself included.
+        sliding_window_pattern: a layer is global if its number, counted from 1, is a multiple of this.
         attn_dropout: of attention weights, in training.
         norm_eps: of all norms.
-        rope_base: of the rotations in global layers.
-        local_rope_base: of those in local ones.
+        rope_base: in global layers.
+        local_rope_base: in local layers.
 
     Raises:
-        ValueError: a window or a pattern below 1, or sizes that do not go together.
+        ValueError: a window or a pattern is below 1, or sizes do not fit together.
     """
     for key, value in {"sliding_window": sliding_window, "sliding_window_pattern": sliding_window_pattern}.items():
         if value < 1:
             raise ValueError(f"model.{key}: {value} is not allowed; at least 1")
+
+    # Layers, global and local.
     rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
     local_rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, local_rope_base)
     layers = []
@@ -128,6 +130,8 @@ def gemma3(
                 mlp_scale=GemmaRMSNorm(embed_dim, eps=norm_eps),
             )
         )
+
+    # Embeddings, norm and the tied head.
     embeddings = GemmaNormEmbeddings(vocab_size, embed_dim)
     return TransformerDecoder(
         tok_embeddings=embeddings,
@@ -162,7 +166,7 @@ def lora_gemma3(
     lora_alpha: float,
     lora_dropout: float = 0.0,
 ) -> TransformerDecoder:
-    """``gemma3`` with adapters; the arguments are its own and those of ``add_lora``. A tied head takes none."""
+    """``gemma3`` with adapters; the arguments are those of ``gemma3`` and ``add_lora``. The tied head has none."""
     decoder = gemma3(
         vocab_size=vocab_size,
         num_layers=num_layers,
@@ -190,9 +194,9 @@ def lora_gemma3(
 
 
 class SlidingWindowAttention(MultiHeadAttention):
-    """torchtune's attention, of which a token sees only the last ``sliding_window`` tokens, itself among them.
+    """torchtune's attention in which a token attends only to the last ``sliding_window`` tokens, itself included.
 
-    Rows no longer than the window need no mask and take the fast causal path.
+    Rows no longer than the window need no mask and use the fast causal kernel.
     """
 
     def __init__(self, *, sliding_window: int, **attention: Any) -> None:
@@ -202,12 +206,12 @@ class SlidingWindowAttention(MultiHeadAttention):
     def forward(
         self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None
     ) -> Tensor:
-        """As in torchtune; a given ``mask`` (packed rows, key-value cache) is narrowed to the window.
+        """As in torchtune. A given ``mask`` (packed rows, key-value cache) is restricted to the window.
 
-        The window is one of places in the row. Within a document of a packed row that is one of ``input_pos`` as well.
+        The window counts positions in the row. Within a document of a packed row these are the same as ``input_pos``.
 
         Raises:
-            ValueError: a mask that is not a boolean tensor, such as flex attention's.
+            ValueError: the mask is not a boolean tensor, such as that of flex attention.
         """
         length, window = x.shape[1], self.sliding_window
         if mask is None and length > window:

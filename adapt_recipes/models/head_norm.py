@@ -1,4 +1,4 @@
-"""A projection to heads, each of which is normalised before it is rotated."""
+"""A projection to heads that normalizes each head before RoPE."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 class NormedHeads(nn.Module):
-    """A query or key projection and the norm of each head after it, in the place of the projection alone.
+    """A query or key projection followed by a norm over each head; it replaces the projection.
 
-    Gemma 3 and Qwen 3 normalise before the rotation; torchtune's ``MultiHeadAttention(q_norm=, k_norm=)`` after it.
-    With LoRA the projection is the adapted one, so that the norm sees its delta too.
+    Gemma 3 and Qwen 3 normalize before RoPE, torchtune's ``MultiHeadAttention(q_norm=, k_norm=)`` after it. With LoRA
+    the projection is the one with the adapter, so that its output is normalized too.
 
     Args:
-        projection: to the heads, side by side.
-        norm: over the ``head_dim`` values of one head; every head has the same.
+        projection: to all heads, concatenated.
+        norm: over the ``head_dim`` values of a head; the same for every head.
         head_dim: of a head.
     """
 

@@ -1,11 +1,11 @@
-"""Weights from a Hugging Face folder into a torchtune decoder, and back into such a folder."""
+"""Loads the weights of a Hugging Face folder into a torchtune decoder, and saves a decoder as such a folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,19 +38,21 @@ StateDict = dict[str, Tensor]
 _KEY = "checkpointer.checkpoint_dir"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
+# By the names that safetensors uses.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HEAD = "lm_head.weight"
-_COMPUTED = "rotary_emb.inv_freq"  # old folders hold it, and nobody reads it
+# Stored in old folders, and ignored.
+_COMPUTED = "rotary_emb.inv_freq"
 
 
-class SavesItself(Protocol):
-    """A tokenizer, as far as this module is concerned."""
+class Saveable(Protocol):
+    """A tokenizer."""
 
     def save(self, folder: Path) -> None: ...
 
 
 class _Stored(NamedTuple):
-    """What a file's header says of a weight."""
+    """File, dtype and shape of a weight, from the header of its file."""
 
     file: Path
     dtype: torch.dtype
@@ -58,26 +60,27 @@ class _Stored(NamedTuple):
 
 
 class HuggingFaceCheckpointer:
-    """Reads the weights that a training starts from, and writes the folder that transformers loads.
+    """Reads the weights from which training starts, and writes a folder that transformers loads.
 
-    Whatever a header can tell is checked here at once, without reading a weight.
+    The headers of all files are checked at once, without reading a weight.
 
     Args:
         checkpoint_dir: a folder with ``config.json`` and either ``model.safetensors`` or an index and its shards; None:
-            the training starts from random weights.
+            training starts from random weights.
 
     Attributes:
         config: the folder's ``config.json``; None without a folder.
 
     Raises:
-        ValueError: a folder, or a file in it, that is missing or cannot be used.
+        ValueError: the folder or a file in it is missing or cannot be used.
     """
 
     def __init__(self, checkpoint_dir: str | None) -> None:
         self.config: dict[str, Any] | None = None
         self._checkpoint_dir = checkpoint_dir
         self._generation_config: str | None = None
-        self._stored: dict[str, _Stored] = {}  # the folder's weights, by Hugging Face's names
+        # The folder's weights, by Hugging Face's names.
+        self._stored: dict[str, _Stored] = {}
         if checkpoint_dir is None:
             return
         folder = Path(checkpoint_dir)
@@ -95,44 +98,49 @@ class HuggingFaceCheckpointer:
                     raise ValueError(f"{_KEY}: {file}: {reason}")
 
     def check(self, decoder: TransformerDecoder) -> None:
-        """Refuses a decoder that the folder's weights do not fit, or in which they would make another function.
+        """Refuses a decoder that the folder's weights do not fit, or that would compute another function with them.
 
-        No weight is read. Without a folder there is nothing to refuse.
+        No weight is read. Without a folder every decoder is accepted.
 
         Args:
-            decoder: its adapters, which no folder has, are left out of account.
+            decoder: its adapters are ignored, because no folder has any.
 
         Raises:
-            ValueError: one line with the first weight of another shape, the first missing and the first surplus one,
-                under Hugging Face's names; or the first other difference, as ``config.json`` calls it.
+            ValueError: one line with the first weight of another shape, the first missing and the first unexpected one,
+                by Hugging Face's names; or the first other difference, by its name in ``config.json``.
         """
         if self.config is None:
             return
         ours, theirs = architecture_of_decoder(decoder), self._architecture
         unfit = f"{_KEY}: {self._checkpoint_dir} does not fit the model"
         if ours.model_type != theirs.model_type:
-            raise ValueError(f"{unfit}: it is of the kind '{theirs.model_type}', and the model is '{ours.model_type}'")
+            raise ValueError(f"{unfit}: its model_type is '{theirs.model_type}', and the model's '{ours.model_type}'")
+
+        # Names and shapes.
         family = FAMILIES[ours.model_type]
         shapes = {
             str(huggingface_name(family, key)): tuple(weight.shape)
             for key, weight in decoder.state_dict().items()
             if not is_adapter(key)
         }
+        # ``load`` checks a stored head of a tied model.
         stored = dict(self._stored)
         if theirs.tie_word_embeddings:
-            stored.pop(_HEAD, None)  # ``load`` sees to that
+            stored.pop(_HEAD, None)
         problems = []
         for name, shape in shapes.items():
             if name in stored and stored[name].shape != shape:
                 problems.append(f"{name} is {stored[name].shape} in the folder and {shape} in the model")
                 break
-        for what, names in (
+        for text, names in (
             ("the folder lacks", [name for name in shapes if name not in stored]),
             ("the model has no", [name for name in stored if name not in shapes]),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                problems.append(f"{what} {names[0]}{more}")
+                problems.append(f"{text} {names[0]}{more}")
+
+        # Other settings.
         if not problems and (field := theirs.first_difference(ours)):
             problems.append(
                 f"{field} is {getattr(theirs, field)} in its config.json and {getattr(ours, field)} in the model"
@@ -141,12 +149,12 @@ class HuggingFaceCheckpointer:
             raise ValueError(f"{unfit}: {'; '.join(problems)}")
 
     def load(self) -> Mapping[str, Tensor] | None:
-        """The folder's weights under torchtune's names, dtypes as stored; None without a folder.
+        """The folder's weights by torchtune's names, in their stored dtypes; None without a folder.
 
-        A weight is read when it is asked for. One that keeps its rows' order stays a memory map of the file.
+        Weights are read lazily. A weight whose rows are not permuted is a memory map of the file.
 
         Raises:
-            ValueError: weights that contradict ``config.json``.
+            ValueError: the weights contradict ``config.json``.
         """
         if self.config is None:
             return None
@@ -156,7 +164,7 @@ class HuggingFaceCheckpointer:
             family,
             self._architecture.head_dim,
         )
-        # Some tied folders hold the head as well. It is left out where that loses nothing.
+        # Some folders of tied models store the head as well. It is ignored if it equals the embeddings.
         if self._architecture.tie_word_embeddings and "output.weight" in weights:
             if not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
                 reason = f"config.json says tie_word_embeddings, but {_HEAD} and model.embed_tokens.weight differ"
@@ -170,33 +178,34 @@ class HuggingFaceCheckpointer:
         folder: Path,
         *,
         config: Mapping[str, Any],
-        tokenizer: SavesItself,
+        tokenizer: Saveable,
         adapters: Adapters | None = None,
         max_shard_size: int | str = "5GB",
     ) -> None:
-        """Writes a Hugging Face folder, which is there whole or not at all. All processes call it, the first writes.
+        """Writes a Hugging Face folder atomically. All processes call this, and the first one writes.
 
-        Each weight is stored in the dtype that it has in ``checkpoint_dir``, so that a bf16 model stays one whatever it
-        was trained in, and in fp32 where there was no folder. A tied head is not stored.
+        Each weight is stored in the dtype that it has in ``checkpoint_dir``, so that a bf16 model stays one in whatever
+        dtype it was trained, and in fp32 if there was no folder. A tied head is not stored.
 
-        Adapters are merged into the weights, and also written for PEFT, as they are, to the folder ``adapter`` beside
-        ``folder``. Not into it, for there transformers, where it finds PEFT, would add them to the weights once more.
+        Adapters are merged into the weights, and also written for PEFT, unmerged, to the folder ``adapter`` beside
+        ``folder``. In ``folder`` itself, transformers with PEFT installed would add them to the weights a second time.
 
         Args:
             state_dict: the decoder's, on any device. Sharded weights are gathered one at a time, and the first process
-                keeps those of one file.
-            folder: where; replaced if it exists.
+                holds those of one file.
+            folder: replaced if it exists.
             config: this checkpointer's ``config``, or ``huggingface_config`` of a decoder that came from no folder.
             tokenizer: writes its own files into a folder.
-            adapters: what ``train_adapters_alone`` returned.
-            max_shard_size: of one weights file, in bytes or as "5GB".
+            adapters: the return value of ``train_adapters_alone``.
+            max_shard_size: of one file of weights, in bytes or as "5GB".
 
         Raises:
             NoSpaceLeft: the disk is full; nothing is left behind.
         """
         architecture = architecture_of_config(config, where="config")
         family, head_dim = FAMILIES[architecture.model_type], architecture.head_dim
-        plan: StateDict = {}  # shapes and dtypes only: the weights themselves are converted one shard at a time
+        # Shapes and dtypes only; the weights themselves are converted one file at a time.
+        plan: StateDict = {}
         sources: dict[str, str] = {}
         for key, weight in state_dict.items():
             if not is_adapter(key):
@@ -207,22 +216,10 @@ class HuggingFaceCheckpointer:
                 sources[name] = key
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
 
-        def mapped() -> Iterator[tuple[str, Tensor]]:
-            """The weights in the order in which they are written, and the adapters after them."""
-            keys = [sources[name] for names in split.filename_to_tensors.values() for name in names]
-            for key in (*keys, *filter(is_adapter, state_dict)):
-                projection = key.removesuffix(".weight")
-                parts = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
-                needed = {part: full_tensor(state_dict[part]) for part in parts if part in state_dict}
-                if rank() == 0:
-                    weight = merged(key, {part: each.cpu() for part, each in needed.items()}, adapters)
-                    name = peft_name(family, key) if is_adapter(key) else str(huggingface_name(family, key))
-                    weight = weight.to(plan[name].dtype) if name in plan else weight
-                    yield name, to_huggingface(family, key, weight, head_dim=head_dim)
-                else:
-                    yield key, torch.empty(0)
-
-        weights = mapped()
+        # In the order in which they are written, then the adapters.
+        keys = [sources[name] for names in split.filename_to_tensors.values() for name in names]
+        keys += filter(is_adapter, state_dict)
+        weights = _converted(state_dict, keys, plan, family, adapters, head_dim=head_dim)
         with raise_on_all_ranks():
             try:
                 if rank() == 0:
@@ -230,7 +227,8 @@ class HuggingFaceCheckpointer:
                     if adapters is not None:
                         self._write_adapters(folder.with_name("adapter"), dict(weights), adapters)
             finally:
-                deque(weights, maxlen=0)  # the others take part in every gather, and so does the first after an error
+                # The other processes take part in every gather, and so does the first one after an error.
+                deque(weights, maxlen=0)
 
     def _write(
         self,
@@ -238,7 +236,7 @@ class HuggingFaceCheckpointer:
         weights: Iterator[tuple[str, Tensor]],
         split: StateDictSplit,
         config: Mapping[str, Any],
-        tokenizer: SavesItself,
+        tokenizer: Saveable,
     ) -> None:
         with atomic_folder(folder) as partial:
             _write_json(partial / "config.json", config)
@@ -267,8 +265,34 @@ class HuggingFaceCheckpointer:
             _write_weights(partial / _ADAPTER, weights, readable_as=partial / _ADAPTER_CONFIG)
 
 
+def _converted(
+    state_dict: Mapping[str, Tensor],
+    keys: Sequence[str],
+    plan: Mapping[str, Tensor],
+    family: Family,
+    adapters: Adapters | None,
+    *,
+    head_dim: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights ``keys`` by their names in the folder, gathered, merged, and in the dtypes of ``plan``.
+
+    All processes iterate over it, because they take part in every gather; only the first one gets values.
+    """
+    for key in keys:
+        projection = key.removesuffix(".weight")
+        parts = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
+        needed = {part: full_tensor(state_dict[part]) for part in parts if part in state_dict}
+        if rank() == 0:
+            weight = merged(key, {part: each.cpu() for part, each in needed.items()}, adapters)
+            name = peft_name(family, key) if is_adapter(key) else str(huggingface_name(family, key))
+            weight = weight.to(plan[name].dtype) if name in plan else weight
+            yield name, to_huggingface(family, key, weight, head_dim=head_dim)
+        else:
+            yield key, torch.empty(0)
+
+
 class _Weights(Mapping[str, Tensor]):
-    """Weights of a folder, each read when it is asked for.
+    """The weights of a folder, read lazily.
 
     Args:
         where: torchtune's names -> Hugging Face's, and the file.
@@ -291,14 +315,14 @@ class _Weights(Mapping[str, Tensor]):
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model, all there. A single file goes before an index, as in transformers."""
+    """The safetensors files of a folder. A single file takes precedence over an index, as in transformers."""
     if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
     index = folder / _INDEX
     if not index.exists():
         reason = f"there is neither {_SINGLE} nor {_INDEX} in {folder}"
         if any(folder.glob("pytorch_model*.bin*")):
-            reason += "; its pytorch_model.bin is the old format, which is not read: save it anew with transformers"
+            reason += "; pytorch_model.bin is an old format, which is not supported: save it again with transformers"
         raise ValueError(f"{_KEY}: {reason}")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -308,7 +332,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{_KEY}: {index} is not the index of a sharded model ({reason})") from None
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{_KEY}: {index} names {file.name}, and there is no such file in {folder}")
+            raise ValueError(f"{_KEY}: {index} names {file.name}, but there is no such file in {folder}")
     return files
 
 
@@ -330,7 +354,8 @@ def _read_header(file: Path) -> dict[str, _Stored]:
 
 def _write_weights(file: Path, weights: Mapping[str, Tensor], *, readable_as: Path) -> None:
     save_file({name: weight.contiguous() for name, weight in weights.items()}, file, metadata={"format": "pt"})
-    shutil.copymode(readable_as, file)  # safetensors writes for the owner's eyes only
+    # safetensors creates files that only the owner can read.
+    shutil.copymode(readable_as, file)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Decoders of the Llama kind, built from a Hugging Face folder's ``config.json``."""
+"""Llama decoders, built from a Hugging Face folder's ``config.json``."""
 
 from __future__ import annotations
 
@@ -18,36 +18,39 @@ from torchtune.modules import (
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.models.architecture import Architecture, architecture_of_config, read_config
-from adapt_recipes.models.rotations import Rotations
+from adapt_recipes.models.rotations import RotaryEmbeddings
 
 
 def llama_from_folder(path: str, max_seq_len: int) -> TransformerDecoder:
-    """A decoder of the shape that a Hugging Face folder's ``config.json`` describes, with random weights.
+    """A decoder with the sizes in a Hugging Face folder's ``config.json``, with random weights.
 
     Args:
-        path: a folder of ``model_type`` llama (Llama 2 and 3, SmolLM2, and whatever else says so).
-        max_seq_len: the longest input, in tokens. The rotary cache is this long, so pass the training length.
+        path: a folder with ``model_type`` llama (Llama 2 and 3, SmolLM2, and others).
+        max_seq_len: the longest input, in tokens. The RoPE cache has this length, so pass the training length.
 
     Raises:
-        ValueError: no such folder, another kind of model, or something in it that this decoder cannot compute.
+        ValueError: there is no such folder, its ``model_type`` is another, or a setting in it is not supported.
     """
     where = f"model.path: {Path(path) / 'config.json'}"
     config = read_config(path, key="model.path")
     if (model_type := str(config.get("model_type"))) != "llama":
-        raise ValueError(f"{where}: model_type '{model_type}' is not of the Llama kind{nearest(model_type, ['llama'])}")
+        raise ValueError(f"{where}: model_type '{model_type}' is not supported here{nearest(model_type, ['llama'])}")
     longest = config.get("max_position_embeddings")
     if longest is not None and max_seq_len > longest:
-        raise ValueError(f"{where}: max_seq_len {max_seq_len} is beyond the model's max_position_embeddings {longest}")
+        raise ValueError(f"{where}: max_seq_len {max_seq_len} exceeds the model's max_position_embeddings {longest}")
     architecture = architecture_of_config(config, where=where)
     try:
         return _build(architecture, max_seq_len)
-    except ValueError as error:  # torchtune's own, about sizes that do not go together
+    except ValueError as error:
+        # torchtune's, about sizes that do not fit together.
         raise ValueError(f"{where}: {error}") from None
 
 
 def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
-    """A decoder with random weights. Unlike torchtune's ``llama3_2`` it takes any ``head_dim`` and rope scaling."""
+    """A decoder with random weights. Unlike torchtune's ``llama3_2`` it has any ``head_dim`` and RoPE scaling."""
     dim, head_dim = a.hidden_size, a.head_dim
+
+    # Position embeddings.
     rope: RotaryPositionalEmbeddings | Llama3ScaledRoPE
     if a.rope_scaling is None:
         rope = RotaryPositionalEmbeddings(head_dim, max_seq_len, a.rope_theta)
@@ -62,6 +65,8 @@ def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
             high_freq_factor=s.high_freq_factor,
             old_context_len=s.original_max_position_embeddings,
         )
+
+    # Layers.
     layers = [
         TransformerSelfAttentionLayer(
             attn=MultiHeadAttention(
@@ -73,7 +78,7 @@ def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
                 k_proj=nn.Linear(dim, a.num_key_value_heads * head_dim, bias=False),
                 v_proj=nn.Linear(dim, a.num_key_value_heads * head_dim, bias=False),
                 output_proj=nn.Linear(a.num_attention_heads * head_dim, dim, bias=False),
-                pos_embeddings=Rotations(rope),
+                pos_embeddings=RotaryEmbeddings(rope),
                 max_seq_len=max_seq_len,
                 attn_dropout=a.attention_dropout,
             ),
@@ -87,6 +92,8 @@ def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
         )
         for _ in range(a.num_hidden_layers)
     ]
+
+    # Embeddings, norm and head.
     embeddings = nn.Embedding(a.vocab_size, dim)
     return TransformerDecoder(
         tok_embeddings=embeddings,

@@ -1,4 +1,4 @@
-"""LoRA for any decoder made of torchtune's modules."""
+"""LoRA for any decoder built from torchtune's modules."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ def add_lora(
     lora_alpha: float,
     lora_dropout: float,
 ) -> TransformerDecoder:
-    """Puts adapters beside a decoder's linear layers, in every layer alike. The weights that are there stay.
+    """Adds adapters to linear projections of a decoder, to the same ones in every layer. Its weights are kept.
 
     Args:
         decoder: changed in place.
         lora_attn_modules: which projections of the attention.
-        apply_lora_to_mlp: the three of the MLP as well.
+        apply_lora_to_mlp: the three projections of the MLP as well.
         lora_rank: of the adapters.
-        lora_alpha: an adapter's output counts ``lora_alpha / lora_rank``.
-        lora_dropout: of what an adapter reads.
+        lora_alpha: the output of an adapter is scaled by ``lora_alpha / lora_rank``.
+        lora_dropout: of the input of an adapter.
 
     Returns:
         The same decoder.
 
     Raises:
-        ValueError: an unknown projection, none at all, or a rank below 1.
+        ValueError: a projection is unknown, none is given, or the rank is below 1.
     """
+    # Arguments.
     for name in lora_attn_modules:
         if name not in (allowed := get_args(LORA_ATTN_MODULES)):
             raise ValueError(f"model.lora_attn_modules: there is no '{name}'; allowed: {', '.join(allowed)}")
@@ -43,6 +44,8 @@ def add_lora(
         raise ValueError("model.lora_attn_modules: is empty, and apply_lora_to_mlp is false: nothing would be trained")
     if lora_rank < 1:
         raise ValueError(f"model.lora_rank: {lora_rank} is not allowed; at least 1")
+
+    # Replace each linear layer by one with an adapter and the same weights.
     for layer in decoder.layers:
         places = [(layer.attn, name) for name in lora_attn_modules]
         if apply_lora_to_mlp:
@@ -58,7 +61,7 @@ def add_lora(
                 alpha=lora_alpha,
                 dropout=lora_dropout,
                 use_bias=linear.bias is not None,
-            ).to(linear.weight)  # its dtype and device
+            ).to(linear.weight)
             adapted.weight, adapted.bias = linear.weight, linear.bias
             setattr(parent, name, adapted)
     return decoder

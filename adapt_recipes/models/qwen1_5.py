@@ -1,4 +1,4 @@
-"""Qwen 1.5 0.5B, which torchtune's Qwen 2 builder can build and has no name for."""
+"""Qwen 1.5 0.5B, built by torchtune's builder of Qwen 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def qwen1_5_0_5b(*, max_seq_len: int) -> TransformerDecoder:
     """Qwen 1.5 0.5B.
 
     Args:
-        max_seq_len: the longest input, in tokens. The rotary cache is this long, so pass the training length.
+        max_seq_len: the longest input, in tokens. The RoPE cache has this length, so pass the training length.
     """
     return qwen2(
         vocab_size=151_936,
@@ -23,7 +23,7 @@ def qwen1_5_0_5b(*, max_seq_len: int) -> TransformerDecoder:
         embed_dim=1024,
         intermediate_dim=2816,
         max_seq_len=max_seq_len,
-        norm_eps=1e-6,  # torchtune's default is another
+        norm_eps=1e-6,
         rope_base=1_000_000.0,
         tie_word_embeddings=True,
     )

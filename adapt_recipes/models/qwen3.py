@@ -1,4 +1,4 @@
-"""Qwen 3: torchtune's Qwen 2 with heads normalised before they are rotated, free of biases."""
+"""Qwen 3: torchtune's Qwen 2 with heads normalized before RoPE, and without biases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def qwen3_0_6b(*, max_seq_len: int) -> TransformerDecoder:
     """Qwen 3 0.6B.
 
     Args:
-        max_seq_len: the longest input, in tokens. The rotary cache is this long, so pass the training length.
+        max_seq_len: the longest input, in tokens. The RoPE cache has this length, so pass the training length.
     """
     return qwen3(**_0_6B, max_seq_len=max_seq_len)
 
@@ -70,20 +70,20 @@ def qwen3(
     norm_eps: float = 1e-6,
     rope_base: float = 1_000_000.0,
 ) -> TransformerDecoder:
-    """A decoder of the Qwen 3 kind (https://arxiv.org/abs/2505.09388).
+    """A Qwen 3 decoder (https://arxiv.org/abs/2505.09388).
 
-    Rows of weights lie as in transformers: a rotation pairs the first half of a head with the second.
+    Rows of weights are laid out as in transformers: RoPE pairs the first half of a head with the second.
 
     Args:
         vocab_size, num_layers, num_heads, num_kv_heads, head_dim, embed_dim, intermediate_dim: sizes.
-        max_seq_len: the longest input, in tokens; length of the rotary cache.
-        tie_word_embeddings: whether the head is the embeddings.
+        max_seq_len: the longest input, in tokens; length of the RoPE cache.
+        tie_word_embeddings: use the embeddings as the head.
         attn_dropout: of attention weights, in training.
         norm_eps: of all norms.
-        rope_base: of the rotations.
+        rope_base: of RoPE.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: sizes do not fit together.
     """
     rope = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
     layers = [
@@ -107,6 +107,8 @@ def qwen3(
         )
         for _ in range(num_layers)
     ]
+
+    # Embeddings, norm and head.
     embeddings = nn.Embedding(vocab_size, embed_dim)
     return TransformerDecoder(
         tok_embeddings=embeddings,
@@ -139,7 +141,7 @@ def lora_qwen3(
     lora_alpha: float,
     lora_dropout: float = 0.0,
 ) -> TransformerDecoder:
-    """``qwen3`` with adapters; the arguments are its own and those of ``add_lora``. The head takes none."""
+    """``qwen3`` with adapters; the arguments are those of ``qwen3`` and ``add_lora``. The head has none."""
     decoder = qwen3(
         vocab_size=vocab_size,
         num_layers=num_layers,

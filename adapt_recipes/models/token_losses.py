@@ -1,4 +1,4 @@
-"""The model as everything in this project sees it: token ids and labels in, one loss a supervised token out."""
+"""The model as all other modules use it: token ids and labels in, one loss per supervised token out."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from adapt_recipes.data.examples import IGNORE_INDEX
 
 
 def check_decoder(decoder: TransformerDecoder, *, max_seq_len: int, max_token: int) -> None:
-    """Refuse a model that cannot read the data.
+    """Refuses a model that cannot read the data.
 
     Args:
-        decoder: as its builder returned it.
+        decoder: the return value of its builder.
         max_seq_len: rendered tokens of the longest example.
-        max_token: the highest token id there is in the data. Some tokenizers have ids that no text gives.
+        max_token: the highest token id in the data. (Some tokenizers have higher ids, which no text contains.)
 
     Raises:
-        ValueError: it is no decoder of torchtune's, too short, or has no embedding for a token.
+        ValueError: it is not torchtune's decoder, it is too short, or it has no embedding for a token.
     """
     if not isinstance(decoder, TransformerDecoder):
         raise ValueError(
-            f"model._component_: gives a {type(decoder).__name__}; a recipe needs torchtune's TransformerDecoder"
+            f"model._component_: returns a {type(decoder).__name__}; a recipe needs torchtune's TransformerDecoder"
         )
     if decoder.max_seq_len < max_seq_len:
         raise ValueError(f"model.max_seq_len: {decoder.max_seq_len} is less than max_seq_len, {max_seq_len}")
     if (rows := decoder.tok_embeddings.weight.shape[0]) <= max_token:
-        raise ValueError(f"model.vocab_size: {rows} is too few: the tokenizer gives this data token {max_token}")
+        raise ValueError(f"model.vocab_size: {rows} is too small: the highest token id in the data is {max_token}")
 
 
 class TokenLosses(nn.Module):
-    """Cross-entropies of a decoder at the supervised positions, and at no other.
+    """Cross-entropies of a decoder at the supervised positions only.
 
-    Few tokens of instruction data are supervised (3.6 % in Natural Instructions), so the final norm and the head, which
-    with a large vocabulary cost as much as many layers, see those positions only. The whole computation stands in this
-    module's ``forward``, because under FSDP2 the root's weights (embeddings, norm, head) are whole only in there.
+    Few tokens of instruction data are supervised (3.6 % in Natural Instructions). The final norm and the head, which
+    with a large vocabulary costs as much as many layers, are computed at those positions only. The whole computation is
+    in this module's ``forward``, because FSDP2 gathers the root's weights (embeddings, norm, head) only there.
 
-    Rows are padded on the right and there is no mask: causal attention keeps what follows a token out of its state.
+    Rows are padded on the right and there is no mask: with causal attention a token does not depend on what follows.
 
     Args:
-        decoder: the model, compiled and with activation checkpointing if so wished.
-        compute_dtype: what matrix products are computed in, by autocast, while weights, residual stream and losses keep
-            their fp32; None: as the weights are.
-        loss_chunk_tokens: losses of so many positions at a time, whose logits are dropped and computed again in the
-            backward, so that no more of them are held; None: all at once.
-        activation_offloading: what a checkpointed decoder keeps for the backward is kept in host memory.
+        decoder: the model, optionally compiled and with activation checkpointing.
+        compute_dtype: of matrix products, by autocast; weights, residual stream and losses stay in fp32. None: the
+            dtype of the weights.
+        loss_chunk_tokens: compute the losses of this many positions at a time, and their logits again in the backward
+            pass, so that only these logits are in memory; None: all at once.
+        activation_offloading: keep the checkpointed activations in host memory.
     """
 
     def __init__(
@@ -71,36 +71,36 @@ class TokenLosses(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: FSDP2 may keep parameters in host memory, but no buffers."""
+        """The device of the computation. FSDP2 may keep parameters in host memory, but not buffers."""
         return next(chain(self.buffers(), self.parameters())).device
 
     def autocast(self) -> torch.autocast:
-        """Context in which products are computed in ``compute_dtype``. ``forward`` enters it by itself.
+        """A context in which products are computed in ``compute_dtype``. ``forward`` enters it by itself.
 
-        Around several forwards it keeps the weights' casts from the first to the last, so the weights must not change
-        in it. Backwards may run in it, each by the forward's own dtypes.
+        Around several forward passes it caches the casts of the weights, so the weights must not change in it. Backward
+        passes may run in it, each in the dtypes of its forward pass.
         """
-        # FSDP2 gathers the weights anew in each forward: a cast kept from the one before has no way to their gradients.
-        kept = not isinstance(self, FSDPModule)
+        # FSDP2 gathers the weights again in each forward pass: a cached cast of the last one would get no gradients.
+        cached = not isinstance(self, FSDPModule)
         enabled = self.compute_dtype is not None
-        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled, cache_enabled=kept)
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled, cache_enabled=cached)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, output: Literal["losses", "logits", "hidden_states"] = "losses"
     ) -> Tensor:
-        """Loss of each supervised token, or what it is made of.
+        """The loss of each supervised token, or the logits or hidden states it is computed from.
 
         Args:
             tokens: (batch, length) int64, padded on the right with any token.
-            labels: (batch, length) int64, ``labels[:, t]`` is what follows ``tokens[:, t]``; ``IGNORE_INDEX`` where the
-                position is not supervised.
+            labels: (batch, length) int64, ``labels[:, t]`` is the token that follows ``tokens[:, t]``; ``IGNORE_INDEX``
+                at positions that are not supervised.
             output: what to return.
 
         Returns:
-            ``losses``: (num_supervised,) fp32 cross-entropies in nats, rows one after the other. Where nothing is
-            supervised it is empty and still part of the graph: the backward of its sum gives zero gradients, so that
-            each of several processes can run it. ``logits``: (num_supervised, vocab_size) fp32. ``hidden_states``:
-            (batch, length, dim), those of the top layer behind the final norm, as transformers calls them.
+            ``losses``: (num_supervised,) fp32 cross-entropies in nats, row by row. Without a supervised position it is
+            empty but still part of the graph: the backward pass of its sum gives zero gradients, so that every process
+            can run one. ``logits``: (num_supervised, vocab_size) fp32. ``hidden_states``: (batch, length, dim), the
+            output of the final norm, as in transformers.
         """
         decoder = self.decoder
         assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"

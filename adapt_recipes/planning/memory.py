@@ -1,8 +1,9 @@
-"""Memory that a process needs, without taking it: one training step of the real model on tensors without values.
+"""Estimates the memory of a process by running a training step of the real model on fake tensors.
 
-The model is built, sharded and run as in a recipe, by torch's fake tensors and, for several processes, its fake process
-group; what is counted are the bytes of all tensors that live at a time. What kernels take for themselves, CUDA and nccl
-(1 to 2 GB) and what the allocator leaves unused (a few per cent) come on top.
+The model is built, sharded and run as in a recipe, with torch's fake tensors, which have no values, and for several
+processes its fake process group. The estimate is the largest number of bytes of all tensors that exist at the same
+time. Not included: memory of kernels, CUDA and nccl (1 to 2 GB), and memory that the allocator leaves unused (a few
+percent).
 """
 
 from __future__ import annotations
@@ -29,17 +30,15 @@ from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.update import Update
 from adapt_recipes.training.sharding import apply_fsdp, to_local
 
-CPU = torch.device("cpu")  # fake tensors say that they are on it, whatever device the run will have
-
 
 class Shape(NamedTuple):
-    """The largest micro-batch of a process.
+    """The shape of a process's largest micro-batch.
 
     Attributes:
         rows: sequences.
         length: positions of each, padding included.
-        supervised: of all of them the positions that are.
-        several: whether a step has more than one, so that gradients are there already while another is computed.
+        supervised: supervised positions of all of them.
+        several: a step has more than one micro-batch, so that gradients exist while the next one is computed.
     """
 
     rows: int
@@ -50,14 +49,14 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process needs: their sum is what it has in memory at the most.
+    """Bytes that one process needs; their sum is the peak.
 
     Attributes:
         parameters: weights, or this process's shards of them, and buffers.
-        gradients: of what is trained.
+        gradients: of the trained weights.
         optimizer: its state.
-        activations: the rest of a training step's peak: what the backward needs, logits, casts and gathered weights.
-        mixture: what mixture updates need beyond a training step.
+        activations: the rest of a training step's peak: saved activations, logits, casts and gathered weights.
+        mixture: additional memory of mixture updates, beyond a training step.
     """
 
     parameters: int
@@ -73,12 +72,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is, all processes together.
+    """The size of a model on all processes together.
 
     Attributes:
-        parameters: weights, a tied head counted once.
-        trained: those that are trained.
-        checkpoint_bytes: weights and optimizer state, as a checkpoint has them on disk.
+        parameters: number of weights, a tied head counted once.
+        trained: number of trained weights.
+        checkpoint_bytes: weights and optimizer state on disk.
     """
 
     parameters: int
@@ -95,28 +94,28 @@ def estimate_memory(
     update: Update | None = None,
     num_processes: int = 1,
 ) -> tuple[Memory, Size]:
-    """What a run of a config needs. ``torch.compile`` is left out of account: it needs no more.
+    """Estimates the memory of a run. ``torch.compile`` is ignored: it needs no more.
 
     Args:
-        model: of ``models.build``, without values. It is of no use afterwards.
+        model: from ``models.build``, on the meta device. It cannot be used afterwards.
         config: of a recipe.
-        shape: of training's largest micro-batch.
-        read: of the largest one that validation and probes read; None: the same.
-        update: what mixture updates do; None: there are none.
-        num_processes: that share the weights.
+        shape, read: of the largest micro-batch in training, and in validation and probes (None: the same).
+        update: the computation of a mixture update; None: there are no updates.
+        num_processes: over which the weights are sharded.
 
     Raises:
-        ValueError: an optimizer that cannot be run without values.
+        ValueError: the optimizer cannot run on fake tensors.
     """
     assert not dist.is_initialized()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     saved = _num_bytes(model.state_dict().values())
-    model.to("meta")  # its buffers
+    model.to("meta")
     read, update = read or shape, update or Update()
-    with _old_objects_aside(), _group(num_processes) as mesh, FakeTensorMode(), LiveBytes(without_values=True) as live:
+    with _frozen_gc(), _group(num_processes) as mesh, FakeTensorMode(), LiveBytes(fake=True) as live:
+        # Build and shard the model, and run the optimizer and the largest forward and backward passes.
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-        whole_state, _ = _optimizer_bytes(config, [p for p in model.parameters() if p.requires_grad], live)
+        full_state, _ = _optimizer_bytes(config, [p for p in model.parameters() if p.requires_grad], live)
         if mesh is not None:
             apply_fsdp(model, model.decoder.layers, mesh=mesh, policy=OffloadPolicy())
             gc.collect()
@@ -129,13 +128,13 @@ def estimate_memory(
         backward = of_update = _backward_bytes(model, live, shape)
         if update.has_backward and read != shape:
             of_update = _backward_bytes(model, live, read)
-    # All gradients are there at the latest when the optimizer steps.
+    # The peak of a step: all gradients exist when the optimizer runs, if not before.
     training_peak = max(backward, weights + gradients + stepping, forward)
+
+    # The peak of a mixture update. A dot product of gradients also needs the product of the largest weight's gradients.
     update_peak = forward + update.kept_in_forward * gradients
     if update.has_backward:
-        product = max(
-            _num_bytes([to_local(parameter.detach())]) for parameter in trainable
-        )  # of two gradients, in turn
+        product = max(_num_bytes([to_local(parameter.detach())]) for parameter in trainable)
         of_update = max(of_update, weights + gradients + product)
         update_peak = max(update_peak, of_update + update.kept_in_backward * gradients)
     memory = Memory(
@@ -145,20 +144,20 @@ def estimate_memory(
         activations=training_peak - weights - gradients,
         mixture=max(0, update_peak - training_peak),
     )
-    return memory, Size(parameters, trained, saved + whole_state)
+    return memory, Size(parameters, trained, saved + full_state)
 
 
 def _forward_bytes(model: TokenLosses, live: LiveBytes, shape: Shape) -> int:
-    """What forwards alone take at the most, besides the weights."""
+    """The peak of forward passes without gradients, besides the weights."""
     with torch.no_grad(), live.measured() as measured:
         model(*_batch(shape, live))
     return measured.peak
 
 
 def _backward_bytes(model: TokenLosses, live: LiveBytes, shape: Shape) -> int:
-    """All that there is at the most while a step computes its gradients, the optimizer's state left out.
+    """The peak while a step computes its gradients, without the optimizer's state.
 
-    In the second of several micro-batches the gradients are there, and so are the casts that autocast keeps.
+    In the second of several micro-batches the gradients exist, and so do the casts that autocast caches.
     """
     with model.autocast():
         for _ in range(2 if shape.several else 1):
@@ -176,7 +175,7 @@ def _batch(shape: Shape, live: LiveBytes) -> tuple[Tensor, Tensor]:
 
 
 def _optimizer_bytes(config: Any, parameters: Sequence[nn.Parameter], live: LiveBytes) -> tuple[int, int]:
-    """The state of the config's optimizer for these parameters, and what a step takes besides at the most."""
+    """Bytes of the optimizer's state for these parameters, and the additional peak of a step."""
     optimizer = config.optimizer.build(params=parameters)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -184,10 +183,11 @@ def _optimizer_bytes(config: Any, parameters: Sequence[nn.Parameter], live: Live
         optimizer.step()
         with live.measured() as measured:
             optimizer.step()
-    except Exception as error:  # whatever an optimizer does with values that are not there
+    except Exception as error:
+        # Anything that an optimizer raises when it reads a value of a fake tensor.
         raise ValueError(
-            f"optimizer: the memory of {config.optimizer.component} cannot be reckoned: it needs values to step "
-            f"({type(error).__name__})"
+            f"optimizer: the memory of {config.optimizer.component} cannot be estimated: its step reads values of "
+            f"tensors ({type(error).__name__})"
         ) from error
     finally:
         for parameter in parameters:
@@ -201,8 +201,8 @@ def _num_bytes(tensors: Any) -> int:
 
 
 @contextlib.contextmanager
-def _old_objects_aside() -> Iterator[None]:
-    """What is there already is not looked through at every collection, which takes as long as all the rest."""
+def _frozen_gc() -> Iterator[None]:
+    """Excludes existing objects from garbage collections, which would otherwise take half of the time."""
     gc.collect()
     gc.freeze()
     try:
@@ -213,11 +213,12 @@ def _old_objects_aside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _group(num_processes: int) -> Iterator[Any]:
-    """The mesh of a process group of which this process is the first and the others are not there."""
+    """The mesh of a fake process group, of which this process is the first; None for a single process."""
     if num_processes == 1:
         yield None
         return
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401 (registers the backend)
+    # The import registers the backend.
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=num_processes)
     try:
@@ -228,38 +229,39 @@ def _group(num_processes: int) -> Iterator[Any]:
 
 @dataclass
 class Measured:
-    """Bytes that lived at the start of a block, and how many more at the most until its end."""
+    """Bytes of tensors at the start of a block, and the most that were added until its end."""
 
     start: int
     peak: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that live, each memory once however many views it has.
+    """Counts the bytes of all existing tensors, each storage once however many views it has.
 
     Args:
-        without_values: of fake tensors. What values would decide is decided here: a mask over the whole batch has
-            ``shape``'s supervised positions, and every number read from a tensor is 1.
+        fake: for fake tensors, whose values are replaced: a mask over the whole batch is true at as many positions as
+            ``shape`` says, and every number read from a tensor is 1.
     """
 
-    def __init__(self, *, without_values: bool = False) -> None:
+    def __init__(self, *, fake: bool = False) -> None:
         super().__init__()
         self.now = 0
         self.shape: Shape | None = None
-        self._without_values = without_values
+        self._fake = fake
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
         self._measured = Measured(0)
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[Measured]:
-        gc.collect()  # what only a cycle keeps would not be there in a long run
+        # Tensors that only a reference cycle keeps would be collected in a long run.
+        gc.collect()
         measured = self._measured = Measured(self.now)
         yield measured
         self._measured = Measured(self.now)
 
     def __enter__(self) -> LiveBytes:
-        # FSDP2 frees what it has gathered by making its memory empty, which is no operation on tensors.
+        # FSDP2 frees gathered weights by resizing their storage to 0, which is not an operation on tensors.
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> None:
@@ -275,10 +277,11 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Operations on the shards of a DTensor follow.
         if DTensor in types:
-            return NotImplemented  # its shards come by next
+            return NotImplemented
         aten = torch.ops.aten
-        if self._without_values:
+        if self._fake:
             if func in (aten._local_scalar_dense.default, aten.is_nonzero.default):
                 return 1
             if func.overloadpacket in (aten.index, aten.index_put, aten._index_put_impl, aten._unsafe_index_put):
@@ -290,7 +293,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _indices(self, indices: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-        """The same, with a mask as the positions where it is true."""
+        """The indices, with a mask replaced by as many positions as it is true at."""
         for index in indices:
             if index is None or index.dtype != torch.bool:
                 yield index

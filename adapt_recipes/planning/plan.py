@@ -1,4 +1,4 @@
-"""What a run would do, from its config and its data alone: nothing is trained, and no weight is read or made."""
+"""Computes what a run would do from its config and its data. Nothing is trained, and no weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from adapt_recipes.planning.update import Pass, Source, Update, update_of
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.training import precision
 
-MANY_PASSES = 4  # over a task; what comes after is worth ever less (Muennighoff et al., arXiv 2305.16264)
-WIDE = 100  # columns of a terminal; with fewer there is no room for names beside all of a table's numbers, and
-WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")  # go: they follow from others
-WARNING = "yellow"
+# Of a task; further epochs are worth less and less (Muennighoff et al., arXiv 2305.16264).
+MANY_EPOCHS = 4
+# A terminal with fewer columns has no room for all numbers beside the names. These follow from the others.
+WIDE = 100
+WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")
+WARNING_STYLE = "yellow"
 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What a run would make of one task.
+    """The plan for one task.
 
     Attributes:
-        examples: to train on.
-        dropped: left out because they are too long.
+        examples: of the training split.
+        dropped: examples that are too long.
         supervised_tokens: of ``examples``.
         share: of all tasks' supervised tokens.
-        mean_supervised_tokens, mean_tokens: of an example; ``tokens`` are all that the model reads.
+        mean_supervised_tokens, mean_tokens: of an example; ``tokens`` are all tokens that the model reads.
         probability: at the start.
-        passes: supervised tokens that the run spends on the task, over those there are.
+        epochs: supervised tokens that the run spends on the task, divided by ``supervised_tokens``.
     """
 
     examples: int
@@ -48,28 +50,29 @@ class TaskPlan:
     mean_supervised_tokens: float
     mean_tokens: float
     probability: float
-    passes: float
+    epochs: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. Counts of tokens are what its ``summary.json`` would say.
+    """The plan for a run. Counts of tokens are those of its ``summary.json``.
 
     Attributes:
         tasks: by name.
         available_supervised_tokens: of all tasks.
         budget_tokens: supervised tokens to spend.
         steps: optimizer steps.
-        tokens: that they read, padding left out.
+        tokens: read in these steps, without padding.
         parameters: of the model, a tied head counted once.
         memory_bytes: of one process.
         checkpoint_bytes: of one checkpoint, all processes together.
-        mixture_updates: how many.
-        mixture_cost_steps: what they take in all, in training steps: counting passes over tokens, a forward is 1/3.
-        probe_tokens: supervised tokens that probes and validation read.
-        exact: whether the mixture stays what it is at the start. Otherwise ``steps``, ``passes`` and all that follows
-            from them is what they would be if it did.
-        warnings: in a line each.
+        mixture_updates: number of updates.
+        mixture_cost_steps: cost of all updates in training steps. It counts forward and backward passes over tokens; a
+            forward pass is 1/3 of a step.
+        probe_tokens: supervised tokens read by probes and validation.
+        exact: whether the mixture keeps its starting probabilities. If not, ``steps``, ``epochs`` and the counts that
+            follow from them assume that it does.
+        warnings: one line each.
     """
 
     tasks: dict[str, TaskPlan]
@@ -91,90 +94,50 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], object] = lambda doing: None) -> Plan:
-    """Work out what a run would do.
+def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], object] = lambda phase: None) -> Plan:
+    """Computes the plan of a run.
 
     Args:
-        config: of a recipe, ours or one of the user's whose ``Config`` inherits ``TrainConfig``.
-        num_processes: that the run would have.
-        say: is told what is being done, as it may take minutes.
+        config: of a recipe whose ``Config`` inherits ``TrainConfig``.
+        num_processes: of the run.
+        say: called with the name of each phase, because some take minutes.
 
     Raises:
-        ValueError: the run would be refused, or the config is no ``TrainConfig``.
+        ValueError: the run would be refused, or the config is not a ``TrainConfig``.
     """
     if not isinstance(config, TrainConfig):
-        raise ValueError("the recipe's Config does not inherit TrainConfig, without which there is no plan")
-    if config.batch_size < num_processes:  # as ``training.process_group`` says it
+        raise ValueError("the recipe's Config does not inherit TrainConfig, which a plan needs")
+    # The same error as in ``training.process_group``.
+    if config.batch_size < num_processes:
         raise ValueError(
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )
     say("reading tasks")
-    tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
-    names = [task.name for task in tasks]
-    available = torch.stack([task.train.num_supervised.sum() for task in tasks])
-    budget_tokens = config.budget.num_tokens(int(available.sum()))
-    given = {"task_names": names, "num_supervised_tokens": available, "budget_tokens": budget_tokens}
-    mixture = config.mixture.build(**given)
-    update_every = getattr(config, "mixture_update_every", 0)
-    _check_mixture(mixture, config, num_tasks=len(tasks))
-    model = models.build(config, tasks, device=torch.device("cpu"), checkpointer=None)
-    model.activation_offloading = False
-    reward = None
-    if hasattr(config, "reward"):
-        reward = config.reward.build(task_names=names, model=model) if config.reward else None
-        check_reward(reward, mixture)
-    probe = getattr(config, "probe", None)
-    if probe is None and set(mixture.observes) - {"train_losses"}:
-        raise ValueError(f"the recipe's Config has no 'probe', and the mixture observes {mixture.observes}")
-    update = update_of(mixture.observes, probe, reward)
-    takes_differences = "gradient_dots" in mixture.observes and getattr(probe, "estimator", "") == "finite_difference"
-    learning_rate = config.optimizer.arguments.get("lr", math.inf)
-    precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
+    parts = _build(config)
+    tasks, mixture, update = parts.tasks, parts.mixture, parts.update
 
+    # Steps, and what probes and validation read.
     say("drawing examples")
-    drawn = _draw(config, tasks, mixture.probabilities(), budget_tokens)
+    drawn = _draw(config, tasks, mixture.probabilities(), parts.budget_tokens)
+    update_every = getattr(config, "mixture_update_every", 0)
     num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
-    reads = _Reads(tasks, count=probe.examples if probe else 0, seed=config.seed)
-    validations = 2 + ((drawn.steps - 1) // every if (every := getattr(config, "validate_every", 0)) else 0)
-    probe_tokens = validations * reads.validation_tokens
-    cost = 0.0
-    reads_pool = any(each.source == "pool" for each in update.passes)
-    before = [Pass("pool")] if reads_pool and update_every else []  # (9) of MoS
-    for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
-        for each in passes:
-            supervised, tokens = reads.tokens(each.source, number)
-            probe_tokens += supervised
-            cost += each.steps * tokens * drawn.steps / drawn.tokens
+    reads = _Reads(tasks, count=parts.probe.examples if parts.probe else 0, seed=config.seed)
+    probe_tokens, cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
 
-    say("reckoning memory")
+    say("estimating memory")
     in_step, in_reading = _shapes(config, tasks, reads, num_processes)
     memory, size = estimate_memory(
-        model,
+        parts.model,
         config,
         in_step,
         read=in_reading,
         update=update if num_updates else Update(),
         num_processes=num_processes,
     )
-    task_plans = {
-        task.name: TaskPlan(
-            examples=len(task.train),
-            dropped=task.num_dropped,
-            supervised_tokens=tokens,
-            share=tokens / int(available.sum()),
-            mean_supervised_tokens=tokens / len(task.train),
-            mean_tokens=float((task.train.lengths - 1).double().mean()),
-            probability=p,
-            passes=spent / tokens,
-        )
-        for task, tokens, p, spent in zip(
-            tasks, available.tolist(), mixture.probabilities().tolist(), drawn.task_tokens.tolist(), strict=True
-        )
-    }
-    found = Plan(
-        tasks=task_plans,
-        available_supervised_tokens=int(available.sum()),
-        budget_tokens=budget_tokens,
+    plan = Plan(
+        tasks=_task_plans(tasks, mixture.probabilities(), drawn.task_tokens),
+        available_supervised_tokens=int(parts.available.sum()),
+        budget_tokens=parts.budget_tokens,
         steps=drawn.steps,
         tokens=drawn.tokens,
         parameters=size.parameters,
@@ -186,15 +149,18 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         exact=num_updates == 0,
         warnings=[],
     )
-    found.warnings.extend(_warnings(found, update_every=update_every, learns=bool(mixture.observes), reward=reward))
-    return found
+    learns = bool(mixture.observes)
+    plan.warnings.extend(_warnings(plan, update_every=update_every, learns=learns, reward=parts.reward))
+    return plan
 
 
 def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None = None) -> None:
-    """What ``tune plan`` prints for people, of a plan and its config; on standard output unless told otherwise."""
-    # A pipe or a file has no width; there the table is as wide as it needs to be.
+    """Prints a plan, on standard output by default."""
+    # A pipe or a file has no width; there the table is as wide as it needs to be. Only a terminal gets wrapped lines.
     console = console or (Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200))
-    soft_wrap = not console.is_terminal  # a terminal gets lines broken between words, a pipe gets them whole
+    soft_wrap = not console.is_terminal
+
+    # The table of tasks.
     columns = _COLUMNS if console.width >= WIDE else {k: v for k, v in _COLUMNS.items() if k not in WIDE_ONLY}
     table = task_table(*columns)
     for name, task in plan.tasks.items():
@@ -205,14 +171,17 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     )
     console.print(table)
     if any(map(_is_odd, plan.tasks.values())):
-        console.print(f"! read more than {MANY_PASSES} times, or never", style=WARNING)
+        console.print(f"! read more than {MANY_EPOCHS} times, or never", style=WARNING_STYLE)
+
+    # Lines about the run.
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
     mixture, cost = "fixed", plan.mixture_cost_steps
     if plan.mixture_updates:
         mixture = count(plan.mixture_updates, "update")
-    if cost:  # also without updates: a reward may be relative to the base model
+    # There may be a cost without updates: a reward may measure the base model.
+    if cost:
         mixture += f"; costs as much as {about}{cost:,.1f} steps ({cost / (plan.steps + cost):.1%} of the time)"
     lines = [
         f"budget: {of_available(plan.budget_tokens, plan.available_supervised_tokens)}, in {about}"
@@ -225,11 +194,11 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
         f"probes and validation read {about}{count(plan.probe_tokens, 'supervised token')} more",
     ]
     if not plan.exact:
-        lines.append("the mixture is learned: steps and passes assume that it stays at its starting probabilities")
+        lines.append("the mixture is learned: steps and epochs assume that it stays at its starting probabilities")
     for line in lines:
         console.print(line, markup=False, soft_wrap=soft_wrap)
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", style=WARNING, markup=False, soft_wrap=soft_wrap)
+        console.print(f"warning: {warning}", style=WARNING_STYLE, markup=False, soft_wrap=soft_wrap)
 
 
 _COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
@@ -240,16 +209,16 @@ _COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
     "sup./ex.": lambda task: f"{task.mean_supervised_tokens:,.1f}",
     "tok./ex.": lambda task: f"{task.mean_tokens:,.1f}",
     "start p": lambda task: f"{task.probability:.3f}",
-    "passes": lambda task: f"{'! ' if _is_odd(task) else ''}{task.passes:.3g}",
+    "epochs": lambda task: f"{'! ' if _is_odd(task) else ''}{task.epochs:.3g}",
 }
 
 
 def _is_odd(task: TaskPlan) -> bool:
-    return task.passes == 0 or task.passes > MANY_PASSES
+    return task.epochs == 0 or task.epochs > MANY_EPOCHS
 
 
 def _check_mixture(mixture: Any, config: Any, *, num_tasks: int) -> None:
-    """As its recipe does: a recipe says in SIGNALS what it measures, and one without updates measures nothing."""
+    """Checks the mixture as its recipe does, which lists its signals in SIGNALS; one without updates has none."""
     recipe = sys.modules[type(config).__module__]
     measurable: Sequence[str] = ()
     if hasattr(config, "mixture_update_every"):
@@ -258,8 +227,50 @@ def _check_mixture(mixture: Any, config: Any, *, num_tasks: int) -> None:
 
 
 @dataclass
+class _Parts:
+    """The components of a config, built and checked as in a recipe."""
+
+    tasks: list[data.Task]
+    available: Tensor  # (num_tasks,) int64, supervised tokens
+    budget_tokens: int
+    mixture: Any
+    model: models.TokenLosses
+    reward: Any
+    probe: Any
+    update: Update
+
+
+def _build(config: Any) -> _Parts:
+    # Data and mixture.
+    tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
+    names = [task.name for task in tasks]
+    available = torch.stack([task.train.num_supervised.sum() for task in tasks])
+    budget_tokens = config.budget.num_tokens(int(available.sum()))
+    mixture = config.mixture.build(task_names=names, num_supervised_tokens=available, budget_tokens=budget_tokens)
+    _check_mixture(mixture, config, num_tasks=len(tasks))
+
+    # Model and reward.
+    model = models.build(config, tasks, device=torch.device("cpu"), checkpointer=None)
+    model.activation_offloading = False
+    reward = None
+    if hasattr(config, "reward"):
+        reward = config.reward.build(task_names=names, model=model) if config.reward else None
+        check_reward(reward, mixture)
+
+    # Probe and precision.
+    probe = getattr(config, "probe", None)
+    if probe is None and set(mixture.observes) - {"train_losses"}:
+        raise ValueError(f"the recipe's Config has no 'probe', but the mixture observes {mixture.observes}")
+    takes_differences = "gradient_dots" in mixture.observes and getattr(probe, "estimator", "") == "finite_difference"
+    learning_rate = config.optimizer.arguments.get("lr", math.inf)
+    precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
+    update = update_of(mixture.observes, probe, reward)
+    return _Parts(tasks, available, budget_tokens, mixture, model, reward, probe, update)
+
+
+@dataclass
 class _Drawn:
-    """What a run would draw."""
+    """Counts of the examples that a run would draw."""
 
     task_tokens: Tensor  # (num_tasks,) int64, supervised
     tokens: int = 0
@@ -267,9 +278,10 @@ class _Drawn:
 
 
 def _draw(config: Any, tasks: Sequence[data.Task], probabilities: Tensor, budget_tokens: int) -> _Drawn:
-    """By the run's own sampler, with a mixture that stays as it is."""
+    """Draws with the sampler of the run and constant probabilities."""
     sampler = data.TokenSampler(tasks, seed=config.seed)
-    lengths = [(task.train.lengths - 1).tolist() for task in tasks]  # as the model reads them
+    # After the causal shift.
+    lengths = [(task.train.lengths - 1).tolist() for task in tasks]
     drawn = _Drawn(torch.zeros(len(tasks), dtype=torch.int64))
     spent = [0] * len(tasks)
     while (left := budget_tokens - sum(spent)) > 0:
@@ -285,7 +297,7 @@ def _draw(config: Any, tasks: Sequence[data.Task], probabilities: Tensor, budget
 
 
 class _Reads:
-    """What probes and validation read, in tokens."""
+    """Numbers of tokens that probes and validation read."""
 
     def __init__(self, tasks: Sequence[data.Task], *, count: int, seed: int) -> None:
         self._tasks, self._count, self._seed = tasks, count, seed
@@ -296,7 +308,7 @@ class _Reads:
         self._always: dict[Source, tuple[int, int]] = {}
 
     def tokens(self, source: Source, update: int) -> tuple[int, int]:
-        """(supervised, all) tokens that are read once in an update, which are numbered from 0."""
+        """(supervised, all) tokens that the update reads from a source; updates are numbered from 0."""
         if source == "train":
             return self._counted(data.random_examples(self._tasks, self._count, seed=self._seed, update=update))
         if source not in self._always:
@@ -313,10 +325,53 @@ class _Reads:
         return supervised, sum(len(example.tokens) for _, example in examples)
 
 
-def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processes: int) -> tuple[Shape, Shape]:
-    """The largest micro-batches there can be, in a step and in what probes and validation read.
+def _cost_of_probes(
+    config: Any, update: Update, reads: _Reads, drawn: _Drawn, *, num_updates: int
+) -> tuple[int, float]:
+    """Supervised tokens that probes and validation read, and the cost of all mixture updates in training steps."""
+    validate_every = getattr(config, "validate_every", 0)
+    validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
+    probe_tokens, cost = validations * reads.validation_tokens, 0.0
+    # (9) of MoS measures the base model on the pool before the first step.
+    reads_pool = any(each.source == "pool" for each in update.passes)
+    update_every = getattr(config, "mixture_update_every", 0)
+    before = [Pass("pool")] if reads_pool and update_every else []
+    for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
+        for each in passes:
+            supervised, tokens = reads.tokens(each.source, number)
+            probe_tokens += supervised
+            cost += each.steps * tokens * drawn.steps / drawn.tokens
+    return probe_tokens, cost
 
-    All examples are as long as the longest, and supervised as the task is that is most.
+
+def _task_plans(
+    tasks: Sequence[data.Task],
+    probabilities: Tensor,  # (num_tasks,) float64
+    task_tokens: Tensor,  # (num_tasks,) int64, spent
+) -> dict[str, TaskPlan]:
+    available = torch.stack([task.train.num_supervised.sum() for task in tasks])
+    total = int(available.sum())
+    return {
+        task.name: TaskPlan(
+            examples=len(task.train),
+            dropped=task.num_dropped,
+            supervised_tokens=tokens,
+            share=tokens / total,
+            mean_supervised_tokens=tokens / len(task.train),
+            mean_tokens=float((task.train.lengths - 1).double().mean()),
+            probability=p,
+            epochs=spent / tokens,
+        )
+        for task, tokens, p, spent in zip(
+            tasks, available.tolist(), probabilities.tolist(), task_tokens.tolist(), strict=True
+        )
+    }
+
+
+def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processes: int) -> tuple[Shape, Shape]:
+    """Upper bounds of the micro-batches of a step, and of those of probes and validation.
+
+    They assume that all examples have the length of the longest, and the supervised share of the most supervised task.
     """
     splits = [split for task in tasks for split in (task.train, task.validation) if split is not None]
     longest = max(int(split.lengths.max()) for split in splits) - 1
@@ -334,10 +389,10 @@ def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processe
 def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> list[str]:
     warnings = []
     for name, task in plan.tasks.items():
-        if task.passes == 0:
+        if task.epochs == 0:
             warnings.append(f"task '{name}' would never be read: its p is {task.probability:.3g}")
-        elif task.passes > MANY_PASSES:
-            warnings.append(f"task '{name}' would be read {task.passes:.3g} times over, more than {MANY_PASSES}")
+        elif task.epochs > MANY_EPOCHS:
+            warnings.append(f"task '{name}' would be read {task.epochs:.3g} times over, more than {MANY_EPOCHS}")
     if learns and not plan.mixture_updates:
         when = f"every {update_every} steps of {plan.steps}" if update_every else "never (mixture_update_every)"
         warnings.append(f"the mixture would not be updated: {when}")
@@ -348,11 +403,11 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
         )
     if reward is not None and not hasattr(reward, "gradients"):
         warnings.append(
-            f"reward: {type(reward).__name__} does not say how many `gradients` it keeps: taken for 0, forwards alone"
+            f"reward: {type(reward).__name__} has no attribute `gradients`, the number of gradients it keeps: 0 assumed"
         )
     return warnings
 
 
 def _size(num_bytes: int) -> str:
-    """In GB and MB of the thousands."""
+    """In decimal GB or MB."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -1,6 +1,6 @@
-"""What one mixture update reads, what it computes on that, and what it keeps in memory meanwhile.
+"""What a mixture update reads, computes and keeps in memory.
 
-The recipes' ``update_mixture`` in a table: what they do with a mixture that observes this or that, and with a reward.
+It describes ``update_mixture`` of the recipes, by what the mixture observes and by the reward.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ Source = Literal["validation", "train", "pool"]
 
 @dataclass(frozen=True)
 class Pass:
-    """Examples that are read once: ``probe.examples`` of each task.
+    """A pass over ``probe.examples`` of each task.
 
     Attributes:
-        source: the first of the validation split, random training examples, or those of the pool.
-        backward: whether their gradient is computed.
+        source: the first examples of the validation split, random training examples, or those of the pool.
+        backward: whether it includes a backward pass.
     """
 
     source: Source
@@ -26,18 +26,18 @@ class Pass:
 
     @property
     def steps(self) -> float:
-        """Its work, where a training step on the same tokens is 1."""
+        """Its cost, where a training step on the same tokens costs 1."""
         return 1.0 if self.backward else 1 / 3
 
 
 @dataclass(frozen=True)
 class Update:
-    """What every mixture update does.
+    """The computation of a mixture update.
 
     Attributes:
-        passes: in turn.
-        kept_in_backward: tensors of the size of all gradients that are kept while another gradient is computed.
-        kept_in_forward: the same while forwards alone are computed: directions, and copies of the weights.
+        passes: in order.
+        kept_in_backward: number of full-size gradients (or copies) in memory while another gradient is computed.
+        kept_in_forward: the same while only forward passes are computed: directions, and copies of the weights.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -50,28 +50,31 @@ class Update:
 
 
 def update_of(observes: Sequence[str], probe: Any, reward: Any = None) -> Update:
-    """What the recipes do for a mixture.
+    """The update of a mixture in the recipes.
 
     Args:
         observes: of the mixture.
         probe: the config's ``probe``; None: the recipe has none.
-        reward: built; None: there is none. One that does not say how many ``gradients`` it keeps is taken to compute
-            forwards alone.
+        reward: the built component; None: there is none. Without an attribute ``gradients`` it is assumed to compute
+            only forward passes.
     """
     passes: list[Pass] = []
     in_backward = in_forward = 0
     if "gradient_dots" in observes:
         train: Source = "train" if probe.separate_batches else "validation"
         if probe.exact_lookahead:
+            # The gradient of the look-ahead step and a copy of the weights; afterwards the gradient alone.
             passes += [Pass(train, backward=True)]
-            in_backward, in_forward = 2, 1  # the step's gradient and a copy of the weights; later the gradient alone
+            in_backward, in_forward = 2, 1
         passes += [Pass("validation"), Pass("validation", backward=True)]
         if probe.estimator == "finite_difference":
-            passes += [Pass(train), Pass(train)]  # on both sides of the weights
-            in_forward += 2  # the direction and a copy of the weights
+            # On both sides of the weights; the direction and a copy of the weights are kept.
+            passes += [Pass(train), Pass(train)]
+            in_forward += 2
         else:
+            # The direction is kept.
             passes += [Pass(train, backward=True)]
-            in_backward = max(in_backward, in_forward + 1)  # the direction
+            in_backward = max(in_backward, in_forward + 1)
     elif "validation_losses" in observes:
         passes += [Pass("validation")]
     if reward is not None:

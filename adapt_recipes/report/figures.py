@@ -1,6 +1,6 @@
-"""The figures of a report, each described once as lines in panels: plotly draws it for the page, matplotlib in a file.
+"""The figures of a report. Each is described once, as lines in panels, and drawn by plotly and by matplotlib.
 
-A colour means a task in a report of one run, and a group of runs in a report of several.
+In a report of one run a color is a task; in a report of several runs it is a group of runs.
 """
 
 from __future__ import annotations
@@ -25,21 +25,26 @@ from plotly.subplots import make_subplots
 from adapt_recipes.report.read import Array, Run
 from adapt_recipes.report.tables import Group
 
-NAMED = 12  # tasks or groups that have a colour of their own
-# Petroff's (arXiv 2107.02270), the second blue last: people of every kind of colour vision tell these eight apart, on a
-# light page and on a dark one. Those that come after them have the same colours in another texture.
-COLOURS = ("#1845FB", "#FF5E02", "#C91F16", "#C849A9", "#ADAD7D", "#86C8DD", "#656364", "#578DFF")
-GREY = "#A0A0A0"
-POINTS = 60_000  # of all lines of a figure together
-LABEL, PANEL_LABEL = 32, 24  # characters of a name in a legend, and over a panel
-FEW = 12  # values, which are marked
-LOG_TICKS = 8  # of an axis with ticks at 1, 2 and 5
+# Tasks or groups with a color of their own.
+NAMED = 12
+# Petroff's (arXiv 2107.02270), with the second blue last. These eight are distinguishable with every kind of color
+# vision, on a light and on a dark page. Further lines have the same colors in another texture.
+COLORS = ("#1845FB", "#FF5E02", "#C91F16", "#C849A9", "#ADAD7D", "#86C8DD", "#656364", "#578DFF")
+GRAY = "#A0A0A0"
+# Of all lines of a figure together.
+MAX_POINTS = 60_000
+# Characters of a name in a legend, and above a panel.
+LABEL_LENGTH, PANEL_LABEL_LENGTH = 32, 24
+# Lines with at most this many values have markers.
+MAX_MARKERS = 12
+# Of an axis with ticks at 1, 2 and 5.
+MAX_LOG_TICKS = 8
 
 Kind = Literal["lines", "steps", "stack", "points"]
 
 
 class Texture(NamedTuple):
-    """What a line is known by besides its colour, in the words of plotly and of matplotlib."""
+    """The texture of a line, as plotly's and matplotlib's arguments."""
 
     dash: Literal["solid", "dash", "dot"]
     pattern: str
@@ -56,25 +61,25 @@ DOTTED = Texture("dot", "", "x-thin-open", ":", "", "x")
 
 @dataclass(frozen=True)
 class Line:
-    """A line, an area of a stack, or points with names."""
+    """A line, an area of a stack, or named points."""
 
     label: str
     look: int | None
-    """colour and texture; None: grey, for what is folded together or only a guide"""
+    """number of a color and texture; None: gray, for several tasks combined or for a guide"""
     x: Array
     y: Array
     names: tuple[str, ...] = ()
     """of the points"""
     run: str = ""
-    """which of several with the same label"""
+    """distinguishes lines with the same label"""
 
     @property
-    def colour(self) -> str:
-        return GREY if self.look is None else COLOURS[self.look % len(COLOURS)]
+    def color(self) -> str:
+        return GRAY if self.look is None else COLORS[self.look % len(COLORS)]
 
     @property
     def texture(self) -> Texture:
-        return DOTTED if self.look is None else PLAIN if self.look < len(COLOURS) else DASHED
+        return DOTTED if self.look is None else PLAIN if self.look < len(COLORS) else DASHED
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,9 @@ class Chart:
     """A figure: panels with the same axes and one legend."""
 
     name: str
-    """of its file, and where a link on the page leads"""
+    """of its file, and its id on the page"""
     title: str
     caption: str
-    """what one sees"""
     x_title: str
     y_title: str
     kind: Kind
@@ -103,14 +107,14 @@ class Chart:
 
     @property
     def names(self) -> list[str]:
-        """Of the legend."""
+        """The labels in the legend."""
         return list(dict.fromkeys(line.label for line in self.lines))
 
     @property
     def legend_rows(self) -> int:
-        """Of the legend on a phone, at the most."""
+        """Upper bound of the rows of the legend on a phone: a row has 38 characters, the symbol of a line takes 6."""
         longest = max(map(len, self.names))
-        return -(-len(self.names) // max(1, 38 // (longest + 6)))  # 38 characters a row, of which a line takes six
+        return -(-len(self.names) // max(1, 38 // (longest + 6)))
 
     @property
     def columns(self) -> int:
@@ -122,7 +126,7 @@ class Chart:
 
     @property
     def shares_y(self) -> bool:
-        """Whether panels have one axis: probabilities of different tasks are compared with each other."""
+        """Whether panels share their y axis, so that probabilities of different tasks can be compared."""
         return self.kind in ("steps", "stack")
 
     @property
@@ -131,8 +135,8 @@ class Chart:
 
     @property
     def has_markers(self) -> bool:
-        """Whether all lines have so few values that each is marked."""
-        return self.kind == "lines" and max(len(line.x) for line in self.lines) <= FEW
+        """Whether all lines have few values, so that each gets a marker."""
+        return self.kind == "lines" and max(len(line.x) for line in self.lines) <= MAX_MARKERS
 
     @property
     def y_max(self) -> float:
@@ -140,7 +144,7 @@ class Chart:
 
     @property
     def is_log(self) -> bool:
-        """Whether losses fall so far that only a logarithmic axis shows them."""
+        """Whether the range of the losses needs a logarithmic axis."""
         lowest = min(float(np.nanmin(line.y)) for line in self.lines)
         return "nats" in self.y_title and 0 < 30 * lowest < self.y_max
 
@@ -148,7 +152,7 @@ class Chart:
 def log_ticks(panel: Panel) -> list[float]:
     """Ticks of a logarithmic axis, from below the lowest value to above the highest.
 
-    1, 2, 5, 10, and so on; powers of ten only where those are too many.
+    1, 2, 5, 10, ..., or only powers of ten if those are too many.
     """
     lowest = min(float(np.nanmin(line.y)) for line in panel.lines)
     highest = max(float(np.nanmax(line.y)) for line in panel.lines)
@@ -157,7 +161,7 @@ def log_ticks(panel: Panel) -> list[float]:
         ticks = [float(f"{step}e{power}") for power in powers for step in steps]
         below, above = (max(tick for tick in ticks if tick <= lowest), min(tick for tick in ticks if tick >= highest))
         ticks = [tick for tick in ticks if below <= tick <= above]
-        if len(ticks) <= LOG_TICKS:
+        if len(ticks) <= MAX_LOG_TICKS:
             break
     return ticks if len(ticks) > 1 else [ticks[0], 2 * ticks[0]]
 
@@ -175,17 +179,18 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
     runs = [run for group in groups for run in group.runs]
     named = named_tasks(runs)
     one = len(runs) == 1
-    of_tokens, of_steps = "its share of the supervised tokens to come", "the chance that a step is of this task"
-    sampled = {run.config.get("sampling") == "dataset" for run in runs}  # such a step has one task
+    # With sampling: dataset each step has examples of one task.
+    of_tokens, of_steps = "its share of the next supervised tokens", "the chance that a step is of this task"
+    sampled = {run.config.get("sampling") == "dataset" for run in runs}
     p_is = f"{of_tokens}, or with sampling: dataset {of_steps}" if len(sampled) > 1 else of_tokens
     p_is = of_steps if sampled == {True} else p_is
-    each = "A line a task." if one else "A panel a task, a line a run."
-    made = [
+    each = "A line per task." if one else "A panel per task, a line per run."
+    all_charts = [
         Chart(
             name="probabilities_stacked",
             title="Mixture",
             caption=f"Each band is a task, as thick as its probability: {p_is}."
-            + ("" if one else " Of each strategy the run of the first seed."),
+            + ("" if one else " For each strategy, the run with the first seed."),
             x_title=TOKENS,
             y_title="probability",
             kind="stack",
@@ -197,7 +202,7 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         Chart(
             name="probabilities",
             title="Probabilities",
-            caption=f"{each} The probability steps at mixture updates.",
+            caption=f"{each} Probabilities change at mixture updates.",
             x_title=TOKENS,
             y_title="probability",
             kind="steps",
@@ -206,8 +211,8 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         Chart(
             name="share_against_probability",
             title="Requested and actual share",
-            caption="Each point is a task: the probability it had, averaged over the tokens spent, and the share of "
-            "them it got. On the grey line it got what the mixture requested."
+            caption="Each point is a task: its probability, averaged over the tokens spent, and its share of these "
+            "tokens. On the gray line the share is the one that the mixture requested."
             + (" With sampling: dataset the mixture requests steps, not tokens." if True in sampled else ""),
             x_title="probability, averaged over tokens",
             y_title="share of supervised tokens",
@@ -217,7 +222,7 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         Chart(
             name="validation_loss_by_task",
             title="Validation loss of each task",
-            caption=f"{each} In nats a supervised token, on the whole validation split.",
+            caption=f"{each} In nats per supervised token, on the whole validation split.",
             x_title=TOKENS,
             y_title="loss (nats)",
             kind="lines",
@@ -227,7 +232,7 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
             name="worst_and_mean_loss",
             title="Worst and mean validation loss",
             caption="Over tasks: the highest loss of any, and the unweighted mean."
-            + ("" if one else " A line a run; seeds of a strategy have the same colour."),
+            + ("" if one else " A line per run; seeds of a strategy have the same color."),
             x_title=TOKENS,
             y_title="loss (nats)",
             kind="lines",
@@ -260,18 +265,18 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         Chart(
             name="mixture_time",
             title="Time spent on mixture updates",
-            caption="The share of all time so far that measuring the tasks and updating the probabilities took.",
+            caption="Share of the total time so far, including the measurements for the updates.",
             x_title=TOKENS,
             y_title="share of time (%)",
             kind="lines",
             panels=(Panel("", _by_run(groups, _mixture_time)),),
         ),
     ]
-    return [chart for chart in map(_to_draw, made) if chart.panels]
+    return [chart for chart in map(_to_draw, all_charts) if chart.panels]
 
 
 def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The tasks with a colour or a panel of their own: where a run ends worst, then those with the most tokens."""
+    """The tasks with a color or a panel of their own: the worst task of each run, then those with the most tokens."""
     tasks = runs[0].tasks
     if len(tasks) <= NAMED:
         return tasks
@@ -281,11 +286,11 @@ def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
     return tuple(tasks[i] for i in sorted(ranked[:NAMED]))
 
 
-# ---- what runs have to show
+# ---- values of runs
 
 
 def _probabilities(run: Run) -> tuple[Array, Array]:
-    """The last probabilities hold up to the last token of the log."""
+    """The probabilities over tokens; the last ones apply up to the last token of the log."""
     x, p = run.mixtures.supervised_tokens, run.mixtures.probabilities
     return np.append(x, max(run.logged, x[-1])), np.append(p, p[-1:], axis=0)
 
@@ -295,7 +300,7 @@ def _losses(run: Run) -> tuple[Array, Array]:
 
 
 def _speed(run: Run) -> tuple[Array, Array]:
-    """Between validations, so that there is one in each window; of a run with few or with many, in up to 20 windows."""
+    """Tokens per second in windows between validations; in up to 20 windows if there are few or many validations."""
     steps, validated = run.steps, run.validations.supervised_tokens
     every = np.searchsorted(steps.supervised_tokens, validated) if len(validated) > 5 else np.arange(len(steps.step))
     some = np.linspace(0, len(every) - 1, min(len(every), 21)).round().astype(int)
@@ -305,8 +310,9 @@ def _speed(run: Run) -> tuple[Array, Array]:
 
 
 def _mixture_time(run: Run) -> tuple[Array, Array]:
-    """At each step, the time of the updates before it."""
-    before = np.searchsorted(run.mixtures.step, run.steps.step) - 1  # an update follows the step of its number
+    """At each step, the share of time of the updates before it."""
+    # An update follows the step with its number.
+    before = np.searchsorted(run.mixtures.step, run.steps.step) - 1
     return run.steps.supervised_tokens, 100 * run.mixtures.mixture_seconds[before] / run.steps.seconds
 
 
@@ -331,15 +337,15 @@ def _shares(groups: Sequence[Group], named: Sequence[str]) -> tuple[Line, ...]:
 
 
 def _share(run: Run) -> tuple[Array, Array]:
-    """Of each task, the probability averaged over the tokens spent, and the share of them it got.
+    """For each task, the probability averaged over the tokens spent, and the task's share of them.
 
-    The average is over the updates that were read, which are all of them up to several hundred.
+    The average is over the updates that were read: all of them, up to several hundred.
     """
     x, p = _probabilities(run)
     return np.diff(x) @ p[:-1] / (x[-1] - x[0]), run.steps.task_tokens[-1] / run.logged
 
 
-# ---- and how it is laid out
+# ---- layout in panels
 
 Quantity = Callable[[Run], tuple[Array, Array]]
 
@@ -353,12 +359,12 @@ def _by_run(groups: Sequence[Group], quantity: Quantity) -> tuple[Line, ...]:
 
 
 def _which(run: Run, group: Group) -> str:
-    """Tells a run from others of its group."""
+    """Distinguishes a run from others of its group."""
     return f"seed {run.seed}" if len(group.runs) > 1 and run.seed is not None else ""
 
 
 def _by_task(groups: Sequence[Group], quantity: Quantity, named: Sequence[str]) -> tuple[Panel, ...]:
-    """One run: a line a task. Several: a panel a task, with a line a run. The mean of the other tasks comes last."""
+    """One run: a line per task. Several: a panel per task, a line per run. The mean of the other tasks comes last."""
     lines = [
         [
             replace(line, label=group.name, look=look, run=_which(run, group))
@@ -374,7 +380,7 @@ def _by_task(groups: Sequence[Group], quantity: Quantity, named: Sequence[str]) 
 
 
 def _lines_by_task(run: Run, quantity: Quantity, named: Sequence[str], fold: Callable[..., Any]) -> tuple[Line, ...]:
-    """A line of every named task that was measured, and one of the others folded together."""
+    """A line for every named task that was measured, and one for the others combined."""
     x, values = quantity(run)
     rest = [i for i, task in enumerate(run.tasks) if task not in named]
     lines = [Line(task, look, x, values[:, run.tasks.index(task)]) for look, task in enumerate(named)]
@@ -390,10 +396,10 @@ def _mean(values: Array, axis: int) -> Array:
 
 
 def _to_draw(chart: Chart) -> Chart:
-    """The chart without what has no values, with no more points than a page can hold, and with short names."""
-    points = max(50, POINTS // max(len(chart.lines), 1))
-    labels = _short_names(chart.names, LABEL)
-    titles = _short_names([panel.title for panel in chart.panels], PANEL_LABEL)
+    """The chart without lines that have no values, with a limited number of points, and with short names."""
+    points = max(50, MAX_POINTS // max(len(chart.lines), 1))
+    labels = _short_names(chart.names, LABEL_LENGTH)
+    titles = _short_names([panel.title for panel in chart.panels], PANEL_LABEL_LENGTH)
     panels = []
     for panel in chart.panels:
         lines = []
@@ -408,17 +414,17 @@ def _to_draw(chart: Chart) -> Chart:
 
 
 def _short_names(names: Iterable[str], length: int) -> dict[str, str]:
-    """Long names without their middle, for those of a collection often begin alike; unless two become the same."""
+    """Long names without their middle, because names in a collection often start alike; unless two become equal."""
     half = length // 2
     short = {name: name if len(name) <= length else f"{name[:half]}…{name[-half + 1 :]}" for name in names}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 
-# ---- drawn for the page
+# ---- plotly, for the page
 
 
 def to_plotly(chart: Chart) -> go.Figure:
-    """The chart to be looked into: values under the pointer, a click on a name hides it. Its size is the page's."""
+    """The interactive chart: values under the pointer, and a click on a name hides it. The page sets its size."""
     figure = make_subplots(
         chart.rows,
         chart.columns,
@@ -428,6 +434,8 @@ def to_plotly(chart: Chart) -> go.Figure:
         shared_xaxes="all",
         shared_yaxes="all" if chart.shares_y else False,
     )
+
+    # Lines. A label is in the legend once.
     to_name = set(chart.names)
     one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
     for i, panel in enumerate(chart.panels):
@@ -436,6 +444,8 @@ def to_plotly(chart: Chart) -> go.Figure:
             trace = _trace(chart, line, one_by_one=one_by_one).update(showlegend=line.label in to_name)
             figure.add_trace(trace, row=row + 1, col=column + 1)
             to_name.discard(line.label)
+
+    # Layout. The whole legend is shown, the nearest value however far, and a finger on a figure scrolls the page.
     figure.update_layout(
         template="none",
         font={"family": "system-ui, sans-serif", "size": 13},
@@ -448,13 +458,20 @@ def to_plotly(chart: Chart) -> go.Figure:
             "x": 0,
             "y": 1 + (0.14 if chart.panels[0].title else 0.02) / chart.rows,
             "yanchor": "bottom",
-            "maxheight": 1,  # of the figure: no name is cut off
+            "maxheight": 1,
         },
         hovermode="closest" if one_by_one else "x unified",
-        hoverdistance=-1,  # the nearest value, however far
-        dragmode=False,  # a finger on a figure scrolls the page
+        hoverdistance=-1,
+        dragmode=False,
     )
-    figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GREY, spikethickness=1)
+    figure.update_annotations(font_size=13)
+    _set_axes(figure, chart, one_by_one=one_by_one)
+    return figure
+
+
+def _set_axes(figure: go.Figure, chart: Chart, *, one_by_one: bool) -> None:
+    """Ranges, ticks and titles of the axes."""
+    figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GRAY, spikethickness=1)
     figure.update_yaxes(fixedrange=True, automargin=True, showticklabels=True, ticklabelstandoff=4)
     figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
     figure.update_xaxes(showticklabels=True, tickangle=0, nticks=6 if chart.columns == 1 else 4)
@@ -474,15 +491,15 @@ def to_plotly(chart: Chart) -> go.Figure:
                 row=i // chart.columns + 1,
                 col=i % chart.columns + 1,
             )
-    figure.update_annotations(font_size=13)  # the titles of panels
-    for i in range(max(len(chart.panels) - chart.columns, 0), len(chart.panels)):  # the lowest of each column
+
+    # Titles, below the lowest panel of each column and beside the first column.
+    for i in range(max(len(chart.panels) - chart.columns, 0), len(chart.panels)):
         figure.update_xaxes(
             title={"text": chart.x_title, "standoff": 6, "font_size": 13},
             row=i // chart.columns + 1,
             col=i % chart.columns + 1,
         )
     figure.update_yaxes(title={"text": chart.y_label, "standoff": 6, "font_size": 13}, col=1)
-    return figure
 
 
 def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
@@ -497,17 +514,18 @@ def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
             mode="markers",
             text=[html.escape(name) for name in line.names],
             hovertemplate=of_run + "%{text}: requested %{x:.4f}, actual %{y:.4f}<extra></extra>",
-            marker={"color": line.colour, "size": 9, "symbol": texture.symbol},
+            marker={"color": line.color, "size": 9, "symbol": texture.symbol},
         )
-    at = f"<br>after %{{x:,.0f}} {chart.x_title}" if one_by_one else ""  # else it stands over the values of all
+    # With a unified hover label x is in its title.
+    at = f"<br>after %{{x:,.0f}} {chart.x_title}" if one_by_one else ""
     trace.update(
-        hovertemplate=f"{called}: %{{y:,.4~r}}{at}<extra></extra>", line={"color": line.colour, "dash": texture.dash}
+        hovertemplate=f"{called}: %{{y:,.4~r}}{at}<extra></extra>", line={"color": line.color, "dash": texture.dash}
     )
     if chart.kind == "steps":
         trace.line.shape = "hv"
     if chart.kind == "stack":
-        trace.update(stackgroup="tasks", fillcolor=line.colour, line={"width": 0, "shape": "hv"})
-        trace.fillpattern = {"shape": texture.pattern, "fgcolor": "white", "bgcolor": line.colour, "solidity": 0.2}
+        trace.update(stackgroup="tasks", fillcolor=line.color, line={"width": 0, "shape": "hv"})
+        trace.fillpattern = {"shape": texture.pattern, "fgcolor": "white", "bgcolor": line.color, "solidity": 0.2}
     elif chart.has_markers:
         trace.mode = "lines+markers"
     if len(chart.lines) > NAMED + 1:
@@ -515,11 +533,11 @@ def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
     return trace
 
 
-# ---- drawn in a file
+# ---- matplotlib, for files
 
 
 def to_png(chart: Chart) -> bytes:
-    """The chart as a file for papers and slides."""
+    """The chart as a PNG file, for papers and slides."""
     with rc_context({"text.parse_math": False, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
         file = io.BytesIO()
         to_matplotlib(chart).savefig(file, format="png", dpi=160)
@@ -527,7 +545,7 @@ def to_png(chart: Chart) -> bytes:
 
 
 def to_matplotlib(chart: Chart) -> Figure:
-    """The chart to be printed."""
+    """The static chart."""
     height = 4.2 if chart.rows == 1 else 1.2 + 1.9 * chart.rows
     figure = Figure(figsize=(8, height), layout="constrained")
     figure.suptitle(chart.title)
@@ -565,7 +583,7 @@ def to_matplotlib(chart: Chart) -> Figure:
 def _draw(axes: Axes, chart: Chart, panel: Panel) -> None:
     if chart.kind == "stack":
         looks: dict[str, Any] = {
-            "colors": [line.colour for line in panel.lines],
+            "colors": [line.color for line in panel.lines],
             "hatch": [line.texture.hatch for line in panel.lines],
         }
         y = np.stack([line.y for line in panel.lines])
@@ -574,18 +592,18 @@ def _draw(axes: Axes, chart: Chart, panel: Panel) -> None:
         return
     for line in panel.lines:
         if line.names:
-            axes.plot(line.x, line.y, linestyle="", marker=line.texture.marker, color=line.colour)
+            axes.plot(line.x, line.y, linestyle="", marker=line.texture.marker, color=line.color)
         else:
             drawstyle = "steps-post" if chart.kind == "steps" else "default"
             marker = "." if chart.has_markers else ""
-            looks = {"color": line.colour, "linestyle": line.texture.linestyle, "linewidth": 1.3}
+            looks = {"color": line.color, "linestyle": line.texture.linestyle, "linewidth": 1.3}
             axes.plot(line.x, line.y, **looks, drawstyle=drawstyle, marker=marker)
 
 
 def _handle(chart: Chart, line: Line) -> Line2D | Patch:
-    """What stands in the legend."""
+    """The symbol of a line in the legend."""
     if chart.kind == "stack":
-        return Patch(facecolor=line.colour, hatch=line.texture.hatch, edgecolor="white", linewidth=0)
+        return Patch(facecolor=line.color, hatch=line.texture.hatch, edgecolor="white", linewidth=0)
     if line.names:
-        return Line2D([], [], color=line.colour, marker=line.texture.marker, linestyle="")
-    return Line2D([], [], color=line.colour, linestyle=line.texture.linestyle)
+        return Line2D([], [], color=line.color, marker=line.texture.marker, linestyle="")
+    return Line2D([], [], color=line.color, linestyle=line.texture.linestyle)

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no network and no server, and a PNG of each figure beside it."""
+"""The page of a report: one HTML file that needs no network or server, and a PNG of each figure."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ from adapt_recipes.report.tables import (
     task_results,
 )
 
-PLOTLY_CONFIG = {"displayModeBar": False, "responsive": True}  # on a phone the bar covers names
-SECTIONS = {  # of figures, by where they stand on the page
+# On a phone the mode bar would cover names.
+PLOTLY_CONFIG = {"displayModeBar": False, "responsive": True}
+# The figures of each section of the page.
+SECTIONS = {
     "mixture": ("probabilities_stacked", "probabilities", "share_against_probability"),
     "losses": ("worst_and_mean_loss", "validation_loss_by_task"),
     "costs": ("mixture_time", "speed", "learning_rate"),
@@ -45,29 +47,30 @@ HEADINGS = {"mixture": "What the mixture did", "losses": "Losses", "costs": "Wha
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Write a page on one run, or one that compares several, and the figures in a folder beside it.
+    """Writes a page about one run, or one that compares several, and the figures in a folder beside it.
 
     Args:
         folders: run directories, of finished and unfinished runs.
-        out: the page. Default: ``report.html`` in the run directory, or of several runs in the current folder.
+        out: the page. Default: ``report.html`` in the run directory, or for several runs in the current folder.
 
     Returns:
-        What was written: the page, then the figures.
+        The written files: the page, then the figures.
 
     Raises:
-        ValueError: a folder holds no run, a file of it cannot be understood, or the runs share no task.
+        ValueError: a folder contains no run, a file in it is malformed, or the runs share no task.
         OSError: the report cannot be written.
     """
     runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
     if out is None:
         out = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
     if out.suffix != ".html":
-        raise ValueError(f"--out {out}: has to be the name of a page, and end in .html")
+        raise ValueError(f"--out {out}: has to end in .html")
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
-    page, made = render(runs)
-    figures = {out.with_name(f"{out.stem}_figures") / f"{chart.name}.png": to_png(chart) for chart in made}
-    for path, content in {**figures, out: page.encode()}.items():  # the page last: where it is, all is
+    page, drawn = render(runs)
+    figures = {out.with_name(f"{out.stem}_figures") / f"{chart.name}.png": to_png(chart) for chart in drawn}
+    # The page comes last, so that its figures exist when it does.
+    for path, content in {**figures, out: page.encode()}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
             partial.write_bytes(content)
@@ -80,12 +83,15 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
     Raises:
         ValueError: the runs share no task.
     """
+    # Groups, and notes for the reader.
     runs, notes = on_shared_tasks(runs)
     groups = group_runs(runs)
     notes += [f"{_called(run, runs)} {run.ended}." for run in runs if run.ended and len(runs) > 1]
     notes += [f"{_called(run, runs)}: {note}." for run in runs for note in run.notes]
     if len(groups) > NAMED:
         notes.append(f"The figures show the {NAMED} strategies of the lowest worst loss; the tables show all.")
+
+    # Figures and tables.
     made = charts(groups)
     drawn = {
         chart.name: Markup(
@@ -95,10 +101,12 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         )
         for chart in made
     }
+    tables = [_task_table(runs[0])] if len(runs) == 1 else _comparison_tables(groups)
+
+    # The page, with the scripts of plotly and itables in it.
     template = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    tables = [_task_table(runs[0])] if len(runs) == 1 else _comparison_tables(groups)
     page = template.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).render(
         title=_title(runs, groups),
         headline=_headline(runs[0]) if len(runs) == 1 else _comparison(groups),
@@ -124,7 +132,7 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
     return page, made
 
 
-# ---- in words
+# ---- text
 
 
 def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
@@ -137,47 +145,47 @@ def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 
 
 def _called(run: Run, runs: Sequence[Run]) -> str:
-    """The name of the run's folder, or its path where that is the name of several."""
+    """The name of the run's folder, or its path if several folders have that name."""
     return run.name if sum(other.name == run.name for other in runs) == 1 else str(run.folder)
 
 
 def _question(groups: Sequence[Group]) -> str:
-    """The heading of the first tables: whether a mixture helped shows where two that are finished are compared."""
+    """The heading of the first tables. Whether a mixture helped needs two finished groups."""
     if sum(group.is_finished for group in groups) > 1:
         return "Did the mixture help?"
     return "Over seeds" if len(groups) == 1 and len(groups[0].runs) > 1 else "What happened"
 
 
 def _headline(run: Run) -> list[str]:
-    """What happened in a run."""
+    """A summary of one run."""
     counts = counters(run)
     spent = f"{run.spent:,} supervised tokens"
     if run.ended and run.budget:
         spent = f"{run.spent:,} of {run.budget:,} supervised tokens ({run.spent / run.budget:.0%})"
     spent += f" in {_number(counts['steps'], 'step')} and {_time(counts['seconds'])}"
-    said = [f"The run spent {spent}." if not run.ended else f"The run {run.ended}. It spent {spent}."]
+    text = [f"The run spent {spent}." if not run.ended else f"The run {run.ended}. It spent {spent}."]
     before, after = run.initial_losses, run.final_losses
     if len(run.worst) or run.summary:
         task = f" ({run.tasks[int(np.nanargmax(after))]})" if np.isfinite(after).any() else ""
         worst = [_loss(float(worst_over_tasks(losses))) for losses in (before, after)]
         mean = [_loss(float(mean_over_tasks(losses))) for losses in (before, after)]
-        said.append(
+        text.append(
             f"The worst validation loss went from {worst[0]} to {worst[1]} nats{task}, the mean from {mean[0]} to "
             f"{mean[1]}."
         )
     read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens in addition"
     if counts["mixture_updates"] > 0:
         share = 100 * counts["mixture_seconds"] / counts["seconds"]
-        said.append(f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time; {read}.")
+        text.append(f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time; {read}.")
     elif run.summary or not run.config.get("mixture_update_every"):
-        said.append(f"The mixture was fixed; {read}.")
+        text.append(f"The mixture was fixed; {read}.")
     else:
-        said.append(f"The mixture has not been updated yet; {read}.")
-    return said
+        text.append(f"The mixture has not been updated yet; {read}.")
+    return text
 
 
 def _comparison(groups: Sequence[Group]) -> list[str]:
-    """What came out of several runs."""
+    """A summary of several runs."""
     finished = [group for group in groups if group.is_finished]
     if not finished:
         return [f"None of the {sum(len(group.runs) for group in groups)} runs is finished."]
@@ -185,25 +193,25 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
     if len(finished) == 1:
         return [f"{best.name} ends with a worst validation loss of {_range(worst)} nats{_over(best)}."]
     second, others = finished[1], final_worst(finished[1])
-    said = [
+    text = [
         f"{best.name} has the best worst-task loss of {len(finished)} strategies: {_range(worst)} nats"
         f"{_over(best)}. Next is {second.name}, with {_range(others)}{_over(second)}."
     ]
     if len(best.runs) == 1 or len(second.runs) == 1:
-        said.append("At least one of the two has only one seed, so this may be chance.")
+        text.append("At least one of the two has only one seed, so this may be chance.")
     else:
-        said.append("Their ranges do not overlap." if worst.high < others.low else "Their ranges over seeds overlap.")
+        text.append("Their ranges do not overlap." if worst.high < others.low else "Their ranges over seeds overlap.")
     reached = spread(all_tokens_to_reach(best, second))
     if not math.isnan(reached.mean):
         budget = spread(run.spent for run in second.runs).mean
-        said.append(
+        text.append(
             f"It reaches the worst loss {second.name} ends with after {reached.mean:,.0f} supervised tokens, "
             f"{reached.mean / budget:.0%} of the {budget:,.0f} tokens {second.name} used."
         )
     results = task_results(groups)
     won = sum(result.winner == 0 for result in results)
-    said.append(f"It has the lowest loss on {won} of {_number(len(results), 'task')}.")
-    return said
+    text.append(f"It has the lowest loss on {won} of {_number(len(results), 'task')}.")
+    return text
 
 
 def _over(group: Group) -> str:
@@ -243,13 +251,13 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-# ---- in tables
+# ---- tables
 
 
 class Cell(NamedTuple):
     text: str
     order: float | str
-    """what the column is sorted by"""
+    """the sort key of the column"""
     detail: str = ""
     """a range"""
     is_best: bool = False
@@ -260,7 +268,7 @@ class Table(NamedTuple):
     title: str
     caption: str
     columns: list[str]
-    """the first holds names, the others numbers"""
+    """the first contains names, the others numbers"""
     rows: list[list[Cell]]
 
 
@@ -294,20 +302,32 @@ def _task_table(run: Run) -> Table:
     ]
     columns = ["task", "start p", "final p", "tokens", "share", "start loss", "final loss", "change"]
     caption = (
-        "Each task's probability, supervised tokens and validation loss (nats a supervised token). To see whether the "
-        "mixture helped, compare with another run: tune report RUN OTHER_RUN."
+        "Each task's probability, supervised tokens and validation loss (nats per supervised token). To see whether "
+        "the mixture helped, compare with another run: tune report RUN OTHER_RUN."
     )
-    return Table("tasks", "What each task got, and what came of it", caption, columns, rows)
+    return Table("tasks", "Tokens and losses of each task", caption, columns, rows)
 
 
 def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
-    """Strategies; the tokens each needs to be as good as another; tasks."""
+    """Tables of strategies, of the tokens that each needs to reach another's loss, and of tasks."""
     results = task_results(groups)
     several = any(len(group.runs) > 1 for group in groups)
-    mean = "Means over seeds, with the range below. " if several else ""
-    worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
+    # A strategy can only win against another one.
     finished = [i for i, group in enumerate(groups) if group.is_finished]
-    rivals = finished if len(finished) > 1 else []  # who is alone wins nothing
+    rivals = finished if len(finished) > 1 else []
+    strategies = _strategy_table(groups, results, rivals, several=several)
+    tasks = _result_table(groups, results, several=several, has_winners=bool(rivals))
+    return [strategies, _reach_table(groups, several=several), tasks] if len(groups) > 1 else [strategies, tasks]
+
+
+def _of_seeds(several: bool) -> str:
+    return "Means over seeds, with the range below. " if several else ""
+
+
+def _strategy_table(
+    groups: Sequence[Group], results: Sequence[TaskResult], rivals: Sequence[int], *, several: bool
+) -> Table:
+    worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
     rows = []
     for i, group in enumerate(groups):
         counts = [counters(run) for run in group.runs]
@@ -334,44 +354,43 @@ def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
         "time",
         "mixture time",
     ]
-    strategies = Table(
-        "strategies",
-        "Strategies",
-        f"{mean}Validation losses at the end, in nats a supervised token: the highest of any task, and the unweighted "
-        "mean. Supervised tokens are spent on training; probe tokens are what probes and validations read in addition. "
-        "A click on a heading sorts.",
-        columns,
-        rows,
+    caption = (
+        f"{_of_seeds(several)}Validation losses at the end, in nats per supervised token: the highest of any task, and "
+        "the unweighted mean. Supervised tokens are spent on training; probe tokens are read by probes and validations "
+        "in addition. Click a heading to sort."
     )
-    reach = Table(
+    return Table("strategies", "Strategies", caption, columns, rows)
+
+
+def _reach_table(groups: Sequence[Group], *, several: bool) -> Table:
+    caption = (
+        f"{_of_seeds(several)}Supervised tokens that the strategy of the row spent until its worst validation loss was "
+        "first at or below the final worst loss of the strategy of the column"
+    )
+    return Table(
         "tokens_to_reach",
         "Supervised tokens to reach another strategy's final worst loss",
-        f"{mean}How many supervised tokens the strategy of the row spent until a validation first found its worst loss "
-        "at or below the one that the strategy of the column ends with"
-        + (", for the same seed where both have it." if several else "."),
+        caption + (", for the same seed where both have it." if several else "."),
         ["strategy", *(group.name for group in groups)],
         [[_name(group.name), *(_reached(group, target) for target in groups)] for group in groups],
     )
-    marked = " The lowest of finished runs is marked" + (
-        ", and clear where every strategy has several seeds and even the worst of the lowest is below the others' best."
-        if several
-        else "."
-    )
-    tasks = Table(
-        "winners" if rivals else "losses",
-        "Tasks",
-        f"{mean}Each task's validation loss at the end.{marked if rivals else ''}",
-        ["task", *(["lowest"] if rivals else []), *(group.name for group in groups)],
+
+
+def _result_table(groups: Sequence[Group], results: Sequence[TaskResult], *, several: bool, has_winners: bool) -> Table:
+    caption = f"{_of_seeds(several)}Each task's validation loss at the end."
+    if has_winners:
+        clear = "; it is clear if every strategy has several seeds and its worst seed is below the others' best seed."
+        caption += f" The lowest of finished runs is marked{clear if several else '.'}"
+    rows = [
         [
-            [
-                _name(result.task),
-                *([_winner(result, groups)] if rivals else []),
-                *(_cell(losses, is_best=i == result.winner) for i, losses in enumerate(result.losses)),
-            ]
-            for result in results
-        ],
-    )
-    return [strategies, reach, tasks] if len(groups) > 1 else [strategies, tasks]
+            _name(result.task),
+            *([_winner(result, groups)] if has_winners else []),
+            *(_cell(losses, is_best=i == result.winner) for i, losses in enumerate(result.losses)),
+        ]
+        for result in results
+    ]
+    columns = ["task", *(["lowest"] if has_winners else []), *(group.name for group in groups)]
+    return Table("winners" if has_winners else "losses", "Tasks", caption, columns, rows)
 
 
 def _winner(result: TaskResult, groups: Sequence[Group]) -> Cell:
@@ -392,7 +411,7 @@ def _counter_table(groups: Sequence[Group]) -> Table:
     for key, explanation in COUNTERS.items():
         say = _time if key.endswith("seconds") else _count
         rows.append([_name(key, explanation), *(_cell(spread(count[key] for count in runs), say) for runs in counts)])
-    caption = "As in summary.json; of a run that is not finished, what its log says."
+    caption = "As in summary.json; for a run that is not finished, as in its log."
     return Table("counters", "Tokens, steps and time", caption, ["", *(group.name for group in groups)], rows)
 
 
@@ -402,5 +421,5 @@ def _setting_table(groups: Sequence[Group]) -> Table:
         for key, values in differing_settings(groups).items()
     ]
     return Table(
-        "settings", "What differs", "Keys of the configs that are not the same.", ["", *(g.name for g in groups)], rows
+        "settings", "Differences", "Keys of the configs that are not the same.", ["", *(g.name for g in groups)], rows
     )

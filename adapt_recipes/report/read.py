@@ -1,7 +1,7 @@
-"""A run directory, read into arrays: finished, interrupted, killed or still running.
+"""Reads a run directory into arrays; the run may be finished, interrupted, killed or still running.
 
-What a log counts are totals, so most of its lines can be passed over: of the steps and of the mixture updates some
-hundreds are parsed, evenly spread and with the last one. Validations are all parsed, for tables count on each.
+The counts in a log are totals, so most lines can be skipped: of steps and of mixture updates a few hundred evenly
+spaced ones are parsed, including the last. All validations are parsed, because tables need each of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from adapt_recipes.runlog import LOG, RESOLVED, SUMMARY, has_run
 
 Array = NDArray[np.float64]
 
-POINTS = 400  # of an event as many lines are kept, up to twice as many
+# Lines kept of each thinned event: this many, up to twice as many.
+KEPT_LINES = 400
 THINNED = ("step", "mixture")
 
 
@@ -39,7 +40,7 @@ class Steps(NamedTuple):
 
 
 class Mixtures(NamedTuple):
-    """The starting probabilities and those of every mixture update, each used from there on."""
+    """The starting probabilities and those of every mixture update, used from that step on."""
 
     step: Array
     supervised_tokens: Array
@@ -54,24 +55,25 @@ class Validations(NamedTuple):
 
     supervised_tokens: Array
     losses: Array
-    """(validations, tasks), nats a supervised token; NaN for tasks left out of the objective"""
+    """(validations, tasks), nats per supervised token; NaN for tasks without a validation split"""
 
 
 def worst_over_tasks(losses: Array) -> Array:
-    """(..., tasks) to (...): the highest of those that are measured; NaN where none is."""
+    """(..., tasks) to (...): the highest of the measured losses; NaN if there are none."""
     highest = np.where(np.isnan(losses), -np.inf, losses).max(axis=-1)
     return np.where(np.isnan(losses).all(axis=-1), np.nan, highest)
 
 
 def mean_over_tasks(losses: Array) -> Array:
-    """(..., tasks) to (...): the mean of those that are measured, unweighted; NaN where none is."""
-    with np.errstate(invalid="ignore"):  # 0 / 0 where no task is measured
+    """(..., tasks) to (...): the unweighted mean of the measured losses; NaN if there are none."""
+    # 0 / 0 if no task is measured.
+    with np.errstate(invalid="ignore"):
         return np.nansum(losses, axis=-1) / np.isfinite(losses).sum(axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run directory says."""
+    """The content of a run directory."""
 
     folder: Path
     config: dict[str, Any]
@@ -79,9 +81,9 @@ class Run:
     summary: dict[str, Any]
     """``summary.json``; empty while the run is not finished"""
     ended: str
-    """how the run ended, in words; empty when it finished"""
+    """how the run ended, as text; empty if it finished"""
     notes: tuple[str, ...]
-    """what a reader has to know about what was read"""
+    """remarks about the files for the reader of a report"""
     tasks: tuple[str, ...]
     num_updates: int
     steps: Steps
@@ -104,7 +106,7 @@ class Run:
 
     @property
     def logged(self) -> int:
-        """Supervised tokens that the log goes up to: all that were spent, unless it is cut."""
+        """Supervised tokens at the last step in the log: all that were spent, unless the log is truncated."""
         return int(self.steps.supervised_tokens[-1]) if len(self.steps.step) else 0
 
     @property
@@ -114,31 +116,31 @@ class Run:
 
     @property
     def budget(self) -> int | None:
-        """Supervised tokens the run may spend; of an unfinished run None where the config does not say it in tokens."""
+        """Supervised tokens the run may spend; None for an unfinished run whose config has no ``budget.tokens``."""
         return self.summary.get("budget_tokens") or (self.config.get("budget") or {}).get("tokens")
 
     @property
     def task_tokens(self) -> Array:
-        """(tasks,): supervised tokens each has had."""
+        """(tasks,): supervised tokens spent on each task."""
         return self._in_summary("task_tokens", self.steps.task_tokens[-1:], otherwise=0)
 
     @property
     def final_probabilities(self) -> Array:
-        """(tasks,): the last there were."""
+        """(tasks,): the last probabilities."""
         return self._in_summary("probabilities", self.mixtures.probabilities[-1:])
 
     @property
     def initial_losses(self) -> Array:
-        """(tasks,): the losses of the first validation; NaN where there is none."""
+        """(tasks,): the losses of the first validation; NaN if there is none."""
         return self._in_summary("initial_validation_losses", self.validations.losses[:1])
 
     @property
     def final_losses(self) -> Array:
-        """(tasks,): the losses of the last validation; NaN where there is none."""
+        """(tasks,): the losses of the last validation; NaN if there is none."""
         return self._in_summary("validation_losses", self.validations.losses[-1:])
 
     def _in_summary(self, key: str, of_log: Array, otherwise: float = math.nan) -> Array:
-        """A value a task as the summary says, and without one as the log does."""
+        """One value per task from the summary, or without a summary from the log."""
         if key in self.summary:
             return _array([self.summary[key].get(task) for task in self.tasks])
         return of_log[0] if len(of_log) else np.full(len(self.tasks), float(otherwise))
@@ -154,7 +156,7 @@ class Run:
         return mean_over_tasks(self.validations.losses)
 
     def only(self, tasks: Sequence[str]) -> Run:
-        """The same run seen on some of its tasks, in that order."""
+        """The same run restricted to some of its tasks, in that order."""
         columns = [self.tasks.index(task) for task in tasks]
         return replace(
             self,
@@ -166,11 +168,12 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run directory.
+    """Reads a run directory.
 
     Raises:
-        ValueError: it holds no run, or a file in it cannot be understood; names the file, and the line of a log.
+        ValueError: it contains no run, or a file in it is malformed; it names the file, and the line of a log.
     """
+    # The files.
     if not (folder / LOG).is_file():
         raise ValueError(_no_run(folder))
     lines, notes = _read_log(folder / LOG)
@@ -179,8 +182,9 @@ def read_run(folder: Path) -> Run:
     if not config:
         notes.append(f"there is no {RESOLVED}: its strategy and seed are not known")
     if "mixture" not in lines:
-        raise ValueError(f"{folder / LOG}: the run has not begun, no line says with which probabilities")
+        raise ValueError(f"{folder / LOG}: the run has not begun: there is no line with its probabilities")
 
+    # Columns of the log.
     def column(event: str, *keys: str) -> dict[str, Array]:
         """The values of some keys on all lines of an event."""
         return {key: _array([line.number(key) for line in lines.get(event, [])]) for key in keys}
@@ -193,7 +197,7 @@ def read_run(folder: Path) -> Run:
 
     steps = column("step", "step", "supervised_tokens", "tokens", "computed_tokens", "seconds", "lr")
     mixtures = column("mixture", "step", "supervised_tokens", "probe_tokens", "mixture_seconds")
-    made = Run(
+    run = Run(
         folder=folder,
         config=config,
         summary=summary,
@@ -205,14 +209,14 @@ def read_run(folder: Path) -> Run:
         mixtures=Mixtures(**mixtures, probabilities=by_task("mixture", "probabilities")),
         validations=Validations(**column("validation", "supervised_tokens"), losses=by_task("validation", "losses")),
     )
-    if made.logged < made.spent:
-        cut = f"{LOG} is cut: figures end at token {made.logged:,} of {made.spent:,}; other numbers are of {SUMMARY}"
-        return replace(made, notes=(*notes, cut))
-    return made
+    if run.logged < run.spent:
+        note = f"{LOG} is truncated: figures end at token {run.logged:,} of {run.spent:,}; tables are of {SUMMARY}"
+        return replace(run, notes=(*notes, note))
+    return run
 
 
 class _Line:
-    """A line of the log, the ``count``-th of its event, parsed when it is first asked for."""
+    """A line of the log, the ``count``-th of its event, parsed lazily."""
 
     def __init__(self, path: Path, line_number: int, count: int, text: bytes) -> None:
         self.line_number = line_number
@@ -244,7 +248,7 @@ class _Line:
 
     def by_task(self, key: str, tasks: Sequence[str]) -> list[float | None]:
         if set(self.tasks(key)) != set(tasks):
-            raise ValueError(f"{self._where}: '{key}' has to have the tasks that the log begins with")
+            raise ValueError(f"{self._where}: '{key}' has to have the tasks of the log's first line")
         values = [self.value(key)[task] for task in tasks]
         if not all(map(_is_number, values)):
             raise ValueError(f"{self._where}: '{key}' has to be a mapping of tasks to numbers")
@@ -256,7 +260,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_log(path: Path) -> tuple[dict[str, list[_Line]], list[str]]:
-    """The lines of each event, most of ``THINNED`` passed over, and what there is to say about the file."""
+    """The lines of each event, with those of ``THINNED`` events thinned out, and notes about the file."""
+    # Every n-th line of a thinned event is kept; n doubles when there are too many lines.
     kept: dict[str, list[_Line]] = {}
     last: dict[str, _Line] = {}
     every = dict.fromkeys(THINNED, 1)
@@ -276,9 +281,10 @@ def _read_log(path: Path) -> tuple[dict[str, list[_Line]], list[str]]:
             if (count - 1) % every.get(event, 1) == 0:
                 lines = kept.setdefault(event, [])
                 lines.append(last[event])
-                if event in THINNED and len(lines) == 2 * POINTS:
+                if event in THINNED and len(lines) == 2 * KEPT_LINES:
                     del lines[1::2]
                     every[event] *= 2
+    # The last line of every event.
     for event, lines in kept.items():
         if lines[-1] is not last[event]:
             lines.append(last[event])
@@ -286,7 +292,7 @@ def _read_log(path: Path) -> tuple[dict[str, list[_Line]], list[str]]:
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:
-    """The JSON object a line holds; None where it does not."""
+    """The JSON object in a line; None if there is none."""
     try:
         values = json.loads(text)
     except ValueError:
@@ -305,7 +311,8 @@ def _read_mapping(path: Path, parse: Any) -> dict[str, Any]:
 
 
 def _array(values: list[Any]) -> Array:
-    return np.array(values, dtype=np.float64)  # null becomes NaN
+    """Null becomes NaN."""
+    return np.array(values, dtype=np.float64)
 
 
 def _how_it_ended(lines: dict[str, list[_Line]], *, is_finished: bool) -> str:
@@ -321,10 +328,11 @@ def _how_it_ended(lines: dict[str, list[_Line]], *, is_finished: bool) -> str:
 
 
 def _no_run(folder: Path) -> str:
-    """Why a folder cannot be read, and where runs lie that may have been meant."""
+    """Why a folder cannot be read, and whether there are runs in its subfolders."""
     if not folder.is_dir():
-        return f"{folder}: " + ("is no folder" if folder.exists() else "there is no such folder")
+        return f"{folder}: " + ("is not a folder" if folder.exists() else "there is no such folder")
     if has_run(folder):
         return f"{folder}: the run has no {LOG}"
     inside = sum((child / LOG).is_file() for child in folder.iterdir())
-    return f"{folder}: holds no run" + (f" itself, but {inside} of its folders do: give {folder}/*/" if inside else "")
+    hint = f" itself, but {inside} of its folders do: give {folder}/*/" if inside else ""
+    return f"{folder}: contains no run{hint}"

@@ -1,4 +1,4 @@
-"""The numbers of a report: runs that differ only in seed grouped, means and ranges, tokens to reach a loss, winners."""
+"""The numbers of a report: groups of runs that differ only in seed, means, ranges, tokens to reach a loss, winners."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from adapt_recipes.report.read import Array, Run, mean_over_tasks, worst_over_tasks
 
-# What two runs may differ in and still be the same but for the seed: where and when they write, and with what versions.
+# Keys in which runs of a group may differ besides the seed.
 NOT_COMPARED = (
     "output_dir",
     "resume",
@@ -27,22 +27,22 @@ NOT_COMPARED = (
 COUNTERS = {
     "budget_tokens": "supervised tokens the run may spend",
     "supervised_tokens": "labels that counted in the loss of training steps",
-    "unique_supervised_tokens": "of them, those of examples trained on for the first time",
+    "unique_supervised_tokens": "those of examples seen for the first time",
     "tokens": "tokens read in training steps, including prompts, excluding padding",
     "computed_tokens": "the same, including padding",
-    "probe_tokens": "supervised tokens that probes and validations read in addition",
-    "probe_total_tokens": "tokens that probes and validations read in addition, excluding padding",
+    "probe_tokens": "supervised tokens read by probes and validations in addition",
+    "probe_total_tokens": "tokens read by probes and validations in addition, excluding padding",
     "steps": "optimizer steps",
     "mixture_updates": "updates of the probabilities",
     "seconds": "wall-clock time, excluding down time",
-    "mixture_seconds": "of it, on mixture updates",
-    "validation_seconds": "of it, on validations",
+    "mixture_seconds": "time of mixture updates",
+    "validation_seconds": "time of validations",
 }
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in seed, all finished or none."""
+    """Runs that differ only in seed; either all or none of them are finished."""
 
     name: str
     runs: tuple[Run, ...]
@@ -57,7 +57,7 @@ class Group:
 
 
 class Spread(NamedTuple):
-    """Mean and range of a number over runs; NaN where a run does not have it."""
+    """Mean and range of a number over runs; NaN if a run does not have it."""
 
     mean: float
     low: float
@@ -65,7 +65,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Mean, lowest and highest, exact where all are the same; all NaN where one is."""
+    """Mean, lowest and highest, exact if all are equal; NaN if one is NaN."""
     numbers = sorted(values)
     if any(math.isnan(number) for number in numbers):
         return Spread(math.nan, math.nan, math.nan)
@@ -74,7 +74,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def on_shared_tasks(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """The runs seen on the tasks that all of them have, and a note where that leaves something out.
+    """The runs restricted to the tasks that all of them have, and a note if tasks are left out.
 
     Raises:
         ValueError: they share no task.
@@ -93,21 +93,21 @@ def on_shared_tasks(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs that differ only in seed; the lowest worst loss first, groups that are not finished last.
+    """Groups runs that differ only in seed; the lowest worst loss first, groups that are not finished last.
 
-    A group is named by its strategy, and by what it differs in from others of the same strategy.
+    A group is named by its strategy, and by the settings in which it differs from others of the same strategy.
     """
-    together: dict[str, list[Run]] = {}
+    by_settings: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps([bool(run.summary), run.strategy, dict(_settings(run.config))], sort_keys=True, default=str)
-        together.setdefault(key, []).append(run)
-    grouped = [sorted(members, key=lambda run: run.seed or 0) for members in together.values()]
+        by_settings.setdefault(key, []).append(run)
+    grouped = [sorted(members, key=lambda run: run.seed or 0) for members in by_settings.values()]
     groups = [Group(name, tuple(members)) for name, members in zip(_names(grouped), grouped, strict=True)]
     return sorted(groups, key=lambda group: (not group.is_finished, _nan_last(final_worst(group).mean)))
 
 
 def _settings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config, without seeds and what makes no difference."""
+    """Dotted keys and values of a config, without seeds and ``NOT_COMPARED``."""
     for key, value in config.items():
         if key == "seed" or (not prefix and key in NOT_COMPARED):
             continue
@@ -136,7 +136,7 @@ def _union(mappings: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Of every config key in which groups differ, each group's value; None where it has no such key."""
+    """For every config key in which groups differ, the value of each group; None if it has no such key."""
     settings = [dict(_settings(group.runs[0].config)) for group in groups]
     values = {key: [one.get(key) for one in settings] for key in _union(settings)}
     return {key: row for key, row in values.items() if len({str(value) for value in row}) > 1}
@@ -160,9 +160,9 @@ def _last(values: Array) -> float:
 
 
 def tokens_to_reach(run: Run, worst: float) -> float:
-    """Supervised tokens at the first validation whose worst loss is no higher; NaN: never.
+    """Supervised tokens at the first validation whose worst loss is at most ``worst``; NaN: never.
 
-    The last validation counts even where the log is cut before it.
+    The last validation counts even if the log is truncated before it.
     """
     reached = np.flatnonzero(run.worst <= worst)
     if len(reached):
@@ -171,9 +171,9 @@ def tokens_to_reach(run: Run, worst: float) -> float:
 
 
 def all_tokens_to_reach(group: Group, target: Group) -> list[float]:
-    """Supervised tokens after which the runs of a group reach the final worst loss of those of another.
+    """Supervised tokens after which the runs of a group reach the final worst loss of the runs of another.
 
-    Runs of the same seed are held against each other; where no seed is in both groups, all are.
+    Runs with the same seed are compared; if no seed is in both groups, all pairs are.
     """
     pairs = [(run, other) for run in group.runs for other in target.runs]
     same = [(run, other) for run, other in pairs if run.seed is not None and run.seed == other.seed]
@@ -181,19 +181,19 @@ def all_tokens_to_reach(group: Group, target: Group) -> list[float]:
 
 
 class TaskResult(NamedTuple):
-    """Who is best at a task."""
+    """The losses of one task."""
 
     task: str
     losses: list[Spread]
-    """of each group, final"""
+    """final, of each group"""
     winner: int | None
-    """the group of the lowest mean; None where nothing was measured, or two are equal, or there is no other"""
+    """the group with the lowest mean; None if nothing was measured, two are equal, or there is no other group"""
     is_clear: bool
-    """whether even the worst seed of the winner is below the best seed of every other group, and all have several"""
+    """whether the worst seed of the winner is below the best seed of every other group, and all have several seeds"""
 
 
 def task_results(groups: Sequence[Group]) -> list[TaskResult]:
-    """Each task's final losses and winner among finished groups, of which there have to be two for one to win."""
+    """The final losses of each task, and the winner among finished groups if there are at least two."""
     results = []
     for i, task in enumerate(groups[0].runs[0].tasks):
         losses = [spread(float(run.final_losses[i]) for run in group.runs) for group in groups]
@@ -220,7 +220,7 @@ def _nan_last(value: float) -> float:
 
 
 def counters(run: Run) -> dict[str, float]:
-    """``COUNTERS`` of a run: from its summary, or as far as the log of an unfinished run tells, the rest NaN."""
+    """``COUNTERS`` of a run from its summary; for an unfinished run from its log, and NaN if it is not there."""
     if run.summary:
         return {key: float(run.summary.get(key, math.nan)) for key in COUNTERS}
     steps, mixtures = run.steps, run.mixtures

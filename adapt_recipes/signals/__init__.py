@@ -1,4 +1,4 @@
-"""What is measured on the model for a mixture to learn from."""
+"""Signals: measurements of the model from which a mixture learns."""
 
 from adapt_recipes.signals.base_losses import BaseLosses
 from adapt_recipes.signals.probe import Probe

@@ -1,4 +1,4 @@
-"""What the base model makes of a pool of examples, measured once and kept for later runs."""
+"""The losses of the base model on a pool of examples, measured once and cached for later runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapt_recipes.training.sharding import to_local
 
 
 class BaseLosses:
-    """The mean loss of each example of a pool under the base model: what rewards on the pool are relative to.
+    """The mean loss of each example of a pool under the base model. Rewards on the pool are relative to it.
 
     Attributes:
         values: (num_examples,) float64, nats per supervised token, in the order in which the examples were batched;
@@ -31,17 +31,18 @@ class BaseLosses:
         self.values = torch.empty(0, dtype=torch.float64)
 
     def measure(self, model: TokenLosses, pool: Sequence[MicroBatch], *, cache_dir: Path) -> None:
-        """Measures the model as it is now, or reads what was measured before from the cache.
+        """Measures the model with its current weights, or reads an earlier measurement from the cache.
 
         Args:
             model: before the first step.
             pool: micro-batches of all examples.
-            cache_dir: folder of the cache. An entry's name is a hash of all that the losses depend on: weights,
-                settings of the modules, which of them are compiled, examples, precision, device, number of threads and
-                torch's version.
+            cache_dir: folder of the cache. The name of an entry is a hash of everything that the losses depend on:
+                weights, settings of the modules, which modules are compiled, examples, precision, device, number of
+                threads and torch's version.
         """
         file = cache_dir / "base_losses" / f"{_key(model, pool)}.safetensors"
-        losses = all_gather_object(_read(file))[0]  # rank 0's: all ranks have to measure, or none
+        # Rank 0 decides for all: either every rank measures, or none does.
+        losses = all_gather_object(_read(file))[0]
         if losses is None:
             losses = passes.example_losses(model, pool)
             if rank() == 0:
@@ -58,24 +59,27 @@ class BaseLosses:
 
 
 def _read(file: Path) -> Tensor | None:
+    """An entry of the cache; None if there is none or it is damaged."""
     try:
         return load_file(file)["losses"]
-    except (OSError, SafetensorError, KeyError):  # none yet, or a damaged one
+    except (OSError, SafetensorError, KeyError):
         return None
 
 
 def _key(model: TokenLosses, pool: Sequence[MicroBatch]) -> str:
     weights = model.state_dict()
     device = next(iter(weights.values())).device.type
-    settings = [  # the number of heads and the base of the rotations show in no weight
+    # Settings that no weight shows, such as the number of heads and the base of RoPE.
+    settings = [
         (name, type(module).__qualname__, [pair for pair in vars(module).items() if isinstance(pair[1], int | float)])
         for name, module in model.named_modules()
     ]
     compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
-    how = (model.compute_dtype, device, torch.get_num_threads(), torch.__version__, settings, compiled, *weights)
-    digest = blake2b(" ".join(map(str, how)).encode(), digest_size=16)
+    setup = (model.compute_dtype, device, torch.get_num_threads(), torch.__version__, settings, compiled, *weights)
+    digest = blake2b(" ".join(map(str, setup)).encode(), digest_size=16)
     for tensor in (*weights.values(), *(part for batch in pool for part in (batch.tokens, batch.labels, batch.rows))):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(to_local(tensor.detach()).cpu().flatten().view(torch.uint8).numpy().data)
-    digests = all_gather_object(digest.hexdigest())  # of each process's shards and examples
+    # Each process has hashed its own shards and examples.
+    digests = all_gather_object(digest.hexdigest())
     return digests[0] if len(digests) == 1 else blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()

@@ -1,14 +1,14 @@
-"""Passes over the model that measure tasks: losses, gradients and dot products of them, embeddings, uncertainties.
+"""Forward and backward passes that measure tasks: losses, gradients and their dot products, embeddings, uncertainties.
 
-``model`` is any module whose ``forward(tokens, labels)`` returns the cross-entropies of the supervised positions, in
-row-major order, and with a third argument what ``adapt_recipes.models.TokenLosses`` does; ``batches`` is a sequence of
-objects with ``tokens`` (b, s), ``labels`` (b, s) and ``tasks`` (b,), on any device, and where single examples matter
-``rows`` (b,), each row's place in the list of all, and ``lengths`` (b,), its tokens. A task's loss is the mean over
-all its supervised tokens in all batches of all processes.
+``model`` is any module whose ``forward(tokens, labels)`` returns the cross-entropies of the supervised positions in
+row-major order, and which takes the third argument of ``adapt_recipes.models.TokenLosses``. ``batches`` is a sequence
+of objects with ``tokens`` (batch, length), ``labels`` (batch, length) and ``tasks`` (batch,), on any device. Functions
+that measure single examples also need ``rows`` (batch,), the index of each row in the list of all, and ``lengths``
+(batch,), its tokens. The loss of a task is the mean over all its supervised tokens in all batches of all processes.
 
 Every function runs in eval mode and leaves the weights, their ``.grad``, the training mode of every module and torch's
-generators as it found them, also when a forward raises. Every process must bring the same number of batches; one that
-has no more brings batches without a supervised label, whose ``rows`` are -1. FSDP2's sharded parameters are perturbed
+generators unchanged, also when a forward pass raises. Every process must have the same number of batches; one without
+further examples has batches without supervised labels, whose ``rows`` are -1. FSDP2's sharded parameters are perturbed
 shard by shard.
 """
 
@@ -27,11 +27,12 @@ from torch.distributed.tensor import DTensor
 from adapt_recipes.training.process_group import all_reduce_sum, world_size
 from adapt_recipes.training.sharding import device_of, to_local
 
-IGNORE_INDEX = -100  # the label of a position that does not count, torch's own default
+# The label of a position that does not count in the loss, as in torch.
+IGNORE_INDEX = -100
 
 
 class Batch(Protocol):
-    """Sequences of several tasks, right padded."""
+    """Sequences of several tasks, padded on the right."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -42,7 +43,7 @@ class Batch(Protocol):
 
 
 class ExampleBatch(Batch, Protocol):
-    """The same, where single examples matter."""
+    """A batch for functions that measure single examples."""
 
     @property
     def rows(self) -> Tensor: ...
@@ -55,44 +56,52 @@ def task_losses(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> T
 
     Args:
         model: see the module's docstring.
-        batches: what to read.
+        batches: the examples.
         num_tasks: tasks in the run.
 
     Returns:
-        (num_tasks,) float64 on the CPU, nats a supervised token; NaN for a task without a supervised token.
+        (num_tasks,) float64 on the CPU, nats per supervised token; NaN for a task without a supervised token.
     """
     with _measuring(model):
         return _loss_sums(model, batches, num_tasks) / num_supervised(batches, num_tasks)
 
 
-def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -> list[Tensor]:
-    """The gradient of ``sum_j weights_j * (mean loss of task j)``: v of ADAPT, or a task's own gradient.
+def loss_gradient(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weights: Tensor,  # (num_tasks,) float64, finite
+) -> list[Tensor]:
+    """The gradient of ``sum_j weights_j * (mean loss of task j)``: v of ADAPT, or the gradient of one task.
 
     Args:
         model: see the module's docstring.
-        batches: what to read. Sequences of tasks of weight 0 are not computed.
-        weights: (num_tasks,) float64, finite.
+        batches: the examples. Sequences of tasks with weight 0 are not computed.
+        weights: of the tasks.
 
     Returns:
-        One tensor for each trainable parameter, in the order of ``model.parameters()``, sharded as it is.
+        One tensor for each trainable parameter, in the order of ``model.parameters()``, sharded like the parameter.
     """
     assert weights.isfinite().all(), f"weights {weights.tolist()}"
     parameters = _trainable(model)
-    # Gradients are averaged over processes, and the means here are over all of them.
+    # Gradients are averaged over processes, and the means here are over all processes.
     token_weights = world_size() * weights / num_supervised(batches, len(weights))
+
+    # With FSDP2 a forward pass of one process waits for that of all others, so all skip the same batches.
     chosen = [(weights != 0)[batch.tasks.cpu()] for batch in batches]
-    # A forward of one process is a forward of all of them, or FSDP2 waits for ever.
-    num_wanting = all_reduce_sum(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64))
+    num_processes = all_reduce_sum(torch.tensor([float(rows.any()) for rows in chosen], dtype=torch.float64))
+
+    # Accumulate in empty .grad, and restore what was there.
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
         with _measuring(model), torch.enable_grad():
-            for batch, rows, wanting in zip(batches, chosen, num_wanting.tolist(), strict=True):
-                if wanting == 0:
+            for batch, rows, needed_by in zip(batches, chosen, num_processes.tolist(), strict=True):
+                if needed_by == 0:
                     continue
+                # A process that needs none of the rows computes one of weight 0.
                 if not rows.any():
-                    rows[0] = True  # its weight is 0
+                    rows[0] = True
                 losses, tasks = _token_losses(model, batch, of=batch.tasks, rows=rows)
                 (losses * token_weights[tasks].to(losses)).sum().backward()
                 _reshard(model)
@@ -101,8 +110,9 @@ def loss_gradient(model: nn.Module, batches: Sequence[Batch], weights: Tensor) -
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
     if world_size() > 1:
+        # FSDP2 has averaged the sharded gradients; the others are averaged here.
         for part in gradient:
-            if not isinstance(part, DTensor):  # FSDP2 has averaged its own
+            if not isinstance(part, DTensor):
                 dist.all_reduce(part)
                 part /= world_size()
     return gradient
@@ -117,38 +127,38 @@ def gradient_dots(
     relative_step: float,
     loss_step: float = 0.05,
 ) -> Tensor:
-    """``<direction, gradient of task i's mean loss>`` by a central finite difference: two passes without gradients.
+    """``<direction, gradient of task i's mean loss>`` by central finite differences: two forward passes, no backward.
 
-    The weights move by ``+- eps * direction`` and are put back bit for bit from a copy: one copy of the trainable
-    weights is all the memory it takes. ``eps`` is the smaller of two:
+    The weights move by ``+- eps * direction`` and are restored bit for bit from a copy, which is all the memory that
+    this needs. ``eps`` is the smaller of two bounds:
 
-    - ``eps * ||direction|| = relative_step * ||weights||``, which alone suits models of some 10M weights;
-    - ``eps * ||direction||^2 = loss_step``: what the loss whose gradient ``direction`` is changes by, to first order.
-      ``||weights||`` grows with the number of weights and the distance over which a loss is straight does not: for a
-      model of 135M weights a relative step of 1e-3 is a change of 16 nats, and gives dots of the wrong sign.
+    - ``eps * ||direction|| = relative_step * ||weights||``. Alone this suits models of about 10M weights.
+    - ``eps * ||direction||^2 = loss_step``, the first-order change of the loss whose gradient ``direction`` is.
+      ``||weights||`` grows with the number of weights, but the distance over which a loss is linear does not: for a
+      model of 135M weights a relative step of 1e-3 changes the loss by 16 nats, and dots get the wrong sign.
 
     Args:
         model: see the module's docstring; trainable weights in fp32 or float64 (compute may be in bf16).
-        batches: what to read, the same in both passes.
-        direction: a gradient, one tensor for each trainable parameter, as ``loss_gradient`` returns them.
+        batches: the examples, the same in both forward passes.
+        direction: a gradient, one tensor per trainable parameter, as ``loss_gradient`` returns it.
         num_tasks: tasks in the run.
         relative_step: 1e-3 suits fp32 compute, 3e-3 to 1e-2 bf16 compute (measured).
-        loss_step: 0.05 suits fp32 compute; bf16 compute, whose rounding is coarse, needs about 1 (measured). Infinity
-            for the first bound alone.
+        loss_step: 0.05 suits fp32 compute; bf16 compute, whose rounding is coarse, needs about 1 (measured). Infinity:
+            only the first bound.
 
     Returns:
-        (num_tasks,) float64 on the CPU; NaN for a task without a supervised token. ``direction`` 0 gives 0 without a
-        forward.
+        (num_tasks,) float64 on the CPU; NaN for a task without a supervised token. A ``direction`` of 0 gives 0 without
+        a forward pass.
 
     Raises:
-        ValueError: if trainable weights are in half precision, too coarse for a small step.
+        ValueError: trainable weights are in half precision, which is too coarse for a small step.
     """
     assert relative_step > 0 and loss_step > 0, f"relative_step {relative_step}, loss_step {loss_step}"
     parameters = _trainable(model)
     for parameter in parameters:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"dtype: finite differences need fp32 weights, and these are {parameter.dtype}; "
+                f"dtype: finite differences need fp32 weights, but these are {parameter.dtype}; "
                 "use `bf16` (fp32 weights, bf16 compute) or `fp32`"
             )
     counts = num_supervised(batches, num_tasks)
@@ -156,7 +166,7 @@ def gradient_dots(
     assert math.isfinite(size), f"the direction's norm is {size}: the model has diverged"
     if size == 0:
         return torch.zeros(num_tasks, dtype=torch.float64) / counts
-    # Weights that are all 0 (LoRA's B alone, at the start) have no scale of their own.
+    # Weights that are all 0 (LoRA's B alone, at the start) have no scale.
     eps = min(relative_step * (norm(parameters) or 1.0) / size, loss_step / size / size)
     with _measuring(model), _restored(model) as originals:
         _move(parameters, originals, direction, eps)
@@ -169,12 +179,12 @@ def gradient_dots(
 def gradient_dots_by_backward(
     model: nn.Module, batches: Sequence[Batch], direction: Sequence[Tensor], num_tasks: int
 ) -> Tensor:
-    """What ``gradient_dots`` estimates, by one backward pass a task: the reference, in any dtype.
+    """The exact value of ``gradient_dots``, by one backward pass per task, in any dtype.
 
     Args:
         model: see the module's docstring.
-        batches: what to read.
-        direction: one tensor for each trainable parameter, as ``loss_gradient`` returns them.
+        batches: the examples.
+        direction: one tensor per trainable parameter, as ``loss_gradient`` returns it.
         num_tasks: tasks in the run.
 
     Returns:
@@ -191,11 +201,11 @@ def gradient_dots_by_backward(
 
 @torch.no_grad()
 def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:
-    """Where a task lies: the mean over its examples of the mean over all their tokens of the top hidden states.
+    """The embedding of a task: the top hidden states, averaged over the tokens of an example and over the examples.
 
     Args:
         model: see the module's docstring.
-        batches: what to read.
+        batches: the examples.
         num_tasks: tasks in the run.
 
     Returns:
@@ -214,17 +224,17 @@ def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks
             kept = _examples(batch)
             sums.index_add_(0, batch.tasks.cpu()[kept], means[kept])
             counts += torch.bincount(batch.tasks.cpu()[kept], minlength=num_tasks)
-    assert sums is not None, "nothing to read"
+    assert sums is not None, "there are no batches"
     return all_reduce_sum(sums) / all_reduce_sum(counts)[:, None]
 
 
 @torch.no_grad()
 def example_losses(model: nn.Module, batches: Sequence[ExampleBatch]) -> Tensor:
-    """The mean loss of each example, in nats a supervised token: the logarithm of its perplexity.
+    """The mean loss of each example, in nats per supervised token: the logarithm of its perplexity.
 
     Args:
         model: see the module's docstring.
-        batches: what to read; their ``rows`` number all examples of all processes from 0.
+        batches: the examples; their ``rows`` number all examples of all processes from 0.
 
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
@@ -245,25 +255,25 @@ def example_uncertainties(
     batches: Sequence[ExampleBatch],
     measure: Callable[[Tensor, Tensor], Tensor],
     *,
-    passes: int = 1,
+    mc_samples: int = 1,
     dropout: bool = False,
 ) -> Tensor:
-    """How unsure the model is of each example's answer, given the tokens before it: the mean over passes.
+    """How uncertain the model is of each example's answer, averaged over forward passes.
 
     Args:
         model: see the module's docstring.
         batches: as for ``example_losses``.
-        measure: of an example's ``p`` (num_supervised,), the probability of the likeliest token at each position, and
-            ``entropy`` (num_supervised,), in nats, a scalar; both float64.
-        passes: how often to read all batches.
-        dropout: compute as in training, with the masks that the generators give next, others in each pass.
+        measure: takes an example's ``p`` (num_supervised,) float64, the probability of the most likely token at each
+            position, and ``entropy`` (num_supervised,) float64, in nats; returns a scalar.
+        mc_samples: forward passes over all batches.
+        dropout: use dropout as in training, with new masks in every forward pass.
 
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
     values = torch.zeros(_num_examples(batches), dtype=torch.float64)
     with _measuring(model, dropout=dropout):
-        for batch in [*batches] * passes:
+        for batch in [*batches] * mc_samples:
             device = device_of(model)
             logits = model(batch.tokens.to(device), batch.labels.to(device), "logits")
             _reshard(model)
@@ -273,15 +283,15 @@ def example_uncertainties(
             rows = _of_supervised(batch.labels, batch.rows)
             for row in rows.unique().tolist():
                 values[row] += measure(p[rows == row], entropy[rows == row])
-    return all_reduce_sum(values) / passes
+    return all_reduce_sum(values) / mc_samples
 
 
 def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:
-    """The mean over each task's examples of one value an example.
+    """The mean of one value per example over each task's examples.
 
     Args:
         values: (num_examples,) float64.
-        batches: which examples there are, and of which task.
+        batches: the examples, for their tasks.
         num_tasks: tasks in the run.
 
     Returns:
@@ -297,11 +307,7 @@ def task_means(values: Tensor, batches: Sequence[ExampleBatch], num_tasks: int) 
 
 
 def num_supervised(batches: Sequence[Batch], num_tasks: int) -> Tensor:
-    """How much a task's loss is a mean of.
-
-    Returns:
-        (num_tasks,) float64 on the CPU: supervised tokens over batches and processes.
-    """
+    """(num_tasks,) float64 on the CPU: supervised tokens of each task in all batches of all processes."""
     counts = torch.zeros(num_tasks, dtype=torch.int64)
     for batch in batches:
         counts += torch.bincount(_of_supervised(batch.labels, batch.tasks), minlength=num_tasks)
@@ -310,28 +316,29 @@ def num_supervised(batches: Sequence[Batch], num_tasks: int) -> Tensor:
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """The inner product of two gradients, summed in float64, over all shards."""
-    sharded, whole = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    sharded, unsharded = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     with torch.no_grad():
         for a, b in zip(left, right, strict=True):
-            wide = torch.promote_types(a.dtype, torch.float32)  # a product of bf16 would be rounded to bf16
+            # A product of bf16 tensors would be rounded to bf16.
+            wide = torch.promote_types(a.dtype, torch.float32)
             product = (to_local(a).to(wide) * to_local(b)).sum(dtype=torch.float64).cpu()
-            (sharded if isinstance(a, DTensor) else whole).add_(product)
-    return float(all_reduce_sum(sharded) + whole)
+            (sharded if isinstance(a, DTensor) else unsharded).add_(product)
+    return float(all_reduce_sum(sharded) + unsharded)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
-    """The length of a gradient."""
+    """The L2 norm of a gradient, over all shards."""
     return math.sqrt(inner(tensors, tensors))
 
 
 @contextmanager
 def stepped(model: nn.Module, direction: Sequence[Tensor], scale: float) -> Iterator[None]:
-    """The model at ``weights + scale * direction``; afterwards the weights are put back bit for bit from a copy.
+    """The model at ``weights + scale * direction``; afterwards the weights are restored bit for bit from a copy.
 
     Args:
         model: see the module's docstring.
-        direction: one tensor for each trainable parameter.
-        scale: minus the learning rate for a step of gradient descent along a gradient.
+        direction: one tensor per trainable parameter.
+        scale: for a step of gradient descent along a gradient, minus the learning rate.
     """
     parameters = _trainable(model)
     with _restored(model) as originals:
@@ -352,7 +359,7 @@ def _move(parameters: Sequence[Tensor], originals: Sequence[Tensor], direction: 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields a copy of the trainable weights (of the shards), and puts them back from it whatever happens."""
+    """Yields a copy of the trainable weights (of the local shards), and always restores the weights from it."""
     parameters = _trainable(model)
     originals = [to_local(parameter).detach().clone() for parameter in parameters]
     _reshard(model)
@@ -367,7 +374,7 @@ def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _measuring(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
-    """Eval mode, or with ``dropout`` training mode; afterwards modes and generators are as they were."""
+    """Eval mode, or with ``dropout`` training mode; modes and generators are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     accelerators = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
@@ -380,8 +387,14 @@ def _measuring(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
             module.training = training
 
 
-def _token_losses(model: nn.Module, batch: Batch, *, of: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(losses on the model's device, on the CPU whose they are by ``of`` (b,)) of the supervised positions of rows."""
+def _token_losses(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    of: Tensor,  # (batch,) int64
+    rows: Tensor | None = None,  # (batch,) bool; None: all
+) -> tuple[Tensor, Tensor]:
+    """Losses of the supervised positions of ``rows``, on the model's device, and ``of`` of each, on the CPU."""
     tokens, labels, of = batch.tokens, batch.labels, of.cpu()
     if rows is not None and not rows.all():
         kept = rows.nonzero().flatten()
@@ -391,35 +404,36 @@ def _token_losses(model: nn.Module, batch: Batch, *, of: Tensor, rows: Tensor | 
 
 
 def _examples(batch: Batch) -> Tensor:
-    """(b,) bool on the CPU: which rows are examples, and not there for the number of batches alone."""
+    """(batch,) bool on the CPU: which rows are examples, and not dummies."""
     return (batch.labels.cpu() != IGNORE_INDEX).any(1)
 
 
 def _num_examples(batches: Sequence[Batch]) -> int:
-    """Over all processes."""
+    """The number of examples on all processes."""
     here = sum(int(_examples(batch).sum()) for batch in batches)
     return int(all_reduce_sum(torch.tensor(float(here), dtype=torch.float64)))
 
 
 def _of_supervised(labels: Tensor, of: Tensor) -> Tensor:
-    """(num_supervised,): what ``of`` (b,) says of the row of every supervised position, in their order, on the CPU."""
+    """(num_supervised,) on the CPU: for every supervised position the value of ``of`` (batch,) for its row."""
     supervised = labels.cpu() != IGNORE_INDEX
     return of.cpu()[:, None].expand_as(supervised)[supervised]
 
 
 @torch.no_grad()
 def _loss_sums(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Tensor:
-    """(num_tasks,): the sum of each task's losses over batches and processes."""
+    """(num_tasks,) float64: the sum of each task's losses over batches and processes."""
     sums = torch.zeros(num_tasks, dtype=torch.float64)
     for batch in batches:
         losses, tasks = _token_losses(model, batch, of=batch.tasks)
         _reshard(model)
-        sums.index_add_(0, tasks, losses.to("cpu", torch.float64))  # on the CPU the order of addition is fixed
+        # On the CPU the order of addition is fixed.
+        sums.index_add_(0, tasks, losses.to("cpu", torch.float64))
     return all_reduce_sum(sums)
 
 
 def _reshard(model: nn.Module) -> None:
-    """Drops what FSDP2 has gathered, or the next forward would use it in place of the shards as they are by then."""
+    """Frees the weights that FSDP2 has gathered, so that the next forward pass gathers the shards again."""
     for module in model.modules():
         reshard = getattr(module, "reshard", None)
         if callable(reshard):

@@ -18,10 +18,10 @@ Batches = Sequence[MicroBatch]
 
 
 class Probe:
-    """Measures the model at the weights as they are, and leaves it, and every generator, as it was.
+    """Measures the model with its current weights, and leaves the model and every generator unchanged.
 
-    What it reads is counted in ``ledger.probe_tokens``, once for each time it is read. What is not finite ends the run
-    with an error that names the step, the task and, where one can be found, the example.
+    The tokens it reads are counted in ``ledger.probe_tokens``, once for each time they are read. A value that is not
+    finite ends the run with an error that names the step, the task and, if one can be found, the example.
 
     Args:
         model: of the run.
@@ -54,7 +54,7 @@ class Probe:
     ) -> list[Tensor]:
         """The gradient of ``sum_j weights_j * (mean loss of task j)``, one tensor per trainable parameter.
 
-        ``of`` is what an error calls the examples.
+        ``of`` names the examples in an error.
         """
         self.ledger.probe(batches)
         gradient = passes.loss_gradient(self.model, batches, weights)

@@ -1,4 +1,4 @@
-"""The contract of a reward, what a scorer learns from, and its checks before a run starts."""
+"""The interface of a reward, from which a scorer learns, and its checks before a run starts."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ READS = ("train", "validation", "pool")
 
 
 class Reward(Protocol):
-    """One reward per task, measured on a few examples of each. A user's own is any class with these members.
+    """One reward per task, measured on a few examples of each. Any class with these members is a reward.
 
-    A recipe builds it with the keywords ``task_names`` and ``model``, and with the arguments that the config gives.
+    A recipe builds it with the keywords ``task_names`` and ``model``, and with the arguments in the config.
     """
 
     reads: tuple[str, ...]
-    """the batches it is called with, a name as often as it is read: ``train`` (training examples, others at every
-    update), ``validation`` (always the same) or ``pool`` (training examples, always the same; with it come
-    ``base_losses``, (num_examples,) float64, what they had before the first step)"""
+    """the batches it is called with, each name once for every time that it is read: ``train`` (training examples,
+    others at every update), ``validation`` (always the same) or ``pool`` (training examples, always the same; it comes
+    with ``base_losses``, (num_examples,) float64, their losses before the first step)"""
 
     def __call__(self, **batches: Any) -> Tensor:
-        """(num_tasks,) float64 on the CPU; NaN for a task without an example in what it reads."""
+        """(num_tasks,) float64 on the CPU; NaN for a task without an example in these batches."""
         ...
 
 
 def check_reward(reward: Any, mixture: Any) -> None:
-    """Refuse a reward that the mixture does not go with or that breaks the contract.
+    """Refuses a reward that the mixture does not observe, or that does not have the interface.
 
     Args:
         reward: the built component; None: the config names none.
         mixture: the built component.
 
     Raises:
-        ValueError: it names what is missing.
+        ValueError: it names the reward and what it lacks.
     """
     learns_from_it = "rewards" in mixture.observes
     if reward is None:

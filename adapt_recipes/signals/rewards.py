@@ -1,22 +1,19 @@
-"""What a scorer learns from: one reward a task, measured on a few examples of each.
+"""Rewards from which a scorer learns: one number per task, measured on a few examples of each.
 
 MoS (Mixture-of-Skills, arXiv 2406.08811) and the methods that it is compared with. With a batch B_i of task i:
 
     (7)  z_i = mean over (x, y) in B_i of the mean over all tokens of x and y of the top layer's hidden states (here:
-         of all that the model reads in training, which is all but the last, as a rule the one that ends the answer)
-    (8)  R(i) = (1/N) sum_n cos(z_i, z_n)                          how much i has in common with the others, transfer
+         all tokens that the model reads in training, that is, all but the last, which usually ends the answer)
+    (8)  R(i) = (1/N) sum_n cos(z_i, z_n)                          task similarity, for transferability
     (9)  r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)           theta_0: the base model; response tokens only
-    (10) R(i) = mean over (x, y) in B_i of r(x, y)                 how hard i still is, difficulty
+    (10) R(i) = mean over (x, y) in B_i of r(x, y)                 remaining difficulty
     (a)  R(i) = (1/N) sum_j cos(grad L_dev_j, grad L_train_i)      MultiDDS-S, arXiv 2004.06748
     (b)  R(i) = mean over (x, y) in B_i of u(y; x, theta)          MultiUAT, arXiv 2109.02284: u is an uncertainty
     (c)  R(i) = || grad L_train_i ||                               the global reward of HBO, arXiv 2505.12300
 
-A reward is built with ``task_names`` and ``model``, and called with the batches that it ``reads``, by name, a name as
-often as it is read: ``train`` (training examples, others at every update), ``validation`` (always the same) or ``pool``
-(training examples, always the same, and with it ``base_losses``, what they had before the first step). It returns
-(num_tasks,) float64 on the CPU; NaN for a task without an example in what it reads. One of your own is such a class.
-For ``tune plan`` it says how many ``gradients`` of all weights it has at a time; 0: it computes forwards alone. What a
-reader of the run should know stands in ``note``, where there is one: it is said at the start, and in the log.
+The interface is ``reward_interface.Reward``. For ``tune plan`` a reward also has ``gradients``, the number of gradients
+of all weights that it keeps at a time; 0: it computes forward passes only. If it has a ``note`` for the reader of a
+run, this is printed at the start and written to the log.
 """
 
 from __future__ import annotations
@@ -33,15 +30,15 @@ from adapt_recipes.signals import passes
 
 
 class CosineSimilarity:
-    """MoS's transferability, (7) and (8): what a task has in common with all tasks, itself included.
+    """MoS's transferability, (7) and (8): the similarity of a task to all tasks, including itself.
 
     Args:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.signals.passes``.
-        specialist: MoSpec: the task that alone is to be done well; (8) is then the similarity with it only.
+        specialist: MoSpec: the target task; (8) is then the similarity to it only.
 
     Raises:
-        ValueError: ``specialist`` is no task.
+        ValueError: ``specialist`` is not a task.
     """
 
     reads: tuple[str, ...] = ("train",)
@@ -52,24 +49,26 @@ class CosineSimilarity:
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
-        """(num_tasks,), at most 1. A negative mean is given as 0 (ours), for (6) of the scorer needs rewards >= 0."""
-        z = F.normalize(passes.task_embeddings(self.model, train, self.num_tasks), dim=1)  # (7)
+        """(num_tasks,) float64, in [0, 1]. A negative mean becomes 0 (ours), because (6) of the scorer needs R >= 0."""
+        # (7): z_i = mean over (x, y) in B_i of the mean over all tokens of the top layer's hidden states
+        z = F.normalize(passes.task_embeddings(self.model, train, self.num_tasks), dim=1)
+        # (8): R(i) = (1/N) sum_n cos(z_i, z_n)
         others = z if self.specialist is None else z[self.specialist : self.specialist + 1]
-        return (z @ others.T).nanmean(1).clamp(0, 1)  # (8)
+        return (z @ others.T).nanmean(1).clamp(0, 1)
 
 
 class PerplexityRatio:
-    """MoS's difficulty, (9) and (10): how little of a task has been learned since the base model.
+    """MoS's difficulty, (9) and (10): the perplexity of a task relative to that of the base model.
 
-    What cannot be learned keeps the highest reward for ever.
+    A task that cannot be learned keeps the highest reward forever.
 
     Args:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.signals.passes``.
-        specialist: MoSpec: the task that alone is to be done well; its reward counts twice.
+        specialist: MoSpec: the target task; its reward counts twice.
 
     Raises:
-        ValueError: ``specialist`` is no task.
+        ValueError: ``specialist`` is not a task.
     """
 
     reads: tuple[str, ...] = ("pool",)
@@ -79,19 +78,27 @@ class PerplexityRatio:
         self.specialist = _task(specialist, task_names)
         self.num_tasks, self.model = len(task_names), model
 
-    def __call__(self, *, pool: Sequence[passes.ExampleBatch], base_losses: Tensor) -> Tensor:
-        """(num_tasks,), above 0; ``base_losses``: (num_examples,), log PPL(y; x, theta_0) of the pool."""
-        ratios = (passes.example_losses(self.model, pool) - base_losses).exp()  # (9)
-        rewards = passes.task_means(ratios, pool, self.num_tasks)  # (10)
+    def __call__(
+        self,
+        *,
+        pool: Sequence[passes.ExampleBatch],
+        base_losses: Tensor,  # (num_examples,) float64, log PPL(y; x, theta_0) of the pool
+    ) -> Tensor:
+        """(num_tasks,) float64, above 0."""
+        # (9): r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)
+        ratios = (passes.example_losses(self.model, pool) - base_losses).exp()
+        # (10): R(i) = mean over (x, y) in B_i of r(x, y)
+        rewards = passes.task_means(ratios, pool, self.num_tasks)
         if self.specialist is not None:
             rewards[self.specialist] *= 2
         return rewards
 
 
 class GradientAlignment:
-    """MultiDDS-S, (a): how much a step on a task's training loss does for all tasks' validation losses.
+    """MultiDDS-S, (a): the effect of a step on a task's training loss on the validation losses of all tasks.
 
-    A backward a task on either split: the dearest of the rewards. Two gradients are kept at a time, however many tasks.
+    It needs one backward pass per task on each split, and is the most expensive of the rewards. It keeps two gradients
+    at a time, for any number of tasks.
 
     Args:
         task_names: the tasks, in order.
@@ -105,15 +112,19 @@ class GradientAlignment:
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(self, *, validation: Sequence[passes.ExampleBatch], train: Sequence[passes.ExampleBatch]) -> Tensor:
-        """(num_tasks,), at most 1; N counts the tasks with a validation split. Negative: 0, as in CosineSimilarity."""
-        mean: list[Tensor] = []  # of grad L_dev_j / || grad L_dev_j ||, which makes (a) one product a task
+        """(num_tasks,) float64, in [0, 1]; N counts the tasks with a validation split. A negative mean becomes 0."""
+        # The mean of grad L_dev_j / || grad L_dev_j ||, with which (a) is one inner product per task. A gradient is
+        # deleted before the next one is computed.
+        mean: list[Tensor] = []
         tasks = _tasks_of(validation, self.num_tasks)
         for task in tasks:
             gradient = _task_gradient(self.model, validation, task, self.num_tasks)
             scale = 1 / (passes.norm(gradient) or 1.0) / len(tasks)
             mean = mean or [torch.zeros_like(part) for part in gradient]
             torch._foreach_add_(mean, gradient, alpha=scale)
-            del gradient  # before the next one is made
+            del gradient
+
+        # (a): R(i) = (1/N) sum_j cos(grad L_dev_j, grad L_train_i)
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
         for task in _tasks_of(train, self.num_tasks):
             gradient = _task_gradient(self.model, train, task, self.num_tasks)
@@ -123,9 +134,9 @@ class GradientAlignment:
         return rewards.clamp(0, 1)
 
 
-# MultiUAT's measures of how unsure a model is of an answer. p: the probability of the likeliest token at each of the
-# answer's positions, entropy: of all tokens there. The higher, the less sure. The variance of an answer of one token is
-# 0: where all answers are, VarTP and ComEV teach a scorer nothing.
+# MultiUAT's measures of the uncertainty of a model about an answer. p: the probability of the most likely token at each
+# position of the answer; entropy: that of the distribution over tokens there. A higher value is less certain. The
+# variance for an answer of one token is 0, so VarTP and ComEV are useless if all answers have one token.
 MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "PreTP": lambda p, entropy: 1 - p.prod(),
     "ExpTP": lambda p, entropy: 1 - p.mean(),
@@ -137,52 +148,54 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Uncertainty:
-    """MultiUAT, (b): how unsure the model is of the validation answers, over several passes with dropout.
+    """MultiUAT, (b): the uncertainty of the model about the validation answers, over forward passes with dropout.
 
     Args:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.signals.passes``.
-        measure: one of ``MEASURES``: 1 minus the product or the mean of the p, their variance alone or over their mean,
-            the mean entropy, or that of the last token. The default is ours; the paper compares all. PreTP is near 1
-            for any long answer.
-        passes: with other dropout masks; null: the paper's 30 where the model has dropout, else one without.
+        measure: one of ``MEASURES``: 1 minus the product or the mean of p, the variance of p, the variance divided by
+            the mean, the mean entropy, or the entropy of the last token. The default is ours; the paper compares all.
+            PreTP is near 1 for any long answer.
+        mc_samples: forward passes, each with other dropout masks; null: the paper's 30 if the model has dropout, else
+            one without.
 
     Raises:
-        ValueError: an unknown measure; ``passes`` above 1 for a model without dropout, whose passes would all be equal.
+        ValueError: the measure is unknown, or ``mc_samples`` is above 1 for a model without dropout.
     """
 
     gradients = 0
 
     def __init__(
-        self, *, task_names: Sequence[str], model: nn.Module, measure: str = "EntSent", passes: int | None = None
+        self, *, task_names: Sequence[str], model: nn.Module, measure: str = "EntSent", mc_samples: int | None = None
     ) -> None:
         if measure not in MEASURES:
             raise ValueError(f"reward.measure: {measure!r}{nearest(str(measure), MEASURES)}")
-        if passes is not None and passes < 1:
-            raise ValueError(f"reward.passes: has to be at least 1, not {passes}")
+        if mc_samples is not None and mc_samples < 1:
+            raise ValueError(f"reward.mc_samples: has to be at least 1, not {mc_samples}")
         self.has_dropout = _has_dropout(model)
-        if passes is not None and passes > 1 and not self.has_dropout:
+        if mc_samples is not None and mc_samples > 1 and not self.has_dropout:
             raise ValueError(
-                f"reward.passes: {passes} passes need dropout, and the model has none; leave it out for one"
+                f"reward.mc_samples: {mc_samples} samples need dropout, and the model has none; leave the key out"
             )
         self.measure = MEASURES[measure]
-        self.passes = passes or (30 if self.has_dropout else 1)
-        self.reads = ("validation",) * self.passes
+        self.mc_samples = mc_samples or (30 if self.has_dropout else 1)
+        self.reads = ("validation",) * self.mc_samples
         self.num_tasks, self.model = len(task_names), model
-        self.note = "the model has no dropout: uncertainty is that of one pass without"
+        self.note = "the model has no dropout: uncertainty is that of one forward pass"
         if self.has_dropout:
-            self.note = f"uncertainty is the mean over {self.passes} passes with dropout"
+            self.note = f"uncertainty is the mean over {self.mc_samples} forward passes with dropout"
 
     def __call__(self, *, validation: Sequence[passes.ExampleBatch]) -> Tensor:
-        """(num_tasks,), at least 0 (PreTP and ExpTP at most 1); NaN for a task without a validation split."""
+        """(num_tasks,) float64, at least 0 (PreTP and ExpTP at most 1); NaN for a task without a validation split."""
+        # (b): R(i) = mean over (x, y) in B_i of u(y; x, theta)
         values = passes.example_uncertainties(
-            self.model, validation, self.measure, passes=self.passes, dropout=self.has_dropout
+            self.model, validation, self.measure, mc_samples=self.mc_samples, dropout=self.has_dropout
         )
         return passes.task_means(values, validation, self.num_tasks)
 
 
 class GradientNorm:
-    """HBO's global reward, (c): how much a task still pulls at the weights.
+    """HBO's global reward, (c): the norm of a task's gradient.
 
     Args:
         task_names: the tasks, in order.
@@ -196,7 +209,8 @@ class GradientNorm:
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
-        """(num_tasks,), at least 0."""
+        """(num_tasks,) float64, at least 0."""
+        # (c): R(i) = || grad L_train_i ||
         rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
         for task in _tasks_of(train, self.num_tasks):
             rewards[task] = passes.norm(_task_gradient(self.model, train, task, self.num_tasks))
@@ -204,25 +218,26 @@ class GradientNorm:
 
 
 def _task(name: str | None, task_names: Sequence[str]) -> int | None:
-    """The index of the specialist's task, if there is one."""
+    """The index of the target task; None: there is none."""
     if name is not None and name not in task_names:
         raise ValueError(f"reward.specialist: {name!r} is no task of this run{nearest(str(name), task_names)}")
     return None if name is None else list(task_names).index(name)
 
 
 def _tasks_of(batches: Sequence[passes.Batch], num_tasks: int) -> list[int]:
-    """The tasks that there are examples of."""
+    """The tasks with examples in the batches."""
     return passes.num_supervised(batches, num_tasks).nonzero().flatten().tolist()
 
 
 def _task_gradient(model: nn.Module, batches: Sequence[passes.Batch], task: int, num_tasks: int) -> list[Tensor]:
+    """The gradient of the mean loss of one task."""
     weights = torch.zeros(num_tasks, dtype=torch.float64)
     weights[task] = 1
     return passes.loss_gradient(model, batches, weights)
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    """Whether training mode drops anything: a dropout module, or torchtune's attention, which keeps the rate itself."""
+    """Whether the model has dropout: in a dropout module, or in torchtune's attention, which has the rate itself."""
     rates = [
         module.p if isinstance(module, nn.Dropout) else getattr(module, "attn_dropout", 0.0)
         for module in model.modules()

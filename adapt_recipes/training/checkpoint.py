@@ -1,17 +1,17 @@
-"""Checkpoints for an exact resume: whole or absent whatever happens while they are written, by one process or many.
+"""Checkpoints for an exact resume, written atomically by one process or many.
 
-``checkpoints/step_N/`` holds
+``checkpoints/step_N/`` contains
 
-- ``__RANK_0.distcp`` and ``.metadata``: weights and optimizer state, written by all processes, each its shards
-  (torch.distributed.checkpoint). Any other number of processes can read them;
-- ``shared.pt``: what is the same on every process, and each one's own;
-- ``checksums.json``: of all of these, so that damage is seen before a byte of them is used.
+- ``__RANK_0.distcp`` and ``.metadata``: weights and optimizer state (torch.distributed.checkpoint). Each process writes
+  its shards; any number of processes can read them;
+- ``shared.pt``: the state that is the same on every process, and the state of each process;
+- ``checksums.json``: of all these files, so that damage is found before anything is loaded.
 
 They are written into ``step_N.partial``, flushed to the disk, and renamed when all processes are done. A checkpoint
-that is no longer wanted is renamed to ``step_N.removed`` and then deleted; one that is written a second time stands as
-``step_N.replaced`` until the new one has its name. So a folder called ``step_N`` is whole at every moment, and so is
-``step_N.replaced`` where there is no ``step_N``. The rest is what interrupted writes have left; the next write clears
-it away.
+that is no longer needed is renamed to ``step_N.removed`` and then deleted. One that is written a second time is renamed
+to ``step_N.replaced`` until the new one has its name. So a folder ``step_N`` is always whole, and so is
+``step_N.replaced`` if there is no ``step_N``. Everything else was left by interrupted writes, and the next write
+deletes it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SHARED, _METADATA, _CHECKSUMS = "shared.pt", ".metadata", "checksums.json"
 _REPLACED = ".replaced"
 _NAME = r"step_(\d+)(\.\w+)?"
 
-# One process is no mistake here. For good, not for the time of a write: that may be in another thread.
+# A single process is not a mistake here. Filtered permanently, because a write may run in another thread.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 T = TypeVar("T")
@@ -54,14 +54,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is whole, as far as it can be read before there is a model.
+    """A whole checkpoint: the part that can be read before there is a model.
 
     Attributes:
-        folder: where it is.
+        folder: of the checkpoint.
         step: N.
-        shared: what was given to ``Checkpoints.save``, with all tensors on the CPU.
-        own: the same of every process that wrote it, by rank.
-        optimizer: its param groups, and the names of the parameters that it had state for.
+        shared: the argument ``shared`` of ``Checkpoints.save``, with all tensors on the CPU.
+        own: the argument ``own`` of every process that wrote it, by rank.
+        optimizer: its param groups, and the names of the parameters for which it had state.
     """
 
     folder: Path
@@ -72,13 +72,13 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of a run. Each of its processes makes one, and calls the same methods in the same order.
+    """The checkpoints of a run. Each process has an instance, and all call the same methods in the same order.
 
     Args:
-        checkpoints_dir: made when something is saved. All processes see the same one.
-        keep: how many checkpoints stay; at least 1.
-        asynchronous: ``save`` copies to host memory, which must have room for this process's share of weights and
-            optimizer, and writes while the run goes on.
+        checkpoints_dir: created at the first save; the same folder for all processes.
+        keep: number of checkpoints to keep, at least 1.
+        asynchronous: ``save`` copies to host memory, which needs room for this process's share of weights and
+            optimizer state, and writes in the background.
     """
 
     def __init__(self, checkpoints_dir: Path, *, keep: int, asynchronous: bool) -> None:
@@ -88,12 +88,13 @@ class Checkpoints:
         self._group: dist.ProcessGroup | None = None
         self._rank, self._num_processes = 0, 1
         if dist.is_initialized():
-            # A group of its own: a write in the background must not come between the collectives of the run.
+            # A group of its own: a write in the background must not interleave with the collectives of the run.
             self._group = dist.new_group(backend="gloo", timeout=RENDEZVOUS_TIMEOUT)
             set_collective_timeout(self._group)
             notice_lost_hosts()
             self._rank, self._num_processes = dist.get_rank(), dist.get_world_size()
-        device: dict[str, Any] = {}  # a thread has CUDA's first one, whichever this process has
+        # A new thread uses the first CUDA device, whichever this process uses.
+        device: dict[str, Any] = {}
         if torch.cuda.is_initialized():
             device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
         self._background = ThreadPoolExecutor(1, "checkpoint", **device) if asynchronous else None
@@ -101,58 +102,58 @@ class Checkpoints:
         self._damaged: list[int] = []
 
     def newest(self) -> Saved | None:
-        """The checkpoint with the most steps that is whole, the same one on every process; None: there are none.
+        """The whole checkpoint with the most steps, the same on every process; None: there are none.
 
-        Reads every file of it. A newer one that is damaged is named on stderr; ``clean`` removes it.
+        Reads every file of it. A newer one that is damaged is named on stderr, and ``clean`` removes it.
 
         Raises:
-            ValueError: there are checkpoints, but all are damaged; or they are not the same ones on another process.
-            OSError: a file is there and cannot be read, which is no damage; it names the file and the process.
+            ValueError: there are checkpoints, but all are damaged; or processes see different folders.
+            OSError: a file exists but cannot be read, which is not damage; it names the file and the process.
         """
         damaged: dict[int, str] = {}
-        checkpoints = self._together(lambda: _whole_checkpoints(self.checkpoints_dir) if self._rank == 0 else {})[0]
+        checkpoints = self._on_all_ranks(lambda: _whole_checkpoints(self.checkpoints_dir) if self._rank == 0 else {})[0]
         for step, folder in sorted(checkpoints.items(), reverse=True):
-            looks = self._together(functools.partial(self._look_at, folder))
-            if reasons := self._damage(folder, looks):
-                # another process may have stumbled over what one has seen to be damaged
+            findings = self._on_all_ranks(functools.partial(self._inspect, folder))
+            if reasons := self._damage(folder, findings):
+                # A wrong checksum is the cause; other processes may report errors that follow from it.
                 damaged[step] = min(reasons, key=lambda reason: not reason.endswith("is not what was written"))
                 continue
             self._damaged = list(damaged)
             if damaged and self._rank == 0:
-                print(f"warning: {self._say(damaged)}; going on from {folder.name}", file=sys.stderr)
+                print(f"warning: {self._describe(damaged)}; going on from {folder.name}", file=sys.stderr)
             return Saved(folder, step, **_read_shared((folder / _SHARED).read_bytes()))
         if damaged:
-            raise ValueError(
-                f"{self._say(damaged)}; there is no whole one: remove {self.checkpoints_dir} to start anew"
-            )
+            advice = f"there is no whole one: remove {self.checkpoints_dir} to start again"
+            raise ValueError(f"{self._describe(damaged)}; {advice}")
         return None
 
     def load(self, saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts weights and optimizer where they were, bit for bit, on any number of processes.
+        """Restores weights and optimizer state, bit for bit, on any number of processes.
 
-        May draw from generators: put those back afterwards.
+        This may draw from generators, so restore those afterwards.
 
         Args:
             saved: from ``newest``.
-            model: as it was when it was saved, but for the processes it is sharded over.
+            model: the same model; it may be sharded over another number of processes.
             optimizer: of its parameters; it has not taken a step.
 
         Raises:
-            ValueError: the checkpoint is of another model or optimizer, or of an optimizer whose state cannot be cut
-                where this number of processes needs it (torchao's 8-bit state, in the middle of a block).
+            ValueError: the checkpoint is of another model or optimizer, or the optimizer's state cannot be split for
+                this number of processes (torchao's 8-bit state, in the middle of a block).
         """
         assert not optimizer.state
-        # A step makes the state to read into, of the right kinds. What it does to weights and groups is overwritten.
+        # A step creates state of the right types to load into. Its changes of weights and groups are overwritten.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        made = optimizer.state_dict()["state"]
+        # Load into the state dicts of model and optimizer; everything in the checkpoint must have a place there.
+        created = optimizer.state_dict()["state"]
         index = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
         try:
-            named = {name: made.get(index[name], {}) for name in saved.optimizer["names"]}
+            named = {name: created.get(index[name], {}) for name in saved.optimizer["names"]}
             state: dict[str, Any] = {"model": model.state_dict(), "optimizer": named}
             planner, reader = dcp.DefaultLoadPlanner(), dcp.FileSystemReader(saved.folder)
             with _first_cause():
@@ -182,19 +183,19 @@ class Checkpoints:
         shared: Mapping[str, Any],
         own: Any,
     ) -> None:
-        """Writes ``step_N`` and removes the oldest beyond ``keep``. Waits first for a write in the background.
+        """Writes ``step_N`` and removes the oldest checkpoints beyond ``keep``, after any write in the background.
 
         Args:
             step: N.
-            model: all of its state is saved, frozen weights as well.
+            model: all of its state is saved, including frozen weights.
             optimizer: of its parameters.
-            shared: what is the same on every process: tensors, numbers, strings, None, and lists, tuples and dicts of
-                them. That of rank 0 is written.
-            own: what is this process's own, of the same kinds.
+            shared: state that is the same on every process: tensors, numbers, strings, None, and lists, tuples and
+                dicts of them. That of rank 0 is written.
+            own: state of this process, of the same types.
 
         Raises:
-            NoSpaceLeft: the disk is full, for whichever process. The earlier checkpoints stand.
-            Exception: what else went wrong, on every process. Both may be of the write before this one.
+            NoSpaceLeft: the disk is full on any process. Earlier checkpoints are kept.
+            Exception: any other failure, raised on every process. Either may come from the previous write.
         """
         self.wait()
         packed = optimizer.state_dict()
@@ -214,14 +215,14 @@ class Checkpoints:
         """Waits for the write in the background, if there is one.
 
         Raises:
-            Exception: what went wrong with it; see ``save``.
+            Exception: the write failed; see ``save``.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """The same, and nothing can be saved any more."""
+        """Waits for the write in the background, and frees the thread and the process group."""
         try:
             self.wait()
         finally:
@@ -231,9 +232,9 @@ class Checkpoints:
                 dist.destroy_process_group(self._group)
 
     def clean(self) -> None:
-        """Clears away what ``newest`` found damaged, what interruptions have left, and the oldest beyond ``keep``.
+        """Deletes damaged checkpoints, what interruptions have left, and the oldest checkpoints beyond ``keep``.
 
-        Not between ``newest`` and ``load``.
+        Must not be called between ``newest`` and ``load``.
         """
         if self._rank == 0 and self.checkpoints_dir.is_dir():
             for path in self.checkpoints_dir.iterdir():
@@ -253,23 +254,24 @@ class Checkpoints:
         folder = self.checkpoints_dir / f"step_{step}"
         partial = folder.with_name(folder.name + PARTIAL)
 
-        def make() -> None:
+        def create() -> None:
             self.clean()
             if self._rank == 0:
                 if not self.checkpoints_dir.is_dir():
                     self.checkpoints_dir.mkdir(parents=True)
-                    fsync(self.checkpoints_dir.parent)  # or a power cut takes it away with all that is in it
+                    # Otherwise a power failure may remove the folder with everything in it.
+                    fsync(self.checkpoints_dir.parent)
                 partial.mkdir()
 
-        def mine() -> tuple[dict[str, str], Any]:
+        def own_part() -> tuple[dict[str, str], Any]:
             return _checksums(partial.glob(f"__{self._rank}_*")), own
 
         try:
-            self._together(make)
+            self._on_all_ranks(create)
             with _first_cause():
                 dcp.save(state, storage_writer=_Writer(partial), **self._collectives())
-            parts = self._together(mine)
-            self._together(functools.partial(self._publish, partial, folder, rest, parts))
+            parts = self._on_all_ranks(own_part)
+            self._on_all_ranks(functools.partial(self._publish, partial, folder, rest, parts))
         except BaseException as error:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -284,11 +286,11 @@ class Checkpoints:
     def _publish(
         self, partial: Path, folder: Path, rest: dict[str, Any], parts: list[tuple[dict[str, str], Any]]
     ) -> None:
-        """Makes a checkpoint of what all processes have written, on rank 0."""
+        """On rank 0: completes the checkpoint that all processes have written, and gives it its name."""
         if self._rank != 0:
             return
         with open(partial / _SHARED, "wb") as file:
-            # Through Python's file, which tells a full disk from other trouble; torch's own writer does not.
+            # Python's file reports a full disk as such; torch's own writer does not.
             torch.save(rest | {"own": [own for _, own in parts]}, file)
         checksums = _checksums([partial / _METADATA, partial / _SHARED])
         for rank, (theirs, _) in enumerate(parts):
@@ -298,16 +300,17 @@ class Checkpoints:
         (partial / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
         for path in (partial / _SHARED, partial / _CHECKSUMS, partial):
             fsync(path)
-        if folder.exists():  # this step again, after a resume
+        # After a resume the same step may be saved again.
+        if folder.exists():
             os.rename(folder, folder.with_name(folder.name + _REPLACED))
         os.rename(partial, folder)
         fsync(self.checkpoints_dir)
         self.clean()
 
-    def _look_at(self, folder: Path) -> tuple[list[str], Exception | None]:
-        """The names of a checkpoint's files, and what is wrong with this process's share of them.
+    def _inspect(self, folder: Path) -> tuple[list[str], Exception | None]:
+        """The names of a checkpoint's files, and the error found in this process's share of them.
 
-        An ``OSError`` says that one cannot be read, which need not be the checkpoint's fault; ``ValueError``: it is.
+        ``OSError``: a file cannot be read, which may have other reasons than damage. ``ValueError``: it is damaged.
         """
         names: list[str] = []
         try:
@@ -316,7 +319,7 @@ class Checkpoints:
             try:
                 checksums = json.loads(checksums_bytes)
                 mine = sorted(checksums)[self._rank :: self._num_processes]
-            except Exception as error:  # whatever the bytes happen to be
+            except Exception as error:
                 raise ValueError(_first_line(error)) from error
             for name in mine:
                 if name not in names:
@@ -331,10 +334,10 @@ class Checkpoints:
             return names, error
         return names, None
 
-    def _damage(self, folder: Path, looks: Sequence[tuple[list[str], Exception | None]]) -> list[str]:
-        """What is wrong with a checkpoint, as far as processes have seen the same; else an error."""
-        seen, reasons = looks[0][0], []
-        for number, (names, error) in enumerate(looks):
+    def _damage(self, folder: Path, findings: Sequence[tuple[list[str], Exception | None]]) -> list[str]:
+        """The damage that processes have found in a checkpoint; raises where they disagree or one cannot read it."""
+        seen, reasons = findings[0][0], []
+        for number, (names, error) in enumerate(findings):
             missing = isinstance(error, FileNotFoundError)
             if missing and seen and not names:
                 raise ValueError(
@@ -347,15 +350,15 @@ class Checkpoints:
                 reasons.append(_first_line(error))
         return reasons
 
-    def _say(self, damaged: Mapping[int, str]) -> str:
+    def _describe(self, damaged: Mapping[int, str]) -> str:
         each = ", ".join(f"step_{step} ({reason})" for step, reason in damaged.items())
         return f"damaged checkpoints in {self.checkpoints_dir}: {each}"
 
-    def _together(self, action: Callable[[], T]) -> list[T]:
-        """Runs an action on every process. An error on one of them is raised on all, when all are done.
+    def _on_all_ranks(self, action: Callable[[], T]) -> list[T]:
+        """Runs an action on every process. An error on one of them is raised on all, after all are done.
 
         Returns:
-            What it returned, by rank.
+            The return values, by rank.
         """
         result: Any = None
         error: BaseException | None = None
@@ -363,25 +366,25 @@ class Checkpoints:
             result = action()
         except BaseException as raised:
             error = raised
-        said = None if error is None else (is_no_space(error), f"{type(error).__name__}: {error}")
-        everyone: list[Any] = [(result, said)]
+        report = None if error is None else (is_no_space(error), f"{type(error).__name__}: {error}")
+        gathered: list[Any] = [(result, report)]
         if self._group is not None:
-            everyone = [None] * self._num_processes
-            dist.all_gather_object(everyone, (result, said), group=self._group)
+            gathered = [None] * self._num_processes
+            dist.all_gather_object(gathered, (result, report), group=self._group)
         if error is not None:
             raise error
-        for rank, (_, said) in enumerate(everyone):
-            if said is not None:
-                no_space, text = said
+        for rank, (_, report) in enumerate(gathered):
+            if report is not None:
+                no_space, text = report
                 raise OSError(errno.ENOSPC, text) if no_space else RuntimeError(f"process {rank}: {text}")
-        return [result for result, _ in everyone]
+        return [result for result, _ in gathered]
 
     def _collectives(self) -> dict[str, Any]:
         return {"process_group": self._group, "no_dist": self._group is None}
 
 
 class _Writer(dcp.FileSystemWriter):
-    """An error is sent to the other processes without what it was raised from, so a full disk is told here."""
+    """Converts a full disk to an ``OSError`` here, because other processes get an error without its cause."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
         try:
@@ -393,10 +396,11 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _whole_checkpoints(checkpoints_dir: Path) -> dict[int, Path]:
-    """Every checkpoint that was finished, by its step."""
+    """Every complete checkpoint, by step."""
     found = {}
     if checkpoints_dir.is_dir():
-        for path in sorted(checkpoints_dir.iterdir(), reverse=True):  # step_N behind the step_N.replaced it takes over
+        # In reverse order step_N comes after step_N.replaced, and overrides it.
+        for path in sorted(checkpoints_dir.iterdir(), reverse=True):
             match = re.fullmatch(_NAME, path.name)
             if match and match[2] in (None, _REPLACED) and path.is_dir():
                 found[int(match[1])] = path
@@ -404,7 +408,7 @@ def _whole_checkpoints(checkpoints_dir: Path) -> dict[int, Path]:
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """By the numbers that an optimizer's ``state_dict`` has for them."""
+    """The names of an optimizer's parameters, in the order in which its ``state_dict`` numbers them."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -413,7 +417,8 @@ def _copy(value: Any) -> Any:
     """A copy that shares no memory, with tensors on the CPU."""
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
-    if hasattr(value, "__tensor_flatten__"):  # a tensor that is sharded, in 8 bits, or both
+    # A tensor that is sharded, in 8 bits, or both.
+    if hasattr(value, "__tensor_flatten__"):
         parts, context = value.__tensor_flatten__()
         copies = {part: _copy(getattr(value, part)) for part in parts}
         return type(value).__tensor_unflatten__(copies, context, value.size(), value.stride())
@@ -445,7 +450,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _first_cause() -> Iterator[None]:
-    """Raises what torch wraps: its own exception is no ``Exception``, and has an error of each process that failed."""
+    """Raises the first error that torch wraps: its own exception is not an ``Exception``, and has one per process."""
     try:
         yield
     except dcp.CheckpointException as error:

@@ -17,13 +17,17 @@ from torch import nn
 from adapt_recipes.training.process_group import world_size
 from adapt_recipes.training.sockets import COLLECTIVE_TIMEOUT
 
-DISK_SPEED = 200_000_000  # bytes per second, of a disk that is neither fast nor unshared
-STOP_TIMEOUT = timedelta(seconds=10)  # at a boundary that all processes are about to reach
+# Bytes per second, of a slow or shared disk.
+DISK_SPEED = 200_000_000
+# How long processes wait for each other to agree on a signal.
+STOP_TIMEOUT = timedelta(seconds=10)
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT is noted, for all processes to agree on; a second one acts as it
-    always does. Of several processes each ignores the second: the launcher passes on what others have sent already.
+    """A context that records the first SIGTERM or SIGINT, so that all processes can agree to stop.
+
+    On a single process a second signal has its usual effect. Several processes ignore it, because the launcher forwards
+    signals that the processes have already received.
 
     Attributes:
         received: the signal on which all processes have agreed, or None.
@@ -36,14 +40,14 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """What a process ends with that was stopped: 143 for SIGTERM, 130 for Ctrl-C; 0 where nothing was received."""
+        """The exit status of a process after the signal: 143 for SIGTERM, 130 for Ctrl-C; 0 if there was none."""
         return 128 + self.received if self.received else 0
 
     def agreed(self) -> bool:
-        """Whether to stop here, as any process was told to; all of them ask at the same places.
+        """Whether any process has received a signal; all processes call this at the same points.
 
         Raises:
-            SystemExit: this process was told to stop, and the others do not answer; nothing may be saved.
+            SystemExit: this process received a signal, and the others do not answer; nothing can be saved.
         """
         if self.received is None:
             number = torch.tensor(self._noted or 0)
@@ -57,8 +61,8 @@ class StopSignals:
                 except RuntimeError:
                     if self._noted is None:
                         raise
-                    said = f"told to stop by {self._noted.name}, but not all processes answer"
-                    print(f"error: {said}; nothing is saved, the newest checkpoint stands", file=sys.stderr)
+                    reason = f"stopped by {self._noted.name}, but not all processes answer"
+                    print(f"error: {reason}; nothing is saved, the newest checkpoint stands", file=sys.stderr)
                     raise SystemExit(128 + self._noted) from None
             self.received = signal.Signals(int(number)) if number else None
         return self.received is not None
@@ -71,7 +75,8 @@ class StopSignals:
     def __exit__(self, kind: object, *exception: object) -> None:
         self._restore()
         if kind is not None and world_size() > 1:
-            # It ends by itself, with a line to say; the launcher, which saw another end before, would cut that off.
+            # The process ends by itself and still has an error to print. The launcher, which has seen another process
+            # end, would kill it before.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -87,13 +92,15 @@ class StopSignals:
 
 
 def checkpoint_timeout_warning(model: nn.Module) -> str | None:
-    """What to say where torchrun may kill a run before it is saved, as it does some time after SIGTERM or Ctrl-C.
+    """A warning if torchrun may kill a run after SIGTERM or Ctrl-C before its checkpoint is written; None: it will not.
 
-    Reckoned from the model alone: its weights, and two numbers more for each that is trained, as Adam has them.
+    The size of the checkpoint is estimated from the model: its weights, and two more numbers per trained weight, as in
+    Adam.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    wait = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))  # seconds; this is torchrun's own default
+    # In seconds, with torchrun's default.
+    wait = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
     num_bytes = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
     seconds = num_bytes / DISK_SPEED
     if seconds <= wait:

@@ -1,4 +1,4 @@
-"""Which example made a loss or a gradient infinite or NaN. All processes ask, and end with the same error."""
+"""Finds the example whose loss or gradient is infinite or NaN. All processes end with the same error."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ADVICE = "look at it, lower optimizer.lr, or set clip_grad_norm; checkpoints are
 
 
 def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence[str], step: int) -> NoReturn:
-    """Compute examples one by one until one goes wrong, and say which: the first, whatever the number of processes.
+    """Computes examples one by one, and names the first one that is not finite, on any number of processes.
 
     Args:
-        model: ``forward(tokens, labels)`` returns losses; its gradients are spent.
-        batches: this process's micro-batches, of those in which something went wrong.
-        names: what to call each example, in the order in which they were batched.
+        model: ``forward(tokens, labels)`` returns losses; its gradients are overwritten.
+        batches: this process's micro-batches.
+        names: of the examples, in the order in which they were batched.
         step: of the run.
 
     Raises:
@@ -37,7 +37,7 @@ def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence
     ]
     device = device_of(model)
     with raise_on_all_ranks():
-        # Each process computes every example, so that all see the same and take part in every forward.
+        # Each process computes every example, so that all find the same one and take part in every forward pass.
         for row, tokens, labels in sorted(chain(*all_gather_object(mine)), key=lambda example: example[0]):
             model.zero_grad(set_to_none=True)
             losses = model(tokens.to(device), labels.to(device))
@@ -58,15 +58,15 @@ def check_finite(
     step: int,
     of: str = "validation",
 ) -> None:
-    """Refuse what was measured on examples if it is not finite.
+    """Refuses losses or gradients that are not finite.
 
     Args:
         model: see ``raise_nonfinite``.
-        batches: what was read: of each task all examples, or the first so many.
-        values: losses, or a gradient of them.
+        batches: the examples they were measured on: all of each task, or the first ones.
+        values: losses, or a gradient.
         tasks: in the order of the mixture.
         step: of the run.
-        of: what kind of examples they are.
+        of: "training" or "validation", for the error.
 
     Raises:
         ValueError: it names the step, the task and the example.
@@ -78,10 +78,10 @@ def check_finite(
 
 
 def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str], step: int) -> None:
-    """Refuse gradient dots (num_tasks,) that are not finite, of the tasks that ``batches`` hold examples of.
+    """Refuses gradient dots (num_tasks,) that are not finite, for tasks with examples in ``batches``.
 
     Raises:
-        ValueError: it names the step and the task, one of whose training examples has such a gradient.
+        ValueError: it names the step and the task.
     """
     measured = sum(all_gather_object(_num_examples(batches)), Counter())
     with raise_on_all_ranks():
@@ -94,14 +94,14 @@ def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str
 def check_rewards(
     rewards: Any, batches: Iterable[Sequence[Any]], *, task_names: Sequence[str], step: int, reward: str
 ) -> None:
-    """Refuse what is no reward a task, or one that is not finite, of the tasks that could be measured.
+    """Refuses rewards of a wrong shape, dtype or device, and rewards that are not finite.
 
     Args:
-        rewards: what the component gave.
-        batches: each list of batches that it was given; a task without an example in one of them may have NaN.
+        rewards: the return value of the component.
+        batches: the lists of batches it was called with; a task without an example in one of them may have NaN.
         task_names: in the order of the mixture.
         step: of the run.
-        reward: the component's name.
+        reward: name of the component.
 
     Raises:
         ValueError: it names the component, or the step and the task.
@@ -116,7 +116,7 @@ def check_rewards(
                 f"{tuple(rewards.shape)} {rewards.dtype} on {rewards.device}" if is_tensor else type(rewards).__name__
             )
             given += " with a gradient" if is_tensor and rewards.requires_grad else ""
-            raise ValueError(f"reward: {reward} has to give ({N},) float64 on the CPU, not {given}")
+            raise ValueError(f"reward: {reward} has to return ({N},) float64 on the CPU, not {given}")
         for task in range(N):
             may_be_nan = not all(task in tasks for tasks in measured)
             if rewards[task].isinf() or (rewards[task].isnan() and not may_be_nan):
@@ -126,10 +126,10 @@ def check_rewards(
 
 
 def _finite(values: Sequence[Tensor]) -> bool:
-    """Of all processes' values and shards."""
+    """Whether the values of all processes, including their shards, are finite."""
     return all(all_gather_object(all(bool(to_local(value).isfinite().all()) for value in values)))
 
 
 def _num_examples(batches: Sequence[Any]) -> Counter[int]:
-    """How many examples of each task this process has."""
+    """The number of examples of each task on this process."""
     return Counter(task for batch in batches for task in batch.tasks[batch.rows >= 0].tolist())

@@ -1,4 +1,4 @@
-"""What the three values of ``dtype`` mean."""
+"""The three values of the config's ``dtype``."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from adapt_recipes.errors import warn
 
 DType = Literal["fp32", "bf16", "pure_bf16"]
 
-# An AdamW step of 1e-5 changes only 16 % of bf16 weights of size 0.02; the others round back to what they were.
+# An AdamW step of 1e-5 changes only 16 % of bf16 weights of size 0.02; the others are rounded back.
 SMALL_LEARNING_RATE = 1e-4
 
 
 def weights_dtype(dtype: DType) -> torch.dtype:
-    """What weights and optimizer are kept in."""
+    """The dtype of weights and optimizer state."""
     return torch.bfloat16 if dtype == "pure_bf16" else torch.float32
 
 
 def compute_dtype(dtype: DType) -> torch.dtype | None:
-    """What matrix products are computed in, where that is not what the weights are kept in."""
+    """The dtype of matrix products; None: that of the weights."""
     return torch.bfloat16 if dtype == "bf16" else None
 
 
 def finite_difference_step(dtype: DType) -> dict[str, float]:
-    """How far a central finite difference goes: rounding against curvature, see ``passes.gradient_dots`` (measured)."""
+    """The step of a central finite difference: a compromise of rounding and curvature, see ``passes.gradient_dots``."""
     return {"relative_step": 3e-3, "loss_step": 1.0} if dtype == "bf16" else {"relative_step": 1e-3, "loss_step": 0.05}
 
 
 def check(dtype: DType, *, learning_rate: float, finite_differences: bool) -> None:
-    """Refuse or warn of what bf16 weights cannot do.
+    """Refuses finite differences with bf16 weights, and warns of learning rates that are too small for them.
 
     Args:
         dtype: of the config.
-        learning_rate: the optimizer's.
-        finite_differences: whether the run will take them.
+        learning_rate: of the optimizer.
+        finite_differences: whether the run uses them.
 
     Raises:
-        ValueError: finite differences with bf16 weights, where a small step is rounded away.
+        ValueError: finite differences with bf16 weights, which round a small step away.
     """
     if dtype != "pure_bf16":
         return

@@ -1,4 +1,4 @@
-"""What may change between a run and its resume, and how anything else is refused."""
+"""Checks what has changed between a run and its resume."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from adapt_recipes.training.process_group import world_size
 
 
 def check_resume(saved: Saved, now: Mapping[str, Any], *, free: Sequence[str]) -> None:
-    """Refuse to go on with a run whose config or data is another.
+    """Refuses to resume a run with another config or other data.
 
     Args:
-        saved: the checkpoint, which shares ``{"fingerprint": {"config": ..., "data": fingerprint}}``.
-        now: that fingerprint of the run that is starting.
+        saved: the checkpoint, whose ``shared`` has ``{"fingerprint": {"config": ..., "data": fingerprint}}``.
+        now: the fingerprint of the run that is starting.
         free: dotted keys of the config that may change.
 
     Raises:
@@ -26,10 +26,11 @@ def check_resume(saved: Saved, now: Mapping[str, Any], *, free: Sequence[str]) -
     changed = config_differences(before["config"], now["config"], free)
     if changed:
         raise ValueError(
-            f"resume: {', '.join(changed)} changed since the run began; put back, or take another output_dir"
+            f"resume: {', '.join(changed)} changed since the run began; change it back, or use another output_dir"
         )
     if before["data"] != now["data"]:
-        raise ValueError("resume: tasks: the data changed since the run began; put it back, or take another output_dir")
+        advice = "restore it, or use another output_dir"
+        raise ValueError(f"resume: tasks: the data changed since the run began; {advice}")
     if before["config"]["micro_batch_tokens"] != now["config"]["micro_batch_tokens"]:
         warn("micro_batch_tokens changed: the run goes on, but no longer bit for bit")
     if len(saved.own) != world_size():

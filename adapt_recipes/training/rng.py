@@ -1,4 +1,4 @@
-"""The state of every random generator that a run may draw from."""
+"""The states of all random generators of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Every generator that a run may draw from: Python's, numpy's, torch's on the CPU and on the current CUDA device.
+    """The states of Python's generator, numpy's, and torch's on the CPU and on the current CUDA device.
 
-    In types that ``Checkpoints.save`` accepts.
+    They have types that ``Checkpoints.save`` accepts.
     """
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
@@ -26,7 +26,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts every generator where ``rng_state`` found it; CUDA's only where both were on such a device."""
+    """Restores the states of ``rng_state``; CUDA's only if both runs use CUDA."""
     random.setstate(state["python"])
     numpy_state = state["numpy"]
     key = np.array(numpy_state["state"]["key"], dtype=np.uint32)

@@ -1,8 +1,8 @@
-"""A model whose weights are spread over the processes (FSDP2), or, on one process, kept whole.
+"""Shards the weights of a model over the processes (FSDP2). On a single process the model is not sharded.
 
-Every process holds some rows of every weight, its gradient and its optimizer state, in the same dtype as one process
-would. A layer's weights are gathered as it computes, and dropped after it: no process ever holds the whole model.
-Computation is as on one process, by autocast, and not by FSDP2's own mixed precision.
+Every process has some rows of every weight, of its gradient and of its optimizer state, in the same dtypes as a single
+process. The weights of a layer are gathered for its computation and freed afterwards, so no process ever has the whole
+model in memory. Mixed precision is autocast, as on a single process, and not that of FSDP2.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from adapt_recipes.training.process_group import LAUNCH_HINT, rank, world_size
 
 @contextlib.contextmanager
 def on_meta(enabled: bool = True) -> Iterator[None]:
-    """What is built in here has parameters without values, on the meta device; buffers are as ever.
+    """Modules built in this context have their parameters on the meta device; their buffers are real.
 
-    No memory is taken and no random number drawn, until ``shard`` makes room and ``load_weights`` fills it.
+    This takes no memory and draws no random numbers. ``shard`` allocates the parameters, ``load_weights`` loads them.
 
     Args:
-        enabled: false: build as usual, for a model that starts from random weights: those of one process, which each
-            process then holds whole until ``shard``.
+        enabled: false: build as usual, for a model with random weights. Every process then has the same whole model in
+            memory until ``shard``.
     """
 
-    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if not enabled or parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -47,16 +47,17 @@ def on_meta(enabled: bool = True) -> Iterator[None]:
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module], *, device: torch.device, cpu_offload: bool = False) -> None:
-    """Spreads the parameters over the processes, and gives those that have none yet memory on the device.
+    """Shards the parameters over the processes, and allocates those on the meta device.
 
     Args:
-        model: whole, checkpointed and compiled as it is to be. Gathers what is in no layer while its ``forward`` runs.
-        layers: are each gathered as one.
+        model: with activation checkpointing and compilation already applied. Weights that are in no layer are gathered
+            while its ``forward`` runs.
+        layers: each is gathered as a unit.
         device: of this process.
-        cpu_offload: keep parameters, gradients and so the optimizer in host memory.
+        cpu_offload: keep parameters, gradients and therefore the optimizer in host memory.
 
     Raises:
-        ValueError: one process alone, which FSDP2 does nothing for, is to offload.
+        ValueError: offloading on a single process, which FSDP2 does not support.
     """
     if cpu_offload and world_size() == 1:
         raise ValueError(f"fsdp_cpu_offload: needs several processes; {LAUNCH_HINT}")
@@ -69,23 +70,25 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], *, device: torch.device
 
 
 def apply_fsdp(model: nn.Module, layers: Iterable[nn.Module], *, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
-    """The first half of ``shard``: every parameter becomes a shard of itself, and one without values stays so."""
+    """Replaces every parameter by this process's shard of it; one on the meta device stays there."""
     for module in (*layers, model):
-        # False would be faster and keep the root's weights: a probe that moves the shards would not move those.
+        # False would be faster, but it keeps the root's weights gathered, and a probe that perturbs shards would miss
+        # them.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
 
 
 @torch.no_grad()
 def load_weights(decoder: nn.Module, weights: Mapping[str, Tensor], *, seed: int) -> None:
-    """Fills a decoder's parameters, or this process's rows of them, one weight at a time.
+    """Loads weights into a decoder's parameters, or into this process's rows of them, one weight at a time.
 
     Args:
-        decoder: sharded or whole.
-        weights: by the decoder's own names; all but adapters, which are drawn as torchtune draws them.
+        decoder: sharded or not.
+        weights: by the decoder's names; without adapters, which are initialized as in torchtune.
         seed: of the adapters.
     """
     parameters = decoder.state_dict()
-    for name in weights:  # not ``items``, which would keep one weight while it reads the next
+    # Without ``items``, which would keep one weight in memory while it reads the next.
+    for name in weights:
         _fill(parameters[name], weights[name])
     generator = torch.Generator().manual_seed(seed)
     for module in decoder.modules():
@@ -97,27 +100,27 @@ def load_weights(decoder: nn.Module, weights: Mapping[str, Tensor], *, seed: int
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor gathered from its shards, which all processes have to ask for; one that has none as it is."""
+    """Gathers a sharded tensor, which all processes have to call; other tensors are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This process's shard, in the same memory; one that has none as it is."""
+    """This process's shard of a tensor, in the same memory; other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where it computes: FSDP2 may keep parameters in host memory, but no buffers."""
+    """The device of a model's computation. FSDP2 may keep parameters in host memory, but not buffers."""
     return next(chain(model.buffers(), model.parameters())).device
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> float:
-    """Scales gradients to a norm, over all shards, of at most ``max_norm`` (None: any); returns what it was."""
+    """Clips gradients to a norm of at most ``max_norm`` (None: no bound); returns the norm before, over all shards."""
     return float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))))
 
 
 def _fill(parameter: Tensor, weight: Tensor) -> None:
-    """FSDP2 cuts as ``torch.chunk`` does: as many rows for each process, and fewer or none for the last ones."""
+    """Copies a weight into a parameter. FSDP2 splits like ``torch.chunk``: the last processes may have fewer rows."""
     if isinstance(parameter, DTensor):
         rows = math.ceil(len(weight) / world_size())
         weight = weight[rank() * rows : (rank() + 1) * rows]

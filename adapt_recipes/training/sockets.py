@@ -1,6 +1,6 @@
-"""How long gloo waits for other processes.
+"""Timeouts of gloo, and the detection of lost hosts.
 
-A host that is gone is noticed: one that lost its power or its cable says nothing, and gloo would wait for ever.
+A host without power or network sends nothing, and gloo would wait for it forever.
 """
 
 from __future__ import annotations
@@ -14,36 +14,40 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # for all processes to start
-COLLECTIVE_TIMEOUT = timedelta(hours=1)  # of the slowest process: the first may have a whole collection to tokenise
-DEAD_PEER_SECONDS = 60  # seconds without an answer from another host's kernel, however busy its processes are
+# For all processes to start.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+# For the slowest process: the first one may have a large collection to tokenize.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+# Without an answer of another host's kernel, which answers however busy its processes are.
+DEAD_PEER_SECONDS = 60
 
 
 def set_collective_timeout(group: dist.ProcessGroup) -> None:
-    """Lets gloo wait for ``COLLECTIVE_TIMEOUT`` from now on, in a group that has connected.
+    """Sets the timeout of a connected gloo group to ``COLLECTIVE_TIMEOUT``.
 
-    torch has no public way to wait for a connection less long than for an answer.
+    torch has no public way to set different timeouts for connections and for collectives.
     """
     group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
 
 
 def notice_lost_hosts() -> None:
-    """Have all connections that this process has open end with an error when the other side is out of reach.
+    """Makes all open connections of this process fail when the other side is unreachable.
 
-    For those of process groups that are set up; nothing where the system does not list its open files.
+    To be called after process groups are set up. Does nothing if the system does not list open files.
     """
     if not (hasattr(socket, "TCP_USER_TIMEOUT") and os.path.isdir("/proc/self/fd")):
         return
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # it may be closed by now, as the folder that was listed is
+        # A descriptor may be closed by now, such as that of the listed folder itself.
+        with contextlib.suppress(OSError):
             if path.is_socket():
-                _ask_for_the_other_side(os.dup(int(path.name)))
+                _enable_keepalive(os.dup(int(path.name)))
 
 
-def _ask_for_the_other_side(descriptor: int) -> None:
+def _enable_keepalive(descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as connection:
         if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # asks while nothing is sent
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(DEAD_PEER_SECONDS // 6, 1))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(DEAD_PEER_SECONDS // 6, 1))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * DEAD_PEER_SECONDS)

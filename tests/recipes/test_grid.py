@@ -44,7 +44,7 @@ from transformers import (
 from adapt_recipes import data, models
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.planning.memory import CPU, Shape, estimate_memory
+from adapt_recipes.planning.memory import Shape, estimate_memory
 
 SCRIPT = ROOT / "yaml" / "write_grid.py"
 # By its path: the folder is not a package.
@@ -465,7 +465,7 @@ def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> Non
 @pytest.mark.slow
 def test_the_remedy_takes_the_memory_that_it_says() -> None:
     loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[TOO_LARGE], WITH_REMEDY)
-    model = models.build(loaded, [], device=CPU, checkpointer=None)
+    model = models.build(loaded, [], device=torch.device("cpu"), checkpointer=None)
     memory, size = estimate_memory(model, loaded, Shape(4, 1024, 512))
     assert 0 < size.trained < size.parameters / 1000
     assert f"some {memory.total / 1e9:.0f} GB (reckoned" in REMEDY.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Conversations to tokens: once, in parallel processes, into a cache on disk that is memory-mapped from then on."""
+"""Tokenizes conversations once, in parallel processes, into a cache on disk that is memory-mapped afterwards."""
 
 from __future__ import annotations
 
@@ -26,29 +26,32 @@ from adapt_recipes.data.conversations import checked_conversation, content_hash,
 from adapt_recipes.data.examples import Conversation, Examples
 from adapt_recipes.files import atomic_file
 
-_CACHE_FORMAT = 1  # counted up whenever the same conversations would give other tokens, masks or hashes
-_CHUNK = 256  # conversations a piece of work
-_MIN_PARALLEL = 2_000  # conversations below which starting processes takes longer than it saves
+# Incremented whenever the same conversations would give other tokens, masks or hashes.
+_CACHE_FORMAT = 1
+# Conversations per work item of a process.
+_CHUNK = 256
+# With fewer conversations, starting processes takes longer than it saves.
+_MIN_PARALLEL = 2_000
 
 
 class ConversationTokenizer(Protocol):
-    """What ``ChatTokenizer`` and ``ByteTokenizer`` have in common; anything of the kind can be named in a config.
+    """The interface of ``ChatTokenizer`` and ``ByteTokenizer``. A config may name any class that has it.
 
     Attributes:
-        fingerprint: changes with whatever changes what ``encode`` gives.
+        fingerprint: differs between tokenizers whose ``encode`` may return other results.
     """
 
     fingerprint: str
 
     def encode(self, messages: Conversation) -> tuple[list[int], list[bool]]:
-        """Ids (num_tokens,) and, as long, whether each is supervised."""
+        """Token ids, and for each whether it is supervised; two lists of the same length."""
 
 
-class Tokenised(NamedTuple):
-    """Tokenised conversations, as the cache holds them: all of them, whatever their length.
+class Tokenized(NamedTuple):
+    """Tokenized conversations as the cache stores them: all of them, of any length.
 
     Attributes:
-        content_hashes: (num_examples,) int64, of prompt and answer; the others are those of ``Examples``.
+        content_hashes: (num_examples,) int64, of prompt and answer. The other fields are those of ``Examples``.
     """
 
     tokens: Tensor
@@ -68,24 +71,25 @@ class _Chunk(NamedTuple):
     conversations: list[Conversation]
 
 
-def tokenise(
+def tokenize(
     sources: dict[str, list[Conversation]],
     tokenizer: ConversationTokenizer,
     *,
     num_workers: int | None,
     cache_dir: Path,
-) -> dict[str, Tokenised]:
-    """Tokenises lists of conversations, or reads them from the cache.
+) -> dict[str, Tokenized]:
+    """Tokenizes lists of conversations, or reads them from the cache.
 
     Args:
-        sources: the lists, by what an error calls their members ("task 'x', example").
+        sources: the lists, by the name of their members in an error ("task 'x', example").
         tokenizer: sent to every worker once.
-        num_workers: processes; None: as many as there are usable cores. Few conversations are done in this process.
-        cache_dir: folder of the cache. An entry's name is a hash of the conversations and the tokenizer's fingerprint;
-            it is written beside and renamed, carries a checksum, and is made anew where that is wrong.
+        num_workers: processes; None: one per usable core. A few conversations are tokenized in this process.
+        cache_dir: folder of the cache. The name of an entry is a hash of the conversations and of the tokenizer's
+            fingerprint. It is written to a temporary file and renamed, has a checksum, and is computed again if that is
+            wrong.
 
     Raises:
-        ValueError: an empty list; a conversation that is malformed or has no supervised token.
+        ValueError: a list is empty; a conversation is malformed or has no supervised token.
     """
     if empty := [where for where, conversations in sources.items() if not conversations]:
         raise ValueError(f"{empty[0]}s: there are none")
@@ -107,13 +111,13 @@ def tokenise(
                 torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True)
             )
             offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-            done[where] = Tokenised(tokens, supervised, offsets, prompts, contents)
+            done[where] = Tokenized(tokens, supervised, offsets, prompts, contents)
             _write(files[where], done[where])
     return done
 
 
-def _tokenise_chunk(tokenizer: ConversationTokenizer, chunk: _Chunk) -> tuple[np.ndarray, ...]:
-    """Tokens, supervised, lengths, prompt and content hashes; numpy, as torch sends tensors through shared memory."""
+def _tokenize_chunk(tokenizer: ConversationTokenizer, chunk: _Chunk) -> tuple[np.ndarray, ...]:
+    """Tokens, supervised, lengths, prompt and content hashes; numpy, because torch would use shared memory."""
     tokens: list[int] = []
     supervised: list[bool] = []
     lengths, prompts, contents = [], [], []
@@ -121,7 +125,8 @@ def _tokenise_chunk(tokenizer: ConversationTokenizer, chunk: _Chunk) -> tuple[np
         with error_prefix(f"{chunk.where} {index}"):
             conversation = checked_conversation(messages)
             ids, mask = tokenizer.encode(conversation)
-            mask[:1] = [False]  # nothing precedes the first token, so nothing predicts it
+            # Nothing precedes the first token, so the model cannot predict it.
+            mask[:1] = [False]
             if not any(mask):
                 raise ValueError("has no supervised token")
         tokens += ids
@@ -137,20 +142,21 @@ def _tokenise_chunk(tokenizer: ConversationTokenizer, chunk: _Chunk) -> tuple[np
 def _workers(
     tokenizer: ConversationTokenizer, num_workers: int | None, num_conversations: int
 ) -> Iterator[Callable[[list[_Chunk]], Iterable[tuple[np.ndarray, ...]]]]:
-    """What maps chunks to arrays, in their order: processes where there is enough to do, else this one."""
+    """Yields a function that maps chunks to arrays, in order: in parallel processes if there are many conversations."""
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers <= 1 or num_conversations < _MIN_PARALLEL:
-        yield partial(map, partial(_tokenise_chunk, tokenizer))
+        yield partial(map, partial(_tokenize_chunk, tokenizer))
         return
-    # Forked where that is safe: a spawned process imports torch first, and needs a guarded main module.
+    # Fork where that is safe: a spawned process imports torch first, and needs a guarded main module.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     num_workers = min(num_workers, -(-num_conversations // _CHUNK))
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(tokenizer,)) as pool:
-        yield partial(pool.map, _tokenise_in_worker)
+        yield partial(pool.map, _tokenize_in_worker)
 
 
-_worker_tokenizer: ConversationTokenizer  # of a worker process alone: a tokenizer is too large to send with every chunk
+# Only in a worker process: a tokenizer is too large to send with every chunk.
+_worker_tokenizer: ConversationTokenizer
 
 
 def _start_worker(tokenizer: ConversationTokenizer) -> None:
@@ -158,8 +164,8 @@ def _start_worker(tokenizer: ConversationTokenizer) -> None:
     _worker_tokenizer = tokenizer
 
 
-def _tokenise_in_worker(chunk: _Chunk) -> tuple[np.ndarray, ...]:
-    return _tokenise_chunk(_worker_tokenizer, chunk)
+def _tokenize_in_worker(chunk: _Chunk) -> tuple[np.ndarray, ...]:
+    return _tokenize_chunk(_worker_tokenizer, chunk)
 
 
 def _key(conversations: list[Conversation], tokenizer: ConversationTokenizer) -> str:
@@ -169,26 +175,26 @@ def _key(conversations: list[Conversation], tokenizer: ConversationTokenizer) ->
     return digest.hexdigest()
 
 
-def _checksum(tokenised: Tokenised) -> str:
+def _checksum(tokenized: Tokenized) -> str:
     checksum = 0
-    for tensor in tokenised:
+    for tensor in tokenized:
         checksum = zlib.crc32(tensor.numpy().data, checksum)
     return f"{checksum:08x}"
 
 
-def _read(file: Path) -> Tokenised | None:
-    """An entry of the cache, memory-mapped; None where there is none, or a damaged one."""
+def _read(file: Path) -> Tokenized | None:
+    """An entry of the cache, memory-mapped; None if there is none or it is damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
-            tokenised = Tokenised(*(stored.get_tensor(name) for name in Tokenised._fields))
+            tokenized = Tokenized(*(stored.get_tensor(name) for name in Tokenized._fields))
             metadata = stored.metadata() or {}
     except (OSError, SafetensorError):
         return None
-    return tokenised if metadata.get("checksum") == _checksum(tokenised) else None
+    return tokenized if metadata.get("checksum") == _checksum(tokenized) else None
 
 
-def _write(file: Path, tokenised: Tokenised) -> None:
-    """Beside, then renamed: another process sees the whole entry or none."""
+def _write(file: Path, tokenized: Tokenized) -> None:
+    """Writes a temporary file and renames it: another process sees a complete entry or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file, shared=True) as partial:
-        save_file(tokenised._asdict(), partial, metadata={"checksum": _checksum(tokenised)})
+        save_file(tokenized._asdict(), partial, metadata={"checksum": _checksum(tokenized)})
