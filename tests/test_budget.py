@@ -22,7 +22,7 @@ def test_a_fraction_is_rounded_and_never_nothing(available: int, fraction: float
     assert budget(fraction=fraction).num_tokens(available) == max(1, round(fraction * available))
 
 
-@pytest.mark.parametrize(("values", "tokens"), [({"passes": 3}, 300), ({"passes": 0.5}, 50), ({"tokens": 100}, 100)])
+@pytest.mark.parametrize(("values", "tokens"), [({"epochs": 3}, 300), ({"epochs": 0.5}, 50), ({"tokens": 100}, 100)])
 def test_passes_and_tokens(values: dict[str, float], tokens: int) -> None:
     assert budget(**values).num_tokens(100) == tokens
 
@@ -35,8 +35,8 @@ def test_more_tokens_than_there_are_need_permission() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"fraction": 0}, {"fraction": 1.1}, {"fraction": -0.1}, {"tokens": 0}, {"passes": 0}]
-    + [{"fraction": 0.1, "tokens": 5}, {"tokens": 5, "passes": 1}, {"fraction": float("nan")}],
+    [{}, {"fraction": 0}, {"fraction": 1.1}, {"fraction": -0.1}, {"tokens": 0}, {"epochs": 0}]
+    + [{"fraction": 0.1, "tokens": 5}, {"tokens": 5, "epochs": 1}, {"fraction": float("nan")}],
 )
 def test_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

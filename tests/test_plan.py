@@ -34,7 +34,7 @@ KEYS = """
     tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
     mixture_updates mixture_cost_steps probe_tokens exact warnings
 """
-TASK_KEYS = "examples dropped supervised_tokens share mean_supervised_tokens mean_tokens probability passes"
+TASK_KEYS = "examples dropped supervised_tokens share mean_supervised_tokens mean_tokens probability epochs"
 COMMON = [
     "~tasks.noise",
     "tasks=adapt_recipes.data.jsonl_tasks",
@@ -105,13 +105,13 @@ EVEN = [
 @pytest.mark.parametrize(
     ("config", "recipe", "overrides"),
     [
-        ("uniform", None, ["budget.passes=2.3", "validate_every=4"]),
+        ("uniform", None, ["budget.epochs=2.3", "validate_every=4"]),
         pytest.param("proportional", None, ["budget.tokens=99", "validate_every=0"], marks=pytest.mark.slow),
         pytest.param("temperature", None, ["budget.fraction=0.9", "seed=3"], marks=pytest.mark.slow),
-        ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.passes=1.5"]),
-        ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.passes=1.5", "seed=5"]),
+        ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.epochs=1.5"]),
+        ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.epochs=1.5", "seed=5"]),
         pytest.param(
-            "uniform", "adapt_full_finetune", ["budget.passes=1.1", "mixture_update_every=2"], marks=pytest.mark.slow
+            "uniform", "adapt_full_finetune", ["budget.epochs=1.1", "mixture_update_every=2"], marks=pytest.mark.slow
         ),
         pytest.param("adapt_planned", None, ["budget.tokens=60", "mixture_update_every=0"], marks=pytest.mark.slow),
         ("mos_diff", None, ["budget.tokens=60", "mixture_update_every=50"]),  # it reads its pool once all the same
@@ -123,7 +123,7 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
     assert plan.exact and plan.mixture_updates == 0
     assert (plan.mixture_cost_steps > 0) == (config == "mos_diff")
     assert_same(plan, summary)
-    spent = {name: round(task.passes * task.supervised_tokens) for name, task in plan.tasks.items()}
+    spent = {name: round(task.epochs * task.supervised_tokens) for name, task in plan.tasks.items()}
     assert spent == summary["task_tokens"]
     assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
 
@@ -132,7 +132,7 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
 @pytest.mark.parametrize("sampling", ["tokens", "dataset"])
 def test_a_run_knows_about_how_many_steps_it_makes(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As it starts, without drawing: to a few per cent where it is long, whether p is of tokens or of steps."""
-    overrides = [f"sampling={sampling}", "budget.passes=9", "batch_size=4"]
+    overrides = [f"sampling={sampling}", "budget.epochs=9", "batch_size=4"]
     summary = run(config_of("uniform", *both(UNEVEN, overrides), recipe="mos_full_finetune"))
     said = re.search(r"about ([\d,]+) steps of 4 examples", capsys.readouterr().out)
     assert said is not None
@@ -156,7 +156,7 @@ def test_tasks_by_hand() -> None:
     lengths = [len(json.loads(row)["prompt"]) + answer - 1 for row, answer in zip(rows["d"], answers, strict=True)]
     assert plan.tasks["d"].mean_tokens == sum(lengths) / 16
     assert sum(task.share for task in plan.tasks.values()) == pytest.approx(1)
-    assert sum(task.passes * task.supervised_tokens for task in plan.tasks.values()) == pytest.approx(50)
+    assert sum(task.epochs * task.supervised_tokens for task in plan.tasks.values()) == pytest.approx(50)
 
 
 # ---- a mixture that is learned
@@ -210,12 +210,12 @@ def test_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_learned_of_unlike_examples(name: str) -> None:
     """With a mixture that learns next to nothing a run is the planned one, and each update reads other examples."""
     slow = "mixture.meta_lr=1.0e-30" if name == "adapt" else "mixture.learning_rate=1.0e-30"
-    overrides = ["budget.passes=0.9", "mixture_update_every=1", "probe.examples=2", slow]
+    overrides = ["budget.epochs=0.9", "mixture_update_every=1", "probe.examples=2", slow]
     config = config_of(name, *UNEVEN, *overrides)
     plan, summary = make_plan(config), run(config)
     assert len(set(summary["probabilities"].values())) == 1 and plan.mixture_updates > 5
     assert_same(plan, summary)
-    spent = {name: round(task.passes * task.supervised_tokens) for name, task in plan.tasks.items()}
+    spent = {name: round(task.epochs * task.supervised_tokens) for name, task in plan.tasks.items()}
     assert spent == summary["task_tokens"]
 
 
@@ -341,7 +341,7 @@ def long_plan(**changes: Any) -> Plan:
     """Of tasks with names of 30 characters and counts of seven digits."""
     numbers = {"share": 1.0, "mean_supervised_tokens": 1234.5, "mean_tokens": 2345.6, "probability": 1.0}
     counts = {"examples": 1_234_567, "dropped": 2_345_678, "supervised_tokens": 345_678_901}
-    tasks = {name[:30]: TaskPlan(**counts, **numbers, passes=10.25) for name in LONG}
+    tasks = {name[:30]: TaskPlan(**counts, **numbers, epochs=10.25) for name in LONG}
     few = Memory(parameters=10**9, gradients=10**9, optimizer=2 * 10**9, activations=10**9, mixture=0)
     plan = Plan(
         tasks=tasks,
@@ -523,7 +523,7 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
 @pytest.mark.parametrize(
     ("config", "overrides", "warnings"),
     [
-        ("fixed", [*UNEVEN, "mixture.weights={a: 1, b: 1, c: 0, d: 0}", "budget.passes=1"], [
+        ("fixed", [*UNEVEN, "mixture.weights={a: 1, b: 1, c: 0, d: 0}", "budget.epochs=1"], [
             "task 'a' would be read 10.6 times over, more than 4",
             "task 'c' would never be read: its p is 0",
             "task 'd' would never be read: its p is 0",
@@ -544,4 +544,4 @@ def test_warnings(folder: Path, config: str, overrides: list[str], warnings: lis
         assert any(each.startswith(warning) for each in plan.warnings), plan.warnings
     if config == "fixed":  # half of as many tokens as there are goes to "a"
         of_a = plan.tasks["a"].supervised_tokens
-        assert plan.tasks["a"].passes == pytest.approx(plan.available_supervised_tokens / 2 / of_a, abs=3 / of_a)
+        assert plan.tasks["a"].epochs == pytest.approx(plan.available_supervised_tokens / 2 / of_a, abs=3 / of_a)

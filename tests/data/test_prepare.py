@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapt_recipes.data import ByteTokenizer, Examples, RawTask, Task, prepare_tasks, tokenise
+from adapt_recipes.data import ByteTokenizer, Examples, RawTask, Task, prepare_tasks, tokenize
 from adapt_recipes.data.conversations import content_hash
 
 Pair = tuple[str, str]
@@ -221,7 +221,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         Path(file).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(tokenise, "save_file", fail)
+    monkeypatch.setattr(tokenize, "save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         prepare(tmp_path, numbered("A"))
     assert list((tmp_path / "cache").iterdir()) == []
@@ -231,7 +231,7 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     raw_tasks = [numbered("A", 700), numbered("B", 3, start=5000), numbered("C", 513, start=1000)]
     options = {"validation_examples": 2}
     expected = prepare(tmp_path, *raw_tasks, num_workers=1, **options)
-    monkeypatch.setattr(tokenise, "_MIN_PARALLEL", 100)
+    monkeypatch.setattr(tokenize, "_MIN_PARALLEL", 100)
     tokenizer = Counting()
     for number in (2, 3):
         folder = tmp_path / str(number)

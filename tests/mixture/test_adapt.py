@@ -106,7 +106,7 @@ def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_
         normalize=normalize,
         reference=references and {f"task {i}": loss for i, loss in enumerate(references)},
         center_and_scale=False,
-        averaging=0.0,
+        ema_decay=0.0,
         lookahead_lr=eta,
     )
     with_logits(mixture, [0.3, -1.2, 0.8, 0.1])
@@ -317,7 +317,7 @@ def test_a_task_without_train_tokens_in_the_probe_moves_by_entropy_alone(center_
 
 
 def test_values_are_averaged_over_updates_and_kept_where_there_is_no_evidence() -> None:
-    mixture = make(3, averaging=0.7, lookahead_lr=0.5)
+    mixture = make(3, ema_decay=0.7, lookahead_lr=0.5)
     update(mixture, [1.0] * 3, [2.0, 4.0, NAN])
     logged = update(mixture, [1.0] * 3, [6.0, NAN, 10.0])
     torch.testing.assert_close(logged["values"], tensor([0.7 * 1 + 0.3 * 3, 2.0, 5.0]))
@@ -346,7 +346,7 @@ OPTIONS = st.fixed_dictionaries(
         "normalize": st.sampled_from(["initial", "none"]),
         "reference": st.sampled_from([None, "initial", "asymptote"]),
         "center_and_scale": st.booleans(),
-        "averaging": st.sampled_from([0.0, 0.7]),
+        "ema_decay": st.sampled_from([0.0, 0.7]),
     }
 )
 
@@ -414,7 +414,7 @@ def test_a_meta_learning_rate_of_0_is_uniform_to_the_last_bit(floor, center_and_
         ("sharpness", 0),
         ("floor", 1.0),
         ("floor", -0.1),
-        ("averaging", 1),
+        ("ema_decay", 1),
         ("lookahead_lr", 0.0),
         ("lookahead_lr", "fast"),
         ("center_and_scale", 1),

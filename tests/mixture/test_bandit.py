@@ -31,7 +31,7 @@ def update(mixture, losses):
 
 def test_three_turns_by_hand() -> None:
     """With two tasks, eps_2 is still 1/2, eps_3 is the first that is not, and its softmax uses eps_2."""
-    mixture = make(2, averaging=0.8)
+    mixture = make(2, ema_decay=0.8)
     update(mixture, [3.0, 1.0])  # turn 1, p = 1/2 each
     update(mixture, [2.0, NAN])  # turn 2: eps_2 = min(1/2, sqrt(ln 2 / 4)) = .416
     eps = [None] + [min(0.5, math.sqrt(math.log(2) / (2 * t))) for t in (1, 2, 3, 4)]
@@ -93,7 +93,7 @@ def test_rewards_of_any_size_are_safe(size) -> None:
 
 
 def test_the_rarer_task_is_rewarded_more_for_the_same_loss() -> None:
-    mixture = make(2, averaging=0.0)
+    mixture = make(2, ema_decay=0.0)
     mixture.load_state_dict({"rewards": tensor([20.0, 0.0]), "turn": tensor(100)})
     p = mixture.probabilities()
     assert p[0] > 0.7
@@ -110,11 +110,11 @@ def test_the_rarer_task_is_rewarded_more_for_the_same_loss() -> None:
     st.sampled_from([0.0, 0.5, 0.9]),
     st.randoms(use_true_random=False),
 )
-def test_always_a_mixture_whatever_the_order_and_the_state_carries_everything(updates, averaging, random) -> None:
+def test_always_a_mixture_whatever_the_order_and_the_state_carries_everything(updates, ema_decay, random) -> None:
     n = len(updates[0])
     order = list(range(n))
     random.shuffle(order)
-    mixture, resumed, permuted = (make(n, averaging=averaging) for _ in range(3))
+    mixture, resumed, permuted = (make(n, ema_decay=ema_decay) for _ in range(3))
     for losses in updates:
         before = mixture.rewards
         update(mixture, losses)
@@ -122,7 +122,7 @@ def test_always_a_mixture_whatever_the_order_and_the_state_carries_everything(up
         update(permuted, [losses[i] for i in order])
         missing = tensor(losses).isnan()
         assert torch.equal(mixture.rewards[missing], before[missing])
-        state, resumed = resumed.state_dict(), make(n, averaging=averaging)
+        state, resumed = resumed.state_dict(), make(n, ema_decay=ema_decay)
         resumed.load_state_dict(state)
         p = mixture.probabilities()
         assert p.isfinite().all()
@@ -133,11 +133,11 @@ def test_always_a_mixture_whatever_the_order_and_the_state_carries_everything(up
     assert torch.equal(resumed.turn, mixture.turn)
 
 
-@pytest.mark.parametrize("averaging", [1, -0.1, "much", NAN])
-def test_averaging_out_of_range(averaging) -> None:
-    message = f"mixture.averaging must be a finite number >= 0 and < 1, not {averaging!r}"
+@pytest.mark.parametrize("ema_decay", [1, -0.1, "much", NAN])
+def test_ema_decay_out_of_range(ema_decay) -> None:
+    message = f"mixture.ema_decay must be a finite number >= 0 and < 1, not {ema_decay!r}"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        make(2, averaging=averaging)
+        make(2, ema_decay=ema_decay)
 
 
 def test_state_of_another_mixture_is_refused() -> None:

@@ -86,7 +86,7 @@ def test_one_update_of_two_tasks_by_hand() -> None:
 
 def test_speeds_over_several_updates_by_hand() -> None:
     """Task 0 makes progress late, so that the fast estimate leads; task 1 early, so that the slow one does."""
-    mixture = make(2, budget_tokens=2000, loss_averaging=0.0)
+    mixture = make(2, budget_tokens=2000, ema_decay=0.0)
     for tokens, losses in (([0, 0], [2, 2]), ([300, 100], [2, 1]), ([600, 200], [2, 1]), ([700, 300], [0.5, 1])):
         logged = update(mixture, tokens, losses)
     late, early = math.log(2.02 / 0.52), math.log(2.02 / 1.02)
@@ -285,10 +285,10 @@ def test_the_order_of_the_tasks_does_not_matter(case) -> None:
         ("prior_speed", -1),
         ("prior_weight", 0),
         ("speed_discount", -0.1),
-        ("fast_memory", 1),
-        ("slow_memory", 1.5),
+        ("fast_discount", 1),
+        ("slow_discount", 1.5),
         ("recovery_speed", 0),
-        ("loss_averaging", NAN),
+        ("ema_decay", NAN),
         ("floor", 1),
         ("loss_offset", "small"),
         ("measure_after", 1),

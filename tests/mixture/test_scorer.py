@@ -89,7 +89,7 @@ def written_out(sizes, parameters, floor):
 def test_an_update_is_the_gradient_that_its_form_says(form, floor) -> None:
     """Against autograd on another writing of p, with every weight away from its start and one task not accessible."""
     sizes, rewards, rate = [300, 100, 0, 50], [1.0, 0.3, NAN, 2.0], 0.3
-    mixture = make(sizes, prior="proportional", form=form, floor=floor, learning_rate=rate, ema=None)
+    mixture = make(sizes, prior="proportional", form=form, floor=floor, learning_rate=rate, ema_decay=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in mixture.psi.parameters():
@@ -160,7 +160,7 @@ def test_a_rate_that_overshoots_is_warned_of(rewards, factor) -> None:
     hidden = make([1] * len(rewards)).psi[:2](torch.ones(len(rewards), dtype=torch.float64)).detach()
     values, vectors = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
     rate = factor * 2 / float((1 + hidden.square().sum()) * sum(rewards) * values[-1])
-    mixture = make([1] * len(rewards), learning_rate=rate, ema=None)
+    mixture = make([1] * len(rewards), learning_rate=rate, ema_decay=0)
     with torch.no_grad():
         mixture.psi[2].bias.copy_(p.log() + 1e-6 * vectors[:, -1])
     missing = [(mixture.probabilities() - p).norm()]
@@ -183,11 +183,11 @@ def test_no_warning_where_there_is_no_such_bound(arguments, capsys) -> None:
 
 
 def test_rewards_are_averaged_with_most_weight_on_the_new() -> None:
-    mixture = make([1, 1, 1], ema=0.9)
+    mixture = make([1, 1, 1], ema_decay=0.1)
     update(mixture, [1.0, 2.0, NAN])
     logged = update(mixture, [3.0, NAN, NAN])
     torch.testing.assert_close(logged["averaged_rewards"], tensor([0.9 * 3 + 0.1 * 1, 2.0, NAN]), equal_nan=True)
-    mixture = make([1, 1, 1], ema=None)
+    mixture = make([1, 1, 1], ema_decay=0)
     update(mixture, [1.0, 2.0, 5.0])
     assert update(mixture, [3.0, NAN, 4.0])["averaged_rewards"].tolist() == [3.0, 2.0, 4.0]
 
@@ -205,7 +205,7 @@ def test_a_task_that_was_not_measured_keeps_its_reward_in_the_update() -> None:
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_a_task_never_measured_takes_no_part(form, floor) -> None:
     """The others move as they would alone, and its own weights stay."""
-    mixture = make([100, 100, 50], prior="proportional", form=form, floor=floor, ema=None, learning_rate=0.05)
+    mixture = make([100, 100, 50], prior="proportional", form=form, floor=floor, ema_decay=0, learning_rate=0.05)
     before = mixture.probabilities()
     update(mixture, [NAN] * 3)
     assert torch.equal(mixture.probabilities(), before)
@@ -251,7 +251,7 @@ OPTIONS = st.fixed_dictionaries(
         "form": st.sampled_from(["paper", "policy_gradient"]),
         "optimizer": st.sampled_from(["sgd", "adam"]),
         "learning_rate": st.sampled_from([1e-4, 0.01, 0.3]),
-        "ema": st.sampled_from([0.9, 0.5, None]),
+        "ema_decay": st.sampled_from([0.1, 0.5, 0.0]),
         "floor": st.sampled_from([0.0, 0.05, 0.5]),
     }
 )

@@ -109,8 +109,8 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Refusal:
         ("budget.fraction=0", "budget.fraction: has to be greater than 0, not 0"),
         ("budget.fraction=1.5", "budget.fraction: has to be less than or equal to 1, not 1.5"),
         ("budget.fraction=.nan", "budget.fraction: has to be a finite number, not NaN"),
-        ("budget.passes=.inf", "budget.passes: has to be a finite number, not Infinity"),
-        ("~budget.tokens", "budget: give exactly one of fraction, tokens, passes, not none"),
+        ("budget.epochs=.inf", "budget.epochs: has to be a finite number, not Infinity"),
+        ("~budget.tokens", "budget: give exactly one of fraction, tokens, epochs, not none"),
         # components
         ("~model._component_", "missing key 'model._component_'"),
         ("model._component_=3", "model._component_: has to be a string, not 3"),
@@ -188,8 +188,8 @@ def test_a_folder_for_a_config(refusal: Refusal) -> None:
         ("${max_seq_len}", "${max_sequence}", "model.max_seq_len: Interpolation key 'max_sequence' not found"),
         (
             "  tokens: 38400",
-            "  tokens: 38400\n  passes: 1",
-            "budget: give exactly one of fraction, tokens, passes, not budget.tokens and budget.passes",
+            "  tokens: 38400\n  epochs: 1",
+            "budget: give exactly one of fraction, tokens, epochs, not budget.tokens and budget.epochs",
         ),
     ],
 )
@@ -218,10 +218,10 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
         (MOSPEC, ["reward.specialist=3"], "reward.specialist: has to be a string, not 3"),
         (
             MULTIUAT,
-            ["reward.passes=3"],
-            "reward.passes: 3 passes need dropout, and the model has none; leave it out for one",
+            ["reward.mc_samples=3"],
+            "reward.mc_samples: 3 passes need dropout, and the model has none; leave it out for one",
         ),
-        (MULTIUAT, ["reward.passes=0"], "reward.passes: has to be at least 1, not 0"),
+        (MULTIUAT, ["reward.mc_samples=0"], "reward.mc_samples: has to be at least 1, not 0"),
         (MULTIUAT, ["reward.measure=PreTO"], "reward.measure: 'PreTO'; did you mean 'PreTP'?"),
         (MULTIUAT, ["reward.mesure=PreTP"], f"unknown key 'reward.mesure' for {REWARDS}.Uncertainty; did you mean "),
         (
@@ -280,7 +280,7 @@ def test_a_reward_and_its_mixture(refusal: Refusal, config: str, overrides: list
 
 
 def test_two_budgets_on_the_command_line(refusal: Refusal) -> None:
-    message = "budget: give exactly one of fraction, tokens, passes, not budget.fraction and budget.tokens"
+    message = "budget: give exactly one of fraction, tokens, epochs, not budget.fraction and budget.tokens"
     assert refusal("budget.tokens=5", "budget.fraction=0.5") == message
 
 
@@ -507,7 +507,7 @@ def test_a_type_that_no_task_has(refusal: Refusal) -> None:
 
 def test_some_examples_that_are_too_long_are_counted(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_tasks(a=[*GOOD, *(("q" * length, "a") for length in (15, 16, 17))], b=[*GOOD, ("other", "a")])
-    assert start(*rows, "batch_size=4", "budget.passes=1", "probe.examples=2") == 0
+    assert start(*rows, "batch_size=4", "budget.epochs=1", "probe.examples=2") == 0
     plan = capsys.readouterr().out.partition("budget:")[0].splitlines()
     heads = next(line.split() for line in plan if "dropped" in line)
     assert heads[:3] == ["task", "examples", "dropped"]
@@ -562,13 +562,13 @@ def test_weights_that_do_not_fit(
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
-    said = refusal(*write_tasks(a=GOOD, b=GOOD[::-1]), *from_folder(folder), "budget.passes=1")
+    said = refusal(*write_tasks(a=GOOD, b=GOOD[::-1]), *from_folder(folder), "budget.epochs=1")
     assert said.startswith("checkpointer.checkpoint_dir: tiny") and message in said
 
 
 def test_a_folder_without_a_model(refusal: Refusal) -> None:
     Path("tiny").mkdir()
-    said = refusal(*write_tasks(a=GOOD, b=GOOD[::-1]), "checkpointer.checkpoint_dir=tiny", "budget.passes=1")
+    said = refusal(*write_tasks(a=GOOD, b=GOOD[::-1]), "checkpointer.checkpoint_dir=tiny", "budget.epochs=1")
     assert said.startswith("checkpointer.checkpoint_dir: there is no tiny/config.json")
 
 
@@ -578,7 +578,7 @@ def test_a_folder_without_a_model(refusal: Refusal) -> None:
 def planted(train: str, validation: str, *more: str) -> list[str]:
     """Overrides for two tasks with a prompt for every letter, of which Z is the fatal one."""
     tasks = f"tasks={{_component_: mine.tasks, train: {train}, validation: {validation}}}"
-    return [tasks, "budget.passes=1", "batch_size=4", "checkpoint_every=1", *more]
+    return [tasks, "budget.epochs=1", "batch_size=4", "checkpoint_every=1", *more]
 
 
 EVERY_STEP = "mixture_update_every=1"

@@ -240,7 +240,7 @@ def test_mos_is_set_as_in_its_paper() -> None:
         "multidds": {"_component_": "adapt_recipes.signals.rewards.GradientAlignment"},
         "multiuat": {"_component_": "adapt_recipes.signals.rewards.Uncertainty", "measure": "EntSent"},
     }
-    scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "learning_rate": 1e-4, "ema": 0.9}
+    scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "learning_rate": 1e-4, "ema_decay": 0.1}
     for config in MOS:
         values, strategy = VALUES[config], NAMES[config].strategy
         assert (values["batch_size"], values["optimizer"]["lr"], values["lr_schedule"]["warmup"]) == (64, 1e-5, 0.1)
@@ -269,7 +269,7 @@ def test_updates_are_many_and_cost_what_it_says(config: str) -> None:
     length, updates = map(int, re.search(r"some ([\d,]+) steps and (\d+) mix", text.replace(",", "")).groups())
     assert updates >= 8 and updates == pytest.approx(length / update_every, abs=1)
     millions = float(re.search(r"; ([\d.]+) million examples", text).group(1))
-    passes = values["budget"].get("fraction") or values["budget"]["passes"]
+    passes = values["budget"].get("fraction") or values["budget"]["epochs"]
     assert length == pytest.approx(passes * millions * 1e6 / values["batch_size"], abs=5)
 
 
@@ -454,7 +454,7 @@ def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> Non
     assert (checkpointing, rate) == ("activation_checkpointing=true", "optimizer.lr=1e-4")
     small = tiny(TOO_LARGE, hub, builder=builder.removeprefix("model=").replace("llama3_8b", "llama3"))
     small += [checkpointing, modules, "model.lora_rank=8", "model.lora_alpha=16"]  # the large builder's defaults
-    done = run(TOO_LARGE, *small, "budget.passes=3", "dtype=fp32", "optimizer.lr=1e-2")
+    done = run(TOO_LARGE, *small, "budget.epochs=3", "dtype=fp32", "optimizer.lr=1e-2")
     losses, initial = done.summary["validation_losses"], done.summary["initial_validation_losses"]
     assert all(losses[name] != initial[name] for name in DATASETS)
     tasks = tasks_of(done, TOO_LARGE)
@@ -478,7 +478,7 @@ def test_shares_of_batches_for_a_fixed_mixture(tmp_path: Path, hub: Path) -> Non
         assert re.findall(r"^# +(tune run .*)$", header, re.MULTILINE)[1:] == [
             f"tune run mos_full_finetune --config yaml/{config}.yaml sampling=dataset"
         ]
-    options = ["budget.passes=3", "validate_every=0", "checkpoint_every=0", "sampling=dataset"]
+    options = ["budget.epochs=3", "validate_every=0", "checkpoint_every=0", "sampling=dataset"]
     done = finished(config, *tiny(config, hub), *options, output_dir=tmp_path / "run", recipe="mos_full_finetune")
     assert {len(step["task_losses"]) for step in done.events("step")} == {1}
     assert done.summary["mixture_updates"] == 0

@@ -78,7 +78,7 @@ def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
         ),
         pytest.param("tiny_mos_diff", [], marks=pytest.mark.slow),
         pytest.param("tiny_multidds", ["dtype=bf16", "sampling=dataset"], marks=pytest.mark.slow),
-        pytest.param("tiny_multiuat", ["reward.passes=2"], marks=pytest.mark.slow),  # LoRA's own dropout
+        pytest.param("tiny_multiuat", ["reward.mc_samples=2"], marks=pytest.mark.slow),  # LoRA's own dropout
     ],
 )
 def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> None:

@@ -25,7 +25,7 @@ READS = {
     "multiuat": ("validation",) * 3,
     "hbo": ("train",),
 }
-SETTINGS = {"mos_cossim": {"sampling": "dataset"}, "multiuat": {"reward.passes": 3}}
+SETTINGS = {"mos_cossim": {"sampling": "dataset"}, "multiuat": {"reward.mc_samples": 3}}
 SEED, BUDGET, BATCH_SIZE, NUM_EXAMPLES = 3, 250, 8, 3
 
 

@@ -39,9 +39,9 @@ STRATEGIES = ["adapt", "adapt_planned", "mos_diff", "uniform"]
 ONE_OF_EACH_RECIPE = ["adapt_planned", "mos_diff", "uniform"]
 # What a run carries along from one update to the next, besides that.
 CARRYING: list[tuple[str, dict[str, Any]]] = [
-    ("mos_cossim", {"mixture.optimizer": "adam", "mixture.ema": 0.5}),
+    ("mos_cossim", {"mixture.optimizer": "adam", "mixture.ema_decay": 0.5}),
     ("mos_diff", {"sampling": "dataset", "mixture.floor": 0.1}),
-    ("multiuat", {"reward.passes": 2}),
+    ("multiuat", {"reward.mc_samples": 2}),
     ("adapt", {"mixture.reference": "asymptote", "mixture_update_every": 1}),
     ("dro_asymptote", {"mixture_update_every": 1}),
     ("dro_exponentiated", {}),
@@ -509,7 +509,7 @@ def test_validation_does_not_touch_the_training(runs: Runs, tmp_path: Path, stra
         ("mos_cossim", {}),
         ("mos_diff", {}),
         ("multidds", {}),
-        ("multiuat", {"reward.passes": 2}),
+        ("multiuat", {"reward.mc_samples": 2}),
         ("hbo", {}),
     ],
 )

@@ -162,7 +162,7 @@ def test_its_name_tells_the_truth(name: str, tmp_path: Path, built: dict[str, An
     reference = config.mixture.arguments.get("reference")
     assert type(reference) is REFERENCES.get(strategy.rpartition("_")[2], type(None))
     assert config.budget.fraction == (int(number) / 100 if unit == "pct" else None)
-    assert config.budget.passes == (int(number) if unit == "ep" else None)
+    assert config.budget.epochs == (int(number) if unit == "ep" else None)
     assert to_dict(config)["mixture"]["_component_"] == config.mixture.component
 
     if model == "smollm2_135m":

@@ -28,7 +28,7 @@ def assert_same_training(one: Run, other: Run) -> None:
         pytest.param("tiny_dro", ["mixture.sharpness=0"], marks=pytest.mark.slow),
         pytest.param("tiny_mos_cossim", ["mixture.learning_rate=0"], marks=pytest.mark.slow),
         pytest.param("tiny_multidds", ["mixture.learning_rate=0"], marks=pytest.mark.slow),
-        pytest.param("tiny_multiuat", ["mixture.learning_rate=0", "reward.passes=3"], marks=pytest.mark.slow),
+        pytest.param("tiny_multiuat", ["mixture.learning_rate=0", "reward.mc_samples=3"], marks=pytest.mark.slow),
         pytest.param("tiny_hbo", ["mixture.learning_rate=0"], marks=pytest.mark.slow),
     ],
 )

@@ -337,11 +337,11 @@ def test_an_unknown_specialist_is_named(kind) -> None:
 DROPOUTS = [{"attn_dropout": 0.2}, {"lora_dropout": 0.2}]
 
 
-@pytest.mark.parametrize("passes", [None, 1, 4])
+@pytest.mark.parametrize("mc_samples", [None, 1, 4])
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=str)
 def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, passes, capsys) -> None:
     model, batches = tiny_model(**dropout), batched(EXAMPLES["validation"])
-    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", passes=passes)
+    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", mc_samples=mc_samples)
     num_passes = passes or 30
     assert reward.reads == ("validation",) * num_passes
     model.decoder.layers[0].eval()
@@ -368,16 +368,16 @@ def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, passes, capsys)
 def test_other_masks_at_every_update() -> None:
     """Training draws random numbers between two updates."""
     model, batches = tiny_model(attn_dropout=0.2), batched(EXAMPLES["validation"])
-    reward = Uncertainty(task_names=NAMES, model=model, passes=2)
+    reward = Uncertainty(task_names=NAMES, model=model, mc_samples=2)
     first = reward(validation=batches)
     torch.rand(1)
     assert (first - reward(validation=batches)).abs().nan_to_num().max() > 1e-6
 
 
-@pytest.mark.parametrize("passes", [None, 1])
+@pytest.mark.parametrize("mc_samples", [None, 1])
 @pytest.mark.parametrize("none", [{}, {"lora_dropout": 0.0}], ids=["whole model", "adapters"])
 def test_without_dropout_one_pass_will_do(none, passes) -> None:
-    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), passes=passes)
+    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), mc_samples=mc_samples)
     assert reward.reads == ("validation",)
     assert reward.note == "the model has no dropout: uncertainty is that of one pass without"
 
@@ -394,9 +394,9 @@ def test_any_dropout_module_with_a_rate_is_dropout() -> None:
 @pytest.mark.parametrize(
     ("dropout", "arguments", "message"),
     [
-        (0.0, {"passes": 2}, "reward.passes: 2 passes need dropout, and the model has none; leave it out for one"),
-        (0.0, {"passes": 0}, "reward.passes: has to be at least 1, not 0"),
-        (0.1, {"passes": -3}, "reward.passes: has to be at least 1, not -3"),
+        (0.0, {"mc_samples": 2}, "reward.mc_samples: 2 passes need dropout, and the model has none; leave it out for one"),
+        (0.0, {"mc_samples": 0}, "reward.mc_samples: has to be at least 1, not 0"),
+        (0.1, {"mc_samples": -3}, "reward.mc_samples: has to be at least 1, not -3"),
         (0.1, {"measure": "PreTp"}, "reward.measure: 'PreTp'; did you mean 'PreTP'?"),
         (0.1, {"measure": "x"}, "reward.measure: 'x'; allowed: PreTP, ExpTP, VarTP, ComEV, EntSent, EntEOS"),
     ],
