@@ -30,6 +30,9 @@ from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.update import Update
 from adapt_recipes.training.sharding import apply_fsdp, to_local
 
+# The device of fake tensors, whatever the device of the run.
+CPU = torch.device("cpu")
+
 
 class Shape(NamedTuple):
     """The shape of a process's largest micro-batch.
