@@ -19,7 +19,7 @@ import common
 
 from adapt_recipes import models
 from adapt_recipes.config import load
-from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
+from adapt_recipes.planning.memory import CPU, Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import update_of
 
 # A shipped config of each model, and its builder with adapters.
@@ -90,7 +90,7 @@ def estimated(config_name: str, num_processes: int, overrides: Sequence[str]) ->
     rows, length = config.micro_batch_tokens // config.max_seq_len, config.max_seq_len
     shape = Shape(rows, length, rows * length // TOKENS_PER_SUPERVISED)
     update = update_of(OBSERVES, Probe())
-    model = models.build(config, [], device=torch.device("cpu"), checkpointer=None)
+    model = models.build(config, [], device=CPU, checkpointer=None)
     memory, _ = estimate_memory(model, config, shape, update=update, num_processes=num_processes)
     return memory
 

@@ -59,7 +59,7 @@ def test_overrides_are_for_all_or_for_one(compare: ModuleType) -> None:
     [
         ("seed=1", "name a config"),
         ("tiny_uniforn", "there is no yaml/tiny_uniforn.yaml"),
-        ("tiny_dro tiny_dro mixture.sharpness=1", "two rows are called tiny_dro"),
+        ("tiny_dro tiny_dro mixture.sharpness=1", "two rows have the name tiny_dro"),
     ],
 )
 def test_what_cannot_be_compared(

@@ -122,7 +122,7 @@ def test_a_node_that_the_file_does_not_have(file: Path) -> None:
 
 def test_what_the_recipe_gives_is_neither_missing_nor_allowed(file: Path) -> None:
     load(Schema, file, ["fitted={_component_: test_config.build}"])
-    with pytest.raises(ValueError, match="^fitted.size: the recipe gives this itself; take it out$"):
+    with pytest.raises(ValueError, match="^fitted.size: the recipe passes this itself; remove it$"):
         load(Schema, file, ["fitted={_component_: test_config.build, size: 3}"])
     with pytest.raises(ValueError, match="^fitted._component_: 'math.sqrt' does not take 'size', which"):
         load(Schema, file, ["fitted={_component_: math.sqrt}"])

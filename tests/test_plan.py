@@ -286,7 +286,7 @@ def test_what_is_being_done_is_said_on_a_terminal_alone(folder: Path, terminal: 
     assert (b"reading the recipe" in said) == (b"\x1b" in said) == terminal, said
     doings: list[str] = []  # the others may be over before they are shown
     make_plan(config_of("uniform", *UNEVEN, "budget.tokens=60"), say=doings.append)
-    assert doings == ["reading tasks", "drawing examples", "reckoning memory"]
+    assert doings == ["reading tasks", "drawing examples", "estimating memory"]
 
 
 @pytest.mark.slow
@@ -403,7 +403,7 @@ def test_what_is_said_of_a_plan() -> None:
     assert any(
         "6,154 supervised tokens (10.0% of the 61,536 there are), in about 1 step that" in line for line in lines
     )
-    assert lines[-1] == "the mixture is learned: steps and passes assume that it stays at its starting probabilities"
+    assert lines[-1] == "the mixture is learned: steps and epochs assume that it stays at its starting probabilities"
     assert not any(line.startswith("!") for line in lines), "no legend of a mark that is not there"
 
 
@@ -463,7 +463,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         (["gone.py", *plain("adapt")], "no recipe of ours 'gone.py'"),
         (["plain.py", *plain("adapt")], "plain.py has no class Config"),
         (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
-        (["small.py", "--config", "small.yaml"], "Config does not inherit TrainConfig, without which there is no plan"),
+        (["small.py", "--config", "small.yaml"], "Config does not inherit TrainConfig, which a plan needs"),
         (["adapt_full_finetune", "--config", "tiny_adapd"], "neither a file nor a known name"),
         (["adapt_full_finetune", *plain("adapt", "sede=1")], "unknown key 'sede'; did you mean 'seed'?"),
         (["adapt_full_finetune", *plain("adapt", "tasks.path=nowhere")], "nowhere"),
@@ -485,13 +485,13 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         ),
         (["mos_full_finetune", *plain("hbo", *EVEN, "mixture=adapt_recipes.mixture.uniform", "~mixture.prior",
           "~mixture.learning_rate")], "is unused"),
-        (["sft_full_finetune", *plain("uniform", *EVEN, "model.vocab_size=64")], "model.vocab_size: 64 is too few"),
+        (["sft_full_finetune", *plain("uniform", *EVEN, "model.vocab_size=64")], "model.vocab_size: 64 is too small"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.num_heads=5")], "model: "),
         (["sft_full_finetune", *plain("uniform", *EVEN, "max_seq_len=4")], "longer than max_seq_len=4"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.max_seq_len=8")], "model.max_seq_len: 8 is less than"),
         (["adapt_full_finetune", *plain("adapt", *EVEN, "dtype=pure_bf16")], "pure_bf16 rounds the steps of finite"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "optimizer=plain.Stubborn", "~optimizer.weight_decay")],
-         "optimizer: the memory of plain.Stubborn cannot be reckoned"),
+         "optimizer: the memory of plain.Stubborn cannot be estimated"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_ends_in_one_line(
@@ -531,7 +531,7 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
         ("uniform", both(EVEN, ["budget.tokens=60"]), ["probes and validation would read 108 supervised tokens"]),
         ("exp3", [*EVEN, "mixture_update_every=99"], ["the mixture would not be updated: every 99 steps of 12"]),
         ("exp3", [*EVEN, "mixture_update_every=0"], ["the mixture would not be updated: never (mixture_update_every)"]),
-        ("hbo", [*EVEN, "reward=planned_reward.Mine"], ["reward: Mine does not say how many `gradients` it keeps"]),
+        ("hbo", [*EVEN, "reward=planned_reward.Mine"], ["reward: Mine has no attribute `gradients`"]),
     ],
 )  # fmt: skip
 def test_warnings(folder: Path, config: str, overrides: list[str], warnings: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What memory is reckoned to be is what the recipes' own steps and mixture updates take, by torch's profiler."""
+"""The estimated memory is what the recipes' own steps and mixture updates take, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def measured(name: str, folder: Path, peak: Callable[[Callable[[], object], Any]
     return found
 
 
-def reckoned(name: str, folder: Path, shape: Shape, *, num_processes: int = 1) -> tuple[Memory, Size]:
+def estimated(name: str, folder: Path, shape: Shape, *, num_processes: int = 1) -> tuple[Memory, Size]:
     config = config_of(CASES[name], folder)
     model = models.build(config, [], device=CPU, checkpointer=None)
     given = {"task_names": ["a", "b", "c"], "num_supervised_tokens": torch.ones(3), "budget_tokens": 1}
@@ -182,7 +182,7 @@ def assert_close(memory: Memory, found: dict[str, Any], *, within: float = 0.02)
     """The sum of the parts is right, and each part as far as it matters for the sum."""
     step, update = found["before"] + found["step"], found["before"] + found["update"]
     total = max(step, update)
-    print(asdict(memory), "step", step, "update", update, "reckoned / measured", round(memory.total / total, 4))
+    print(asdict(memory), "step", step, "update", update, "estimated / measured", round(memory.total / total, 4))
     assert memory.total == pytest.approx(total, rel=within)
     assert memory.parameters + memory.optimizer == pytest.approx(found["before"], rel=0.005)
     activations = step - found["before"] - memory.gradients
@@ -194,7 +194,7 @@ def assert_close(memory: Memory, found: dict[str, Any], *, within: float = 0.02)
 def test_on_one_process(name: str, tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks")
     found = measured(name, tmp_path, peak)
-    memory, size = reckoned(name, tmp_path, found["shape"])
+    memory, size = estimated(name, tmp_path, found["shape"])
     assert_close(memory, found)
     assert 0 < found["checkpoint"] - size.checkpoint_bytes < 4e5  # what is said of each tensor, beside its values
 
@@ -220,7 +220,7 @@ def test_on_two_processes(name: str, ended: tuple[Path, list[group.Ended]]) -> N
     folder, (first, second) = ended
     assert first.status == second.status == 0, first.err + second.err
     found = max(first.result[name], second.result[name], key=lambda each: each["before"] + each["step"])
-    memory, _ = reckoned(name, folder, found["shape"], num_processes=2)
+    memory, _ = estimated(name, folder, found["shape"], num_processes=2)
     assert_close(memory, found)
 
 

@@ -270,7 +270,7 @@ def thinking(tmp_path: Path) -> Pair:
 def test_an_empty_block_of_thoughts_does_not_count(thinking: Pair, answer: str) -> None:
     thinking.check(messages("a", answer))
     with pytest.raises(
-        ValueError, match="^the chat template is not prefix-stable: .*; keep one answer a conversation$"
+        ValueError, match="^the chat template is not prefix-stable: .*; keep one answer per conversation$"
     ):
         thinking.ours.encode(messages("a", "b", "c", answer))
 
@@ -281,7 +281,7 @@ def test_an_answers_own_thoughts_count(thinking: Pair) -> None:
         ids, supervised = thinking.ours.encode(conversation)
         assert ids == thinking.reference(conversation)
         assert supervised_text(thinking.theirs, ids, supervised) == answer + "<|im_end|>"
-    with pytest.raises(ValueError, match="^the chat template does not show an answer as it is written$"):
+    with pytest.raises(ValueError, match="^the chat template does not render an answer as it is written$"):
         thinking.ours.encode(messages("a", "the cat</think>sat."))
 
 
@@ -299,9 +299,7 @@ def test_a_system_message_is_merged_or_refused_as_the_template_says(tmp_path: Pa
 
 def test_a_template_from_a_file(tmp_path: Path) -> None:
     make_folder(tmp_path / "base", None)
-    with pytest.raises(
-        ValueError, match="has no chat template .*: name a Jinja file with one in tokenizer.chat_template"
-    ):
+    with pytest.raises(ValueError, match="has no chat template .*: name a Jinja file in tokenizer.chat_template"):
         ChatTokenizer(tmp_path / "base")
     file = tmp_path / "chatml.jinja"
     file.write_text(CHATML)
@@ -325,7 +323,7 @@ def test_an_answer_of_which_the_tokenizer_leaves_nothing(tmp_path: Path) -> None
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Replace("\u200b", "")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="ends an answer with no special token"):
+    with pytest.raises(ValueError, match="ends an answer without a special token"):
         ChatTokenizer(tmp_path).encode(messages("the", "\u200b"))
 
 
@@ -334,9 +332,9 @@ def test_an_answer_of_which_the_tokenizer_leaves_nothing(tmp_path: Path) -> None
     [
         ("{{ raise_exception('no roles here') }}", "^the chat template refuses the conversation: no roles here$"),
         ("{{ messages[0].content + 1 }}", "^the chat template refuses the conversation: "),
-        ("{{ messages[-1].content | upper }}</s>", "^the chat template does not show an answer as it is written$"),
-        ("{{ messages[0].content }}</s>", "^the chat template does not show an answer as it is written$"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an answer with no special token"),
+        ("{{ messages[-1].content | upper }}</s>", "^the chat template does not render an answer as it is written$"),
+        ("{{ messages[0].content }}</s>", "^the chat template does not render an answer as it is written$"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an answer without a special token"),
         (
             "{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'A:' if add_generation_prompt }}",
             "not prefix-stable",
@@ -415,7 +413,9 @@ def test_missing_and_malformed_files(tmp_path: Path, name: str, content: str | N
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^tokenizer.path: no folder .*nowhere; `tune download` makes one"):
+    with pytest.raises(
+        ValueError, match="^tokenizer.path: no folder .*nowhere; `tune download MODEL --output-dir FOLDER` creates one"
+    ):
         ChatTokenizer(tmp_path / "nowhere")
 
 
@@ -439,5 +439,5 @@ def test_bytes(tmp_path: Path, supervise_end: bool, conversation: list[dict[str,
 
 def test_bytes_refuse_the_end_tokens_name() -> None:
     assert ByteTokenizer().fingerprint != ByteTokenizer(supervise_end=False).fingerprint
-    with pytest.raises(ValueError, match="^the text holds <|end|>, the name of the end token$"):
+    with pytest.raises(ValueError, match="^the text contains <|end|>, the name of the end token$"):
         ByteTokenizer().encode(messages("<|en", "d|>"))

@@ -67,7 +67,7 @@ def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    expected = "^tasks.path: cannot load the data set someone/something, configuration 'de': Couldn't reach the Hub$"
+    expected = "^tasks.path: cannot load the dataset someone/something, configuration 'de': Couldn't reach the Hub$"
     with pytest.raises(ValueError, match=expected):
         hf_tasks("someone/something", configuration="de")
 
@@ -86,8 +86,8 @@ def test_broken_rows_are_named(tmp_path: Path) -> None:
     [
         ({"names": ["trian"]}, r"no split 'trian'; did you mean 'train'\?$"),
         ({"task_per": "splits"}, r"^tasks.task_per: 'splits' is not allowed; did you mean 'split'\?$"),
-        ({"validation_split": "test"}, "^tasks.validation_split goes with task_per: configuration"),
-        ({"task_per": "configuration", "configuration": "a"}, "^tasks.configuration goes with task_per: split"),
+        ({"validation_split": "test"}, "^tasks.validation_split is for task_per: configuration"),
+        ({"task_per": "configuration", "configuration": "a"}, "^tasks.configuration is for task_per: split"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

@@ -63,7 +63,7 @@ def test_empty_outputs_are_left_out_and_counted(
     path = folder_with(tmp_path, task1=content(Instances=instances), task2=content())
     (task,) = natural_instructions(path, all_outputs=all_outputs)
     assert [messages[-1]["content"] for messages in task.conversations][: len(answers)] == answers
-    warning = "warning: tasks.path: 2 instances whose outputs are all empty are left out (task1.json: 2)\n"
+    warning = "warning: tasks.path: 2 instances have only empty outputs and are left out (task1.json: 2)\n"
     assert capsys.readouterr().err == warning
 
 
@@ -130,10 +130,10 @@ def test_broken_positive_examples(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"types": ["Question Answer"]}, r"^tasks.types: .* 'Question Answer'; did you mean 'Question Answering'\?$"),
-        ({"types": []}, "^tasks.types: name every type once, and at least one$"),
-        ({"types": ["Question Answering"] * 2}, "^tasks.types: name every type once, and at least one$"),
+        ({"types": []}, "^tasks.types: name at least one type, and each only once$"),
+        ({"types": ["Question Answering"] * 2}, "^tasks.types: name at least one type, and each only once$"),
         ({"group_by": "files"}, r"^tasks.group_by: 'files' is not allowed; did you mean 'file'\?$"),
-        ({"num_positive_examples": -1}, "^tasks.num_positive_examples: -1 is not allowed, at least 0$"),
+        ({"num_positive_examples": -1}, "^tasks.num_positive_examples: -1 is not allowed; at least 0$"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

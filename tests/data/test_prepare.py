@@ -30,7 +30,7 @@ def numbered(name: str, number: int = 40, start: int = 0) -> RawTask:
 
 
 def pairs_of(examples: Examples | None) -> list[Pair]:
-    """The (prompt, answer) texts of examples that ``ByteTokenizer()`` tokenised."""
+    """The (prompt, answer) texts of examples that ``ByteTokenizer()`` tokenized."""
     assert examples is not None
     pairs = []
     for i in range(len(examples)):
@@ -236,14 +236,14 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for number in (2, 3):
         folder = tmp_path / str(number)
         assert same(prepare(folder, *raw_tasks, num_workers=number, tokenizer=tokenizer, **options), expected)
-    assert tokenizer.calls == 0, "other processes have tokenised"
+    assert tokenizer.calls == 0, "other processes have tokenized"
     broken = [*raw_tasks, raw_task("D", [("a", "b"), ("", "")])]
     with pytest.raises(ValueError, match=r"^task 'D', example 1: message 1: the assistant's answer is empty$"):
         prepare(tmp_path / "broken", *broken, num_workers=2, **options)
 
 
 class WithProcess(ByteTokenizer):
-    """Says in a token which process has tokenised."""
+    """Says in a token which process has tokenized."""
 
     def encode(self, messages: Any) -> Any:
         return [os.getpid() % 2**31, 1], [False, True]
@@ -266,8 +266,8 @@ def test_few_conversations_need_no_process(tmp_path: Path) -> None:
             {"no_validation": ["Summary"]},
             "^tasks.no_validation: no task 'Summary'; did you mean",
         ),
-        ([numbered("A")], {"validation_examples": 0}, "^tasks.validation_examples: 0 is not allowed, at least 1$"),
-        ([numbered("A")], {"max_examples_per_task": 0}, "^tasks.max_examples_per_task: 0 is not allowed, at least 1$"),
+        ([numbered("A")], {"validation_examples": 0}, "^tasks.validation_examples: 0 is not allowed; at least 1$"),
+        ([numbered("A")], {"max_examples_per_task": 0}, "^tasks.max_examples_per_task: 0 is not allowed; at least 1$"),
         (
             [numbered("A", 4)],
             {},
@@ -291,7 +291,7 @@ def test_few_conversations_need_no_process(tmp_path: Path) -> None:
         (
             [raw_task("A", [("a", "b"), ("b", "b")], [("c", "d")]), raw_task("B", [("c", "d")])],
             {"no_validation": ["B"]},
-            "^task 'B': no example is left to train on, for other tasks validate on all of its prompts$",
+            "^task 'B': no example is left to train on, because other tasks validate on all of its prompts$",
         ),
     ],
 )

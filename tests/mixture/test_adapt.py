@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 
 from adapt_recipes.mixture import Adapt, uniform
-from adapt_recipes.mixture.adapt import SMALLEST_NORMALISER
+from adapt_recipes.mixture.adapt import MIN_NORMALIZER
 from adapt_recipes.signals import passes
 
 NAN = math.nan
@@ -136,7 +136,7 @@ def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_
     dF_dp, dF_da = torch.autograd.grad(objective, [p, a])
 
     p = p.detach()
-    assert raw.min() > SMALLEST_NORMALISER
+    assert raw.min() > MIN_NORMALIZER
     torch.testing.assert_close(losses[in_objective], raw.detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(logged["objective"], objective.detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(-logged["values"] + entropy_weight * (p.log() + 1), dF_dp, rtol=0, atol=1e-8)
@@ -160,7 +160,7 @@ def test_objective_weights_are_the_gradient_of_the_worst_case_and_leave_out_nan(
 
 def test_a_task_already_mastered_is_not_made_the_worst_case_by_its_normaliser() -> None:
     weights = make(2, sharpness=2.0).objective_weights(tensor([1e-6, 1.0]))
-    expected = torch.softmax(2.0 * tensor([1e-6 / SMALLEST_NORMALISER, 1.0]), 0) / tensor([SMALLEST_NORMALISER, 1.0])
+    expected = torch.softmax(2.0 * tensor([1e-6 / MIN_NORMALIZER, 1.0]), 0) / tensor([MIN_NORMALIZER, 1.0])
     torch.testing.assert_close(weights, expected)
 
 
@@ -185,9 +185,9 @@ def test_without_a_reference_nothing_is_subtracted_to_the_last_bit(normalize) ->
         losses = 3 * torch.rand(3, generator=generator, dtype=torch.float64)
         dots = torch.randn(3, generator=generator, dtype=torch.float64)
         first = losses if first is None else first
-        normalisers = first.clamp_min(SMALLEST_NORMALISER) if normalize == "initial" else torch.ones(3).double()
-        w = torch.softmax(3.0 * (losses / normalisers), dim=0)
-        assert torch.equal(plain.objective_weights(losses), w / normalisers)
+        normalizers = first.clamp_min(MIN_NORMALIZER) if normalize == "initial" else torch.ones(3).double()
+        w = torch.softmax(3.0 * (losses / normalizers), dim=0)
+        assert torch.equal(plain.objective_weights(losses), w / normalizers)
         logged = update(plain, losses, dots)
         assert torch.equal(logged["weights"], w)
         assert torch.equal(logged["reference_losses"], torch.zeros(3).double())
@@ -216,11 +216,11 @@ def test_weights_and_update_count_from_the_same_reference(reference, normalize) 
         first = losses if first is None else first
         r = mixture.reference.losses.clone()
         r = torch.where(r.isnan(), losses, r)
-        normalisers = first if normalize == "initial" else torch.ones(2).double()
+        normalizers = first if normalize == "initial" else torch.ones(2).double()
         weights = mixture.objective_weights(losses)
-        torch.testing.assert_close(weights, torch.softmax(2.0 * (losses - r) / normalisers, dim=0) / normalisers)
+        torch.testing.assert_close(weights, torch.softmax(2.0 * (losses - r) / normalizers, dim=0) / normalizers)
         logged = mixture.update(task_tokens=tokens, validation_losses=losses, gradient_dots=dots)
-        torch.testing.assert_close(logged["weights"] / normalisers, weights, rtol=1e-12, atol=0)
+        torch.testing.assert_close(logged["weights"] / normalizers, weights, rtol=1e-12, atol=0)
         references.append(logged["reference_losses"])
     changes = {tuple(each.tolist()) for each in references}
     assert len(changes) > 5 if reference == "asymptote" else len(changes) == 1
@@ -247,7 +247,7 @@ def test_the_state_carries_the_reference(reference) -> None:
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.permutations([None, "initial", "asymptote"], 2)))
 def test_the_state_of_another_reference_is_refused(one, other) -> None:
-    with pytest.raises(ValueError, match="^mixture: the state holds"):
+    with pytest.raises(ValueError, match="^mixture: the state has"):
         make(2, reference=one).load_state_dict(make(2, reference=other).state_dict())
 
 
@@ -434,6 +434,6 @@ def test_state_of_another_mixture_is_refused() -> None:
     mixture = make(3)
     with pytest.raises(ValueError, match="the state is of 4 tasks, this run has 3"):
         mixture.load_state_dict(make(4).state_dict())
-    with pytest.raises(ValueError, match=r"mixture: the state holds \['logits'\]"):
+    with pytest.raises(ValueError, match=r"mixture: the state has \['logits'\]"):
         mixture.load_state_dict({"logits": torch.zeros(3)})
     assert torch.equal(mixture.logits, torch.zeros(3, dtype=torch.float64))

@@ -134,7 +134,7 @@ def test_always_a_mixture_whatever_the_order_and_the_state_carries_everything(up
 
 
 @pytest.mark.parametrize("ema_decay", [1, -0.1, "much", NAN])
-def test_ema_decay_out_of_range(ema_decay) -> None:
+def test_averaging_out_of_range(ema_decay) -> None:
     message = f"mixture.ema_decay must be a finite number >= 0 and < 1, not {ema_decay!r}"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         make(2, ema_decay=ema_decay)
@@ -144,7 +144,7 @@ def test_state_of_another_mixture_is_refused() -> None:
     with pytest.raises(ValueError, match="the state is of 4 tasks, this run has 3"):
         make(3).load_state_dict(make(4).state_dict())
     with pytest.raises(
-        ValueError, match=r"mixture: the state holds \['rewards'\], this mixture's is \['rewards', 'turn'\]"
+        ValueError, match=r"mixture: the state has \['rewards'\], and this mixture needs \['rewards', 'turn'\]"
     ):
         make(3).load_state_dict({"rewards": torch.zeros(3)})  # fmt: skip
 

@@ -53,7 +53,7 @@ def test_a_mixture_that_will_do() -> None:
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        (observing(["rewards"]), "mixture: Changed needs `observes`, a tuple of the signals it wants; () for none"),
+        (observing(["rewards"]), "mixture: Changed needs `observes`, a tuple of the signals it observes; () for none"),
         (observing((), Fixed, "state_dict"), "mixture: Changed needs `state_dict`, because it observes nothing"),
         (observing(("rewards",), Fixed), "mixture: Changed needs `update`, because it observes ('rewards',)"),
         (
@@ -91,7 +91,7 @@ BAD = [  # what is no mixture of two tasks, and what is said of it
 @pytest.mark.parametrize(("p", "found"), BAD, ids=str)
 def test_probabilities_that_are_none_are_refused(p: Any, found: str) -> None:
     """At the start and after an update."""
-    needs = "probabilities() has to be (2,) float64 on the CPU, sum to 1 and hold none below 0"
+    needs = "probabilities() has to be (2,) float64 on the CPU, sum to 1 and have no value below 0"
     with pytest.raises(ValueError) as error:
         check_mixture(Fixed(p), (), num_tasks=2, recipe="r")
     assert str(error.value) == f"mixture: Fixed.{needs}; {found}"
@@ -109,8 +109,8 @@ def test_an_update_that_will_do() -> None:
     ("logged", "message"),
     [
         (None, "has to return a dict of tensors to log, which may be empty, not None"),
-        ({"z": 1.0}, "returned as 'z' no tensor of shape () or (2,): 1.0"),
-        ({"z": torch.zeros(1)}, "returned as 'z' no tensor of shape () or (2,): tensor([0.])"),
+        ({"z": 1.0}, "returned 'z', which is not a tensor of shape () or (2,): 1.0"),
+        ({"z": torch.zeros(1)}, "returned 'z', which is not a tensor of shape () or (2,): tensor([0.])"),
         ({"step": torch.zeros(2)}, "returned 'step', which is logged already; give it another name"),
         ({"rewards": torch.zeros(2)}, "returned 'rewards', which is logged already; give it another name"),
     ],

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_recipes.mixture.reference import FEWEST, WINDOW, Reference, lowest_asymptote
+from adapt_recipes.mixture.reference import MAX_LOSSES, MIN_LOSSES, Reference, lowest_asymptote
 
 NAN = math.nan
 NAMES = ["Summarization", "Question Answering"]
@@ -53,7 +53,7 @@ def test_exact_curves(a, b, speed, span) -> None:
     assert a - 0.015 - 0.01 * b < found < a + 0.01 * b
 
 
-@pytest.mark.parametrize(("speed", "span", "num_losses"), [(5, 1.0, FEWEST), (10, 0.5, 12), (3, 1.0, 20)])
+@pytest.mark.parametrize(("speed", "span", "num_losses"), [(5, 1.0, MIN_LOSSES), (10, 0.5, 12), (3, 1.0, 20)])
 def test_it_is_the_lowest_asymptote_within_two_standard_deviations(speed, span, num_losses) -> None:
     """Against trying every a: the sum of squares, least over b and c, exceeds the least of all by 4 sigma^2 at most."""
     tokens, losses = curve(1.0, 1.5, speed, span, num_losses, noise=0.05)
@@ -114,14 +114,14 @@ def test_what_rose_again_is_counted_from_its_lowest() -> None:
 
 
 def test_few_losses_rule_nothing_out() -> None:
-    tokens, losses = curve(2.0, 0.7, 30, 1.0, num_losses=FEWEST)
+    tokens, losses = curve(2.0, 0.7, 30, 1.0, num_losses=MIN_LOSSES)
     assert lowest_asymptote(tokens[:-1], losses[:-1], SPEEDS) == 0
     assert lowest_asymptote(tokens, losses, SPEEDS) > 1.9
 
 
 @settings(max_examples=50)
 @given(
-    st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=WINDOW),
+    st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=MAX_LOSSES),
     st.sampled_from([1, 1000, 10**9]),
 )
 def test_always_between_0_and_the_lowest_loss(points, budget) -> None:
@@ -135,7 +135,7 @@ def test_each_task_is_judged_by_its_own_tokens_and_its_last_losses() -> None:
     reference = make("asymptote", budget_tokens=2000)
     tokens = torch.zeros(2, dtype=torch.float64)
     measured = 0
-    for i in range(3 * WINDOW):
+    for i in range(3 * MAX_LOSSES):
         tokens = tokens + tensor([20.0, 7.0])
         losses = tensor([2.7, 0.4 + 2 * math.exp(-0.02 * float(tokens[1])) if i % 3 == 0 else NAN])
         measured += i % 3 == 0
@@ -145,15 +145,15 @@ def test_each_task_is_judged_by_its_own_tokens_and_its_last_losses() -> None:
             torch.testing.assert_close(excess, losses)  # nothing ruled out yet
     assert reference.losses[0] == pytest.approx(2.7, abs=0.02)
     assert reference.losses[1] == pytest.approx(0.4, abs=0.02)
-    assert (~reference.curve_losses.isnan()).sum(0).tolist() == [WINDOW, min(measured, WINDOW)]
-    assert reference.curve_tokens[-1].tolist() == [3 * WINDOW * 20.0, (3 * WINDOW - 2) * 7.0]
+    assert (~reference.curve_losses.isnan()).sum(0).tolist() == [MAX_LOSSES, min(measured, MAX_LOSSES)]
+    assert reference.curve_tokens[-1].tolist() == [3 * MAX_LOSSES * 20.0, (3 * MAX_LOSSES - 2) * 7.0]
     assert (reference.curve_tokens.diff(dim=0) > 0).all()
 
 
 @pytest.mark.parametrize("reference", [None, {"a": 0.5, "b": 1.0}, "initial", "asymptote"])
 def test_the_state_carries_everything(reference) -> None:
     straight, resumed = make(reference), make(reference)
-    tokens, losses = curve(0.5, 2.0, 0.01, 500.0, num_losses=2 * WINDOW, noise=0.02)
+    tokens, losses = curve(0.5, 2.0, 0.01, 500.0, num_losses=2 * MAX_LOSSES, noise=0.02)
     for n, loss in zip(tokens, losses, strict=True):
         state, resumed = resumed.state_dict(), make(reference)
         resumed.load_state_dict(state)

@@ -193,12 +193,12 @@ def test_rewards_are_averaged_with_most_weight_on_the_new() -> None:
 
 
 def test_a_task_that_was_not_measured_keeps_its_reward_in_the_update() -> None:
-    missing, told = make([1, 2, 3]), make([1, 2, 3])
-    for mixture in (missing, told):
+    missing, measured = make([1, 2, 3]), make([1, 2, 3])
+    for mixture in (missing, measured):
         update(mixture, [1.0, 2.0, 3.0])
     update(missing, [2.0, NAN, 1.0])
-    update(told, [2.0, 2.0, 1.0])
-    torch.testing.assert_close(missing.probabilities(), told.probabilities(), rtol=0, atol=1e-15)
+    update(measured, [2.0, 2.0, 1.0])
+    torch.testing.assert_close(missing.probabilities(), measured.probabilities(), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("form", ["paper", "policy_gradient"])
@@ -352,8 +352,8 @@ def test_keeps_the_contract() -> None:
         ({"form": "policy-gradient"}, "mixture.form: 'policy-gradient'; did you mean 'policy_gradient'?"),
         ({"optimizer": "adamw"}, "mixture.optimizer: 'adamw'; did you mean 'adam'?"),
         ({"learning_rate": -1e-4}, "mixture.learning_rate must be a finite number >= 0, not -0.0001"),
-        ({"ema": 0}, "mixture.ema must be a finite number > 0 and < 1, not 0"),
-        ({"ema": 1.0}, "mixture.ema must be a finite number > 0 and < 1, not 1.0"),
+        ({"ema_decay": -0.1}, "mixture.ema_decay must be a finite number >= 0 and < 1, not -0.1"),
+        ({"ema_decay": 1.0}, "mixture.ema_decay must be a finite number >= 0 and < 1, not 1.0"),
         ({"floor": 1}, "mixture.floor must be a finite number >= 0 and < 1, not 1"),
         ({"seed": 0.5}, "mixture.seed must be a whole number, not 0.5"),
     ],
@@ -367,5 +367,5 @@ def test_state_of_another_mixture_is_refused() -> None:
     mixture = make([1, 1, 1])
     with pytest.raises(ValueError, match="the state is of 4 tasks, this run has 3"):
         mixture.load_state_dict(make([1] * 4).state_dict())
-    with pytest.raises(ValueError, match=r"mixture: the state holds \['logits'\]"):
+    with pytest.raises(ValueError, match=r"mixture: the state has \['logits'\]"):
         mixture.load_state_dict({"logits": torch.zeros(3)})

@@ -1,4 +1,4 @@
-"""Static mixtures: their shares, and what a wrong argument is told."""
+"""Static mixtures: their shares, and the errors of wrong arguments."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ from adapt_recipes.models import (
 )
 from adapt_recipes.models.architecture import architecture_of_config, architecture_of_decoder
 from adapt_recipes.models.head_norm import NormedHeads
-from adapt_recipes.models.rotations import Rotations
+from adapt_recipes.models.rotations import RotaryEmbeddings
 
 OURS = ["gemma3", "qwen3", "qwen1_5"]  # what this project builds, not torchtune
 
@@ -364,12 +364,12 @@ def test_scaled_rope_matters_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen3"}, "config.json: model_type 'qwen3' is not of the Llama kind; allowed: llama"),
-        ({"model_type": "llama4"}, "model_type 'llama4' is not of the Llama kind; did you mean 'llama'?"),
+        ({"model_type": "qwen3"}, "config.json: model_type 'qwen3' is not supported here; allowed: llama"),
+        ({"model_type": "llama4"}, "model_type 'llama4' is not supported here; did you mean 'llama'?"),
         ({"attention_bias": True}, "config.json: attention_bias = True is not supported; allowed: False"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
         ({"num_key_value_heads": 3}, "config.json: num_heads (4) must be divisible by num_kv_heads (3)"),
-        ({"max_position_embeddings": 39}, "max_seq_len 40 is beyond the model's max_position_embeddings 39"),
+        ({"max_position_embeddings": 39}, "max_seq_len 40 exceeds the model's max_position_embeddings 39"),
     ],
     ids=str,
 )
@@ -395,7 +395,7 @@ def test_values_and_gradients_of_rope_are_those_of_torchtune(kind: type, positio
     x = torch.randn(2, 24, 3, 16, requires_grad=True)
     upstream = torch.randn_like(x)
     results = []
-    for module in (rope, Rotations(rope)):
+    for module in (rope, RotaryEmbeddings(rope)):
         rotated = module(x, input_pos=input_pos)
         (gradient,) = torch.autograd.grad(rotated, x, upstream)
         results.append((rotated, gradient))
@@ -404,7 +404,7 @@ def test_values_and_gradients_of_rope_are_those_of_torchtune(kind: type, positio
 
 
 def test_rope_in_half_precision_computes_in_fp32_and_rounds_once() -> None:
-    rope, x = Rotations(RotaryPositionalEmbeddings(16, 24)), torch.randn(1, 24, 2, 16).bfloat16()
+    rope, x = RotaryEmbeddings(RotaryPositionalEmbeddings(16, 24)), torch.randn(1, 24, 2, 16).bfloat16()
     assert rope(x).dtype == torch.bfloat16
     assert torch.equal(rope(x), rope(x.float()).bfloat16())
 

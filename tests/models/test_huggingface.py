@@ -152,13 +152,15 @@ def test_a_model_from_scratch_is_saved_for_transformers(tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("builder", "most_like"),
     [
-        (phi3, "'llama', but its rotation is a Phi3RotaryPositionalEmbeddings"),
+        (phi3, "'llama', but its position embedding is a Phi3RotaryPositionalEmbeddings"),
         (gemma2, "'gemma', but its attention is a Gemma2Attention"),
     ],
 )
 def test_another_family_of_decoders_is_refused(builder: Any, most_like: str) -> None:
     decoder = small(builder, **({"head_dim": 8} if builder is gemma2 else {}))
-    with refused(f"model: it is of none of the kinds llama, gemma, gemma3_text, qwen2, qwen3: most like {most_like}"):
+    with refused(
+        f"model: its architecture is none of llama, gemma, gemma3_text, qwen2, qwen3: it is most similar to {most_like}"
+    ):
         huggingface_config(decoder)
 
 
@@ -388,7 +390,7 @@ def test_a_folder_of_another_family_is_refused(folders: dict[str, Path], of_fold
     folder = folders[FAMILIES[of_folder]]
     checkpointer = HuggingFaceCheckpointer(str(folder))
     for of_model, name in FAMILIES.items():
-        message = f"does not fit the model: it is of the kind '{of_folder}', and the model is '{of_model}'"
+        message = f"does not fit the model: its model_type is '{of_folder}', and the model's '{of_model}'"
         if of_folder == of_model:
             checkpointer.check(build(name))
         else:
@@ -511,7 +513,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path, use: Any) -> None:
         use(str(tmp_path / "nowhere"))
     with refused(f"there is no {tmp_path / 'config.json'}"):
         use(str(tmp_path))
-    for text, message in (("{", "is not JSON"), ("[]", "must hold a JSON object, not a list")):
+    for text, message in (("{", "is not JSON"), ("[]", "must contain a JSON object, not a list")):
         (tmp_path / "config.json").write_text(text)
         with refused(f"{tmp_path / 'config.json'} {message}"):
             use(str(tmp_path))
@@ -523,7 +525,7 @@ def test_a_folder_without_weights_is_refused(changed: Any) -> None:
     neither = f"there is neither model.safetensors nor model.safetensors.index.json in {folder}"
     refused_by_checkpointer(folder, neither)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused_by_checkpointer(folder, f"{neither}; its pytorch_model.bin is the old format")
+    refused_by_checkpointer(folder, f"{neither}; pytorch_model.bin is an old format")
     for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         (folder / "model.safetensors.index.json").write_text(text)
         refused_by_checkpointer(folder, "model.safetensors.index.json is not the index of a sharded model")
@@ -541,7 +543,7 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     with refused(f"{tmp_path} does not fit the model: the folder lacks model."):
         HuggingFaceCheckpointer(str(tmp_path)).check(build("gemma3"))
     another.unlink()
-    message = f"model.safetensors.index.json names {another.name}, and there is no such file in {tmp_path}"
+    message = f"model.safetensors.index.json names {another.name}, but there is no such file in {tmp_path}"
     refused_by_checkpointer(tmp_path, message)
 
 

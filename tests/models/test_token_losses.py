@@ -208,7 +208,7 @@ def test_as_the_root_of_fsdp2(share_supervised: float, tmp_path_factory: pytest.
     ("max_seq_len", "max_token", "said"),
     [
         (65, 5, r"model\.max_seq_len: 64 is less than max_seq_len, 65"),
-        (64, 64, r"model\.vocab_size: 64 is too few: .* 64"),
+        (64, 64, r"model\.vocab_size: 64 is too small: .* 64"),
     ],
 )
 def test_a_decoder_that_cannot_read_the_data_is_refused(max_seq_len: int, max_token: int, said: str) -> None:
@@ -216,5 +216,5 @@ def test_a_decoder_that_cannot_read_the_data_is_refused(max_seq_len: int, max_to
     check_decoder(decoder, max_seq_len=64, max_token=63)
     with pytest.raises(ValueError, match=said):
         check_decoder(decoder, max_seq_len=max_seq_len, max_token=max_token)
-    with pytest.raises(ValueError, match=r"model\._component_: gives a Linear"):
+    with pytest.raises(ValueError, match=r"model\._component_: returns a Linear"):
         check_decoder(torch.nn.Linear(2, 2), max_seq_len=1, max_token=1)

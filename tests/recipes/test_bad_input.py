@@ -129,19 +129,19 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Refusal:
         ("tasks=adapt_recipes.data", "tasks._component_: 'adapt_recipes.data' is not a class or function"),
         (
             "mixture=torch.optim.AdamW",
-            "mixture._component_: 'torch.optim.AdamW' does not take 'task_names', which the recipe gives it",
+            "mixture._component_: 'torch.optim.AdamW' does not take 'task_names', which the recipe passes",
         ),
-        ("optimizer.params=[]", "optimizer.params: the recipe gives this itself; take it out"),
+        ("optimizer.params=[]", "optimizer.params: the recipe passes this itself; remove it"),
         ("~model.vocab_size", f"missing key 'model.vocab_size', which {LLAMA} needs"),
         (
             "mixture=adapt_recipes.mixture.fixed_weights",
             "missing key 'mixture.weights', which adapt_recipes.mixture.fixed_weights needs",
         ),
         # overrides
-        ("seed", "'seed' is not an override: write key=value, or ~key to take a key out"),
-        ("--seed=3", "'--seed=3' is not an override: write key=value, or ~key to take a key out"),
-        ("~seed=3", "'~seed=3' is not an override: write key=value, or ~key to take a key out"),
-        ("=3", "'=3' is not an override: write key=value, or ~key to take a key out"),
+        ("seed", "'seed' is not an override: write key=value, or ~key to remove a key"),
+        ("--seed=3", "'--seed=3' is not an override: write key=value, or ~key to remove a key"),
+        ("~seed=3", "'~seed=3' is not an override: write key=value, or ~key to remove a key"),
+        ("=3", "'=3' is not an override: write key=value, or ~key to remove a key"),
         ("output_dir=x", "output_dir is given twice on the command line"),
         ("~probe.example", "~probe.example: the config has no such key; did you mean 'examples'?"),
         ("seed=${sed}", "seed: Interpolation key 'sed' not found"),
@@ -219,7 +219,7 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
         (
             MULTIUAT,
             ["reward.mc_samples=3"],
-            "reward.mc_samples: 3 passes need dropout, and the model has none; leave it out for one",
+            "reward.mc_samples: 3 samples need dropout, and the model has none; leave the key out",
         ),
         (MULTIUAT, ["reward.mc_samples=0"], "reward.mc_samples: has to be at least 1, not 0"),
         (MULTIUAT, ["reward.measure=PreTO"], "reward.measure: 'PreTO'; did you mean 'PreTP'?"),
@@ -235,7 +235,7 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
             ["reward._component_=adapt_recipes.rewards.GradientNorm"],
             f"reward._component_: 'adapt_recipes.rewards.GradientNorm' has moved to '{REWARDS}.GradientNorm'",
         ),
-        (COSSIM, ["reward.model=x"], "reward.model: the recipe gives this itself; take it out"),
+        (COSSIM, ["reward.model=x"], "reward.model: the recipe passes this itself; remove it"),
         (COSSIM, ["~reward._component_"], "missing key 'reward._component_'"),
         (COSSIM, ["reward=mine.Unread"], "reward: Unread has to be callable, with `reads`, a tuple out of train, "),
         (COSSIM, ["reward=mine.Misread"], "reward: Misread reads 'trian'; did you mean 'train'?"),
@@ -245,7 +245,7 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
         (COSSIM, ["mixture.form=papr"], "mixture.form: 'papr'; did you mean 'paper'?"),
         (COSSIM, ["mixture.floor=1"], "mixture.floor must be a finite number >= 0 and < 1, not 1"),
         (COSSIM, ["mixture.floor=-0.1"], "mixture.floor must be a finite number >= 0 and < 1, not -0.1"),
-        (COSSIM, ["mixture.ema=1"], "mixture.ema must be a finite number > 0 and < 1, not 1"),
+        (COSSIM, ["mixture.ema_decay=1"], "mixture.ema_decay must be a finite number >= 0 and < 1, not 1"),
         (COSSIM, ["~reward"], "missing key 'reward': mixture: Scorer observes rewards"),
         (COSSIM, ["reward=null"], "missing key 'reward': mixture: Scorer observes rewards"),
         (
@@ -494,7 +494,7 @@ def test_no_task_file(refusal: Refusal) -> None:
 
 def test_no_task_left_to_validate_on(refusal: Refusal) -> None:
     said = refusal(*write_tasks(a=GOOD, b=GOOD), "tasks.no_validation=[a, b]")
-    assert said == "tasks.no_validation: it names every task; leave one at least to validate on"
+    assert said == "tasks.no_validation: it names every task; leave at least one to validate on"
 
 
 def test_a_type_that_no_task_has(refusal: Refusal) -> None:
@@ -626,10 +626,10 @@ def assert_died(said: str, *, step: int) -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("Given, rewards: [1]", "reward: Given has to give (2,) float64 on the CPU, not (1,) torch.float64 on cpu"),
-        ("Single, rewards: [1, 1]", "Single has to give (2,) float64 on the CPU, not (2,) torch.float32 on cpu"),
+        ("Given, rewards: [1]", "reward: Given has to return (2,) float64 on the CPU, not (1,) torch.float64 on cpu"),
+        ("Single, rewards: [1, 1]", "Single has to return (2,) float64 on the CPU, not (2,) torch.float32 on cpu"),
         ("Attached, rewards: [1, 1]", "not (2,) torch.float64 on cpu with a gradient"),
-        ("Listed, rewards: [1, 1]", "reward: Listed has to give (2,) float64 on the CPU, not list"),
+        ("Listed, rewards: [1, 1]", "reward: Listed has to return (2,) float64 on the CPU, not list"),
         ("Given, rewards: [1, nan]", "step 2: the reward of task 'hard' is nan; "),
         ("Given, rewards: [inf, 1]", "step 2: the reward of task 'easy' is inf; "),
         ("Given, rewards: [1, -inf]", "step 2: the reward of task 'hard' is -inf; "),
@@ -649,10 +649,13 @@ def test_what_is_no_reward(refusal: Refusal, reward: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("becomes: [.nan, .5]", "Drifting.probabilities() has to be (2,) float64 on the CPU, sum to 1 and hold none"),
+        (
+            "becomes: [.nan, .5]",
+            "Drifting.probabilities() has to be (2,) float64 on the CPU, sum to 1 and have",
+        ),
         ("becomes: [.5, .4]", "below 0; it sums to 0.9, and its lowest is 0.4"),
         ("becomes: [1]", "Drifting.probabilities() has to be (2,) float64 on the CPU"),
-        ("becomes: [.5, .5], logs: 3", "Drifting.update returned as 'own' no tensor of shape () or (2,): 3"),
+        ("becomes: [.5, .5], logs: 3", "Drifting.update returned 'own', which is not a tensor of shape () or (2,): 3"),
     ],
 )
 def test_a_mixture_that_an_update_makes_none(refusal: Refusal, config: str, arguments: str, message: str) -> None:

@@ -43,7 +43,7 @@ from adapt_recipes.training import interrupt, process_group
 
 pytestmark = pytest.mark.slow
 
-WITHOUT_WORD = r"another process has ended or does not answer, and left no word \([^\n]+\)"
+WITHOUT_WORD = r"another process has ended or does not answer, without an error message \([^\n]+\)"
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def meet_for_a_second(rank: int) -> None:
 
 
 def slow_disk(rank: int, *, wait: str | None) -> None:
-    """A checkpoint of the tiny model takes 40 seconds; torchrun waits 30, or as long as it is told to."""
+    """A checkpoint of the tiny model takes 40 seconds; torchrun waits 30, or as long as the environment says."""
     interrupt.DISK_SPEED = 28_000
     os.environ["TORCHELASTIC_RUN_ID"] = "none"
     if wait is not None:
@@ -286,7 +286,7 @@ def test_under_torchrun(runs: Runs, whole: Any, tmp_path: Path, target: str, num
     if number == signal.SIGKILL:
         assert launcher.returncode == 1
         (line,) = said_by_us
-        assert re.fullmatch(f"error: ({WITHOUT_WORD}|told to stop by SIGTERM, but not all processes answer; .*)", line)
+        assert re.fullmatch(f"error: ({WITHOUT_WORD}|stopped by SIGTERM, but not all processes answer; .*)", line)
         assert runs.finish_group(strategy, folder) == [0, 0]
         assert_same_run(folder, whole(strategy))
         return

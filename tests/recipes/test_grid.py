@@ -44,7 +44,7 @@ from transformers import (
 from adapt_recipes import data, models
 from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.planning.memory import Shape, estimate_memory
+from adapt_recipes.planning.memory import CPU, Shape, estimate_memory
 
 SCRIPT = ROOT / "yaml" / "write_grid.py"
 # By its path: the folder is not a package.
@@ -240,7 +240,12 @@ def test_mos_is_set_as_in_its_paper() -> None:
         "multidds": {"_component_": "adapt_recipes.signals.rewards.GradientAlignment"},
         "multiuat": {"_component_": "adapt_recipes.signals.rewards.Uncertainty", "measure": "EntSent"},
     }
-    scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "learning_rate": 1e-4, "ema_decay": 0.1}
+    scorer = {
+        "_component_": "adapt_recipes.mixture.Scorer",
+        "prior": "uniform",
+        "learning_rate": 1e-4,
+        "ema_decay": 0.1,
+    }
     for config in MOS:
         values, strategy = VALUES[config], NAMES[config].strategy
         assert (values["batch_size"], values["optimizer"]["lr"], values["lr_schedule"]["warmup"]) == (64, 1e-5, 0.1)
@@ -269,8 +274,8 @@ def test_updates_are_many_and_cost_what_it_says(config: str) -> None:
     length, updates = map(int, re.search(r"some ([\d,]+) steps and (\d+) mix", text.replace(",", "")).groups())
     assert updates >= 8 and updates == pytest.approx(length / update_every, abs=1)
     millions = float(re.search(r"; ([\d.]+) million examples", text).group(1))
-    passes = values["budget"].get("fraction") or values["budget"]["epochs"]
-    assert length == pytest.approx(passes * millions * 1e6 / values["batch_size"], abs=5)
+    epochs = values["budget"].get("fraction") or values["budget"]["epochs"]
+    assert length == pytest.approx(epochs * millions * 1e6 / values["batch_size"], abs=5)
 
 
 # ---- runs
@@ -465,10 +470,10 @@ def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> Non
 @pytest.mark.slow
 def test_the_remedy_takes_the_memory_that_it_says() -> None:
     loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[TOO_LARGE], WITH_REMEDY)
-    model = models.build(loaded, [], device=torch.device("cpu"), checkpointer=None)
+    model = models.build(loaded, [], device=CPU, checkpointer=None)
     memory, size = estimate_memory(model, loaded, Shape(4, 1024, 512))
     assert 0 < size.trained < size.parameters / 1000
-    assert f"some {memory.total / 1e9:.0f} GB (reckoned" in REMEDY.replace("\n", " ")
+    assert f"about {memory.total / 1e9:.0f} GB (estimated" in REMEDY.replace("\n", " ")
 
 
 def test_shares_of_batches_for_a_fixed_mixture(tmp_path: Path, hub: Path) -> None:

@@ -134,7 +134,7 @@ def test_probe_tokens_are_what_the_reward_reads(watched: Watched) -> None:
 def test_how_uncertainty_is_measured_stands_in_the_log(watched: Watched) -> None:
     """And is said once: with dropout, as these runs have, or without."""
     notes = [event for event in events(watched.folder) if event["event"] == "note"]
-    uncertain = {"event": "note", "step": 0, "text": "uncertainty is the mean over 3 passes with dropout"}
+    uncertain = {"event": "note", "step": 0, "text": "uncertainty is the mean over 3 forward passes with dropout"}
     assert notes == ([uncertain] if watched.strategy == "multiuat" else [])
 
 

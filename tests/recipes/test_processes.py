@@ -135,7 +135,7 @@ class Job(NamedTuple):
     Attributes:
         strategy: names the config and the recipe.
         argv: the command line.
-        stop_after: a step in which the last of the processes is told to stop.
+        stop_after: a step in which the last of the processes gets a SIGTERM.
         num_devices: as many CUDA devices as the machine is to seem to have.
     """
 
@@ -553,7 +553,7 @@ def test_resumed_on_another_number_of_processes(
 # ------------------------------------------------------------------------------------------------ what is refused
 
 NOT_THE_SAME = "not the same on process 1 as on process 0"
-DOWNLOAD = "`tune download` makes one of a model's name"
+DOWNLOAD = "`tune download MODEL --output-dir FOLDER` creates one"
 HAVE_TO_BE, MAY_DEPEND = "have to be the same for all", "may depend on nothing but what it is given"
 # Each process runs in a folder of its own, ``unlike`` the other's: a path that is not absolute is another for each.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

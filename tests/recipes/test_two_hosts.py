@@ -101,8 +101,8 @@ def test_two_hosts_and_a_cable_that_is_pulled(hosts: tuple[str, str], tmp_path: 
     assert launched.end() == [1, 1], launched.said(0) + launched.said(1)
     for number in range(2):
         (line,) = (line for line in launched.said(number) if line.startswith(("error: ", "Traceback")))
-        gone = r"another process has ended or does not answer, and left no word \(.+\)"
-        assert re.fullmatch(f"error: ({gone}|told to stop by SIGTERM, but not all processes answer; .*)", line)
+        gone = r"another process has ended or does not answer, without an error message \(.+\)"
+        assert re.fullmatch(f"error: ({gone}|stopped by SIGTERM, but not all processes answer; .*)", line)
     assert not (folder / "summary.json").exists()
 
     ip("-n", hosts[0], "link", "set", "eth", "up")

@@ -14,10 +14,10 @@ from PIL import Image
 from report_runs import events, write_run
 
 from adapt_recipes.report.figures import (
-    COLOURS,
+    COLORS,
     DASHED,
     DOTTED,
-    GREY,
+    GRAY,
     NAMED,
     PLAIN,
     Chart,
@@ -82,7 +82,7 @@ def test_captions_say_what_a_probability_is(tmp_path: Path) -> None:
     tokens = write_run(tmp_path / "a", resolved={"sampling": "tokens"})
     dataset = write_run(tmp_path / "b", resolved={"sampling": "dataset"})
     share, chance, steps = (
-        "its share of the supervised tokens to come",
+        "its share of the next supervised tokens",
         "the chance that a step is of this task",
         "steps",
     )
@@ -303,11 +303,11 @@ def test_both_drawings_show_every_line(kind: str, num_panels: int) -> None:
         assert trace.name == line.label and trace.x.tolist() == line.x.tolist()
         assert trace.y == pytest.approx(line.y)
         if kind == "stack":
-            assert trace.stackgroup and trace.fillcolor == COLOURS[line.look % len(COLOURS)]
-            assert (trace.fillpattern.shape == "/") == (line.look >= len(COLOURS))
+            assert trace.stackgroup and trace.fillcolor == COLORS[line.look % len(COLORS)]
+            assert (trace.fillpattern.shape == "/") == (line.look >= len(COLORS))
         else:
-            assert trace.line.color == COLOURS[line.look % len(COLOURS)]
-            assert (trace.line.dash == "dash") == (line.look >= len(COLOURS))
+            assert trace.line.color == COLORS[line.look % len(COLORS)]
+            assert (trace.line.dash == "dash") == (line.look >= len(COLORS))
     assert sum(bool(trace.showlegend) for trace in page.data) == NAMED, "a name stands once, whatever the panels"
     assert len({trace.legendgroup for trace in page.data}) == NAMED, "and hides its line in every panel"
     assert [text.get_text() for text in file.legends[0].get_texts()] == described.names
@@ -315,19 +315,17 @@ def test_both_drawings_show_every_line(kind: str, num_panels: int) -> None:
         assert axes.get_title() == panel.title
         if kind == "stack":
             assert len(axes.collections) == NAMED
-            assert [bool(area.get_hatch()) for area in axes.collections] == [i >= len(COLOURS) for i in range(NAMED)]
+            assert [bool(area.get_hatch()) for area in axes.collections] == [i >= len(COLORS) for i in range(NAMED)]
             assert axes.get_ylim()[1] >= sum(line.y[-1] for line in panel.lines)
         else:
             assert [artist.get_ydata().tolist() for artist in axes.lines] == [line.y.tolist() for line in panel.lines]
-            assert [artist.get_linestyle() == "--" for artist in axes.lines] == [
-                i >= len(COLOURS) for i in range(NAMED)
-            ]
+            assert [artist.get_linestyle() == "--" for artist in axes.lines] == [i >= len(COLORS) for i in range(NAMED)]
 
 
 @pytest.mark.parametrize("kind", ["lines", "steps", "stack"])
 def test_the_file_has_every_colour(kind: str) -> None:
-    image = np.asarray(Image.open(io.BytesIO(to_png(chart(kind, num_lines=len(COLOURS))))).convert("RGB"))
-    for colour in COLOURS:
+    image = np.asarray(Image.open(io.BytesIO(to_png(chart(kind, num_lines=len(COLORS))))).convert("RGB"))
+    for colour in COLORS:
         assert (image == list(bytes.fromhex(colour[1:]))).all(axis=2).any(), colour
     assert image.shape[1] >= 1200
 
@@ -420,7 +418,7 @@ def test_long_lines_are_thinned_for_the_page_and_keep_their_ends(
 ) -> None:
     from adapt_recipes.report import figures
 
-    monkeypatch.setattr(figures, "POINTS", 0)
+    monkeypatch.setattr(figures, "MAX_POINTS", 0)
     run = read_run(write_run(tmp_path / "run", steps=300, tasks=[f"task_{i}" for i in range(70)]))
     made = {chart.name: chart for chart in charts([Group("g", (run,))])}
     (line,) = made["learning_rate"].lines
@@ -454,23 +452,23 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("vision", VISION)
 def test_people_of_every_colour_vision_tell_the_colours_apart(vision: str) -> None:
-    """Two areas side by side are just told apart at a distance of about 0.02; thin lines need more."""
-    seen = [oklab(np.array(VISION[vision]) @ linear(colour)) for colour in COLOURS]
+    """Two areas side by side can just be distinguished at a distance of about 0.02; thin lines need more."""
+    seen = [oklab(np.array(VISION[vision]) @ linear(colour)) for colour in COLORS]
     assert min(float(np.linalg.norm(a - b)) for a, b in combinations(seen, 2)) > 0.08
 
 
 @pytest.mark.parametrize("page", ["#ffffff", "#14181d"])
 def test_the_colours_stand_out_from_the_page(page: str) -> None:
-    luminance = [float(linear(colour) @ [0.2126, 0.7152, 0.0722]) + 0.05 for colour in (page, *COLOURS, GREY)]
+    luminance = [float(linear(colour) @ [0.2126, 0.7152, 0.0722]) + 0.05 for colour in (page, *COLORS, GRAY)]
     for colour in luminance[1:]:
         assert max(colour, luminance[0]) / min(colour, luminance[0]) > 1.8
 
 
 def test_what_has_the_same_colour_has_another_texture() -> None:
     x = np.zeros(1)
-    looks = [(line.colour, line.texture) for line in (Line("", look, x, x) for look in (None, *range(NAMED)))]
+    looks = [(line.color, line.texture) for line in (Line("", look, x, x) for look in (None, *range(NAMED)))]
     assert len(set(looks)) == NAMED + 1
-    assert looks[0] == (GREY, DOTTED) and DOTTED not in [texture for _, texture in looks[1:]]
+    assert looks[0] == (GRAY, DOTTED) and DOTTED not in [texture for _, texture in looks[1:]]
     assert len({texture for _, texture in looks}) == len({PLAIN, DASHED, DOTTED}) == 3
     for one, other in combinations((PLAIN, DASHED, DOTTED), 2):
         parts = one._asdict().items() if DOTTED not in (one, other) else [("dash", one.dash), ("marker", one.marker)]

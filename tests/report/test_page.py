@@ -132,7 +132,7 @@ def test_a_finished_run_with_a_cut_log_is_told_by_its_summary(tmp_path: Path, st
     headlines = [re.search("The run spent .* supervised tokens [a-z ]+[.]", text) for text in (page.text, whole.text)]
     assert headlines[0] and headlines[1] and headlines[0][0] == headlines[1][0]
     assert page.tables == whole.tables
-    assert f"run: log.jsonl is cut: figures end at token {64 * steps_left} of 1,280" in page.text
+    assert f"run: log.jsonl is truncated: figures end at token {64 * steps_left} of 1,280" in page.text
 
     other = write_run(tmp_path / "other", strategy="uniform", loss=lambda task, share: 1.5)
     log.write_bytes(b"".join(lines))
@@ -419,10 +419,10 @@ def test_errors_are_one_line_and_status_2(
     (tmp_path / "file").touch()
     for words, said in [
         ([tmp_path / "gone"], "gone: there is no such folder"),
-        ([tmp_path], f"holds no run itself, but 3 of its folders do: give {tmp_path}/*/"),
+        ([tmp_path], f"contains no run itself, but 3 of its folders do: give {tmp_path}/*/"),
         ([folder, other], "have no task in common"),
         ([broken], "log.jsonl, line 2: is not a JSON object"),
-        ([folder, "--out", "page"], "--out page: has to be the name of a page, and end in .html"),
+        ([folder, "--out", "page"], "--out page: has to end in .html"),
         ([folder, "--out", tmp_path / "file" / "page.html"], "Not a directory"),
     ]:
         status, output = report(capsys, *words)

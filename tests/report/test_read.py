@@ -79,7 +79,7 @@ def test_worst_and_mean_leave_out_what_is_not_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 7, 8, 9, 15, 16, 17, 100, 1000])
 def test_most_lines_of_a_long_log_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """The first and the last step are read, and evenly spread ones between; every validation; updates are counted."""
-    monkeypatch.setattr(read, "POINTS", 4)
+    monkeypatch.setattr(read, "KEPT_LINES", 4)
     folder = write_run(tmp_path / "run", steps=steps, update_every=1, validate_every=3)
     run = read_run(folder)
     for some, event in ((run.steps, "step"), (run.mixtures, "mixture")):
@@ -203,7 +203,7 @@ def text(name: str, content: str) -> Callable[[Path], object]:
             "line 1: 'probabilities' has to be a mapping",
         ),
         (second_line("losses", "gone"), "{folder}/log.jsonl, line 2: has no 'losses'"),
-        (second_line("losses", {"one": 1.0}), "line 2: 'losses' has to have the tasks that the log begins with"),
+        (second_line("losses", {"one": 1.0}), "line 2: 'losses' has to have the tasks of the log's first line"),
         (second_line("losses", {"one": 1, "two": "x", "three": 1}), "line 2: 'losses' has to be a mapping of tasks to"),
         (second_line("supervised_tokens", "many"), "line 2: 'supervised_tokens' has to be a number"),
         (text("resolved.yaml", "a: ["), "{folder}/resolved.yaml: while parsing"),
@@ -228,9 +228,9 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         write_run(tmp_path / "runs" / name)
     for name, said in {
         "gone": "there is no such folder",
-        "file": "is no folder",
-        "empty": "holds no run",
-        "runs": f"holds no run itself, but 2 of its folders do: give {tmp_path / 'runs'}/*/",
+        "file": "is not a folder",
+        "empty": "contains no run",
+        "runs": f"contains no run itself, but 2 of its folders do: give {tmp_path / 'runs'}/*/",
     }.items():
         with pytest.raises(ValueError) as error:
             read_run(tmp_path / name)

@@ -288,7 +288,7 @@ def test_stepped_moves_the_weights_and_takes_gradients_there() -> None:
 
 
 class Restless(nn.Module):
-    """Has dropout, draws random numbers in eval mode too, counts its forwards, and raises in the one it is told."""
+    """Has dropout, draws random numbers in eval mode too, counts its forwards, and raises in the one that is given."""
 
     def __init__(self, model, raise_at=None) -> None:
         super().__init__()

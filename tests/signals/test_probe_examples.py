@@ -155,7 +155,7 @@ def test_rows_without_a_supervised_label_are_no_examples() -> None:
 def test_passes_with_dropout_use_the_masks_that_come_next(dropout) -> None:
     model, batches = tiny_model(**dropout), batched(EXAMPLES)
     start = torch.get_rng_state()
-    values = passes.example_uncertainties(model, batches, skewed, passes=3, dropout=True)
+    values = passes.example_uncertainties(model, batches, skewed, mc_samples=3, dropout=True)
     assert torch.equal(torch.get_rng_state(), start)
 
     each_pass = []
@@ -186,7 +186,7 @@ def test_leaves_everything_as_it_was(name, raise_at) -> None:
     calls = {
         **MEASURED,
         "with dropout": lambda model, batches: passes.example_uncertainties(
-            model, batches, skewed, passes=2, dropout=True
+            model, batches, skewed, mc_samples=2, dropout=True
         ),
     }
     model = tiny_model(attn_dropout=0.2)

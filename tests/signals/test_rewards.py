@@ -337,11 +337,11 @@ def test_an_unknown_specialist_is_named(kind) -> None:
 DROPOUTS = [{"attn_dropout": 0.2}, {"lora_dropout": 0.2}]
 
 
-@pytest.mark.parametrize("mc_samples", [None, 1, 4])
+@pytest.mark.parametrize("passes", [None, 1, 4])
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=str)
 def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, passes, capsys) -> None:
     model, batches = tiny_model(**dropout), batched(EXAMPLES["validation"])
-    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", mc_samples=mc_samples)
+    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", mc_samples=passes)
     num_passes = passes or 30
     assert reward.reads == ("validation",) * num_passes
     model.decoder.layers[0].eval()
@@ -374,12 +374,12 @@ def test_other_masks_at_every_update() -> None:
     assert (first - reward(validation=batches)).abs().nan_to_num().max() > 1e-6
 
 
-@pytest.mark.parametrize("mc_samples", [None, 1])
+@pytest.mark.parametrize("passes", [None, 1])
 @pytest.mark.parametrize("none", [{}, {"lora_dropout": 0.0}], ids=["whole model", "adapters"])
 def test_without_dropout_one_pass_will_do(none, passes) -> None:
-    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), mc_samples=mc_samples)
+    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), mc_samples=passes)
     assert reward.reads == ("validation",)
-    assert reward.note == "the model has no dropout: uncertainty is that of one pass without"
+    assert reward.note == "the model has no dropout: uncertainty is that of one forward pass"
 
 
 def test_any_dropout_module_with_a_rate_is_dropout() -> None:
@@ -388,13 +388,17 @@ def test_any_dropout_module_with_a_rate_is_dropout() -> None:
     assert len(Uncertainty(task_names=NAMES, model=model).reads) == 1
     model.drop.p = 0.1
     reward = Uncertainty(task_names=NAMES, model=model)
-    assert len(reward.reads) == 30 and reward.note == "uncertainty is the mean over 30 passes with dropout"
+    assert len(reward.reads) == 30 and reward.note == "uncertainty is the mean over 30 forward passes with dropout"
 
 
 @pytest.mark.parametrize(
     ("dropout", "arguments", "message"),
     [
-        (0.0, {"mc_samples": 2}, "reward.mc_samples: 2 passes need dropout, and the model has none; leave it out for one"),
+        (
+            0.0,
+            {"mc_samples": 2},
+            "reward.mc_samples: 2 samples need dropout, and the model has none; leave the key out",
+        ),
         (0.0, {"mc_samples": 0}, "reward.mc_samples: has to be at least 1, not 0"),
         (0.1, {"mc_samples": -3}, "reward.mc_samples: has to be at least 1, not -3"),
         (0.1, {"measure": "PreTp"}, "reward.measure: 'PreTp'; did you mean 'PreTP'?"),

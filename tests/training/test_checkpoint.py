@@ -387,7 +387,7 @@ def test_every_bit_of_the_checksums_counts(tmp_path: Path, monkeypatch: pytest.M
         flipped[place] ^= 1 << bit
         file.write_bytes(flipped)
         store = checkpoints(tmp_path)
-        if not store._damage(file.parent, [store._look_at(file.parent)]):
+        if not store._damage(file.parent, [store._inspect(file.parent)]):
             assert json.loads(flipped) == checksums, "white space, or the same in other letters"
 
 
@@ -425,7 +425,7 @@ def test_where_all_are_damaged_nothing_is_started(tmp_path: Path) -> None:
     message = (
         r"damaged checkpoints in .*: step_2 \([^\n]*shared.pt'\), step_1 \([^\n]*\); there is no whole one: remove "
     )
-    with pytest.raises(ValueError, match=rf"^{message}{tmp_path} to start anew\Z"):
+    with pytest.raises(ValueError, match=rf"^{message}{tmp_path} to start again\Z"):
         checkpoints(tmp_path).newest()
     assert names(tmp_path) == ["step_1", "step_2"]
 
@@ -601,7 +601,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(
         with pytest.raises(ZeroDivisionError):
             store.save(2, *small(2), shared={"value": 2}, own=2) if call == "save" else getattr(store, call)()
     assert names(tmp_path) == []
-    if call != "close":  # it is told once, and the next write is another one
+    if call != "close":  # it is raised once, and the next write is another one
         store.save(3, *small(3), shared={"value": 3}, own=3)
         store.close()
         assert assert_whole(tmp_path) == (3, 3)

@@ -1,4 +1,4 @@
-"""Processes stop together, at the same step and with the same status, whichever of them was told to."""
+"""Processes stop together, at the same step and with the same status, whichever of them was signaled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from adapt_recipes.training.process_group import all_reduce_sum, process_group, 
 
 pytestmark = pytest.mark.slow
 
-Told = dict[int, dict[int, list[signal.Signals]]]  # process -> step -> signals
+Sent = dict[int, dict[int, list[signal.Signals]]]  # process -> step -> signals
 
-CASES: dict[str, Told] = {
+CASES: dict[str, Sent] = {
     "the first": {0: {3: [signal.SIGTERM]}},
     "the second": {1: {3: [signal.SIGINT]}},
     "both": {0: {3: [signal.SIGTERM]}, 1: {3: [signal.SIGTERM]}},
@@ -32,14 +32,14 @@ CASES: dict[str, Told] = {
 }
 
 
-def loop(told: Told) -> tuple[int, int, list[int]]:
+def loop(sent: Sent) -> tuple[int, int, list[int]]:
     """(the step it ended at, the exit status, the steps it was saved at), in the way of the recipes."""
     step, saved_at = 0, []
     with StopSignals() as stop:
         while step < 9 and not stop.agreed():
             step += 1
             all_reduce_sum(torch.zeros(1))
-            for number in told.get(rank(), {}).get(step, []):
+            for number in sent.get(rank(), {}).get(step, []):
                 signal.raise_signal(number)
             if stop.agreed():
                 saved_at.append(step)
@@ -50,7 +50,7 @@ def loop(told: Told) -> tuple[int, int, list[int]]:
 
 def stopped(folder: Path) -> dict[str, Any]:
     with process_group("cpu", batch_size=2):
-        return {name: loop(told) for name, told in CASES.items()}
+        return {name: loop(sent) for name, sent in CASES.items()}
 
 
 def one_does_not_answer(folder: Path) -> None:
@@ -119,9 +119,7 @@ def test_who_was_told_to_stop_does_not_wait_for_ever(
 ) -> None:
     first, second = ended[case]
     assert first.status == status and second.status != 0
-    said = (
-        f"error: told to stop by {name}, but not all processes answer; nothing is saved, the newest checkpoint stands"
-    )
+    said = f"error: stopped by {name}, but not all processes answer; nothing is saved, the newest checkpoint stands"
     assert said in first.err.splitlines() and "Traceback" not in first.err
     assert first.seconds < 60
 

@@ -73,4 +73,4 @@ def test_any_other_that_is_not_finite_is_named(rewards: list[float], read: list[
 def test_what_is_no_reward_a_task_is_named(rewards: Any, given: str) -> None:
     with pytest.raises(ValueError) as error:
         check(rewards, TRAIN)
-    assert str(error.value) == f"reward: Mine has to give (3,) float64 on the CPU, not {given}"
+    assert str(error.value) == f"reward: Mine has to return (3,) float64 on the CPU, not {given}"
