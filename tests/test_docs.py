@@ -1,9 +1,9 @@
 """Every command in the README and in docs/ is one that works.
 
-`tune` is run with the words of each command. What needs a model that is not here is held to its recipe's schema; that its config runs is
-shown by tests/recipes/test_grid.py and test_shipped_configs.py, with a model of the same kind. Benchmarks are held to
-their options, and the configs and overrides that they are given to the recipes' schemas; test_benchmarks.py and
-test_compare.py run them.
+`tune` is run with the words of each command. What needs a model that is not here is held to its recipe's schema; that
+its config runs is shown by tests/recipes/test_grid.py and test_shipped_configs.py, with a model of the same kind.
+Benchmarks are held to their options, and the configs and overrides that they are given to the recipes' schemas;
+test_benchmarks.py and test_compare.py run them.
 """
 
 from __future__ import annotations
