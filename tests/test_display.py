@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tiers import slow_but
 
 import tune_cli_ext
 from adapt_recipes.budget import Ledger
@@ -106,7 +107,7 @@ def test_it_shows_what_takes_a_while() -> None:
         assert first_line().startswith("step 5 ")
 
 
-@pytest.mark.parametrize("recipe", ["sft", "adapt", "mos"])
+@pytest.mark.parametrize("recipe", slow_but(["mos"], ["sft", "adapt", "mos"]))
 def test_recipes_say_what_takes_a_while(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     doings: list[str] = []
     monkeypatch.setattr(Display, "doing", lambda display, what: doings.append(what))

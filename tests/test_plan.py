@@ -516,6 +516,7 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
 # ---- warnings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "overrides", "warnings"),
     [

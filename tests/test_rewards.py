@@ -272,6 +272,7 @@ def test_similarities_and_alignments_are_from_0_to_1(specialist, case) -> None:
         assert ((rewards >= 0) & (rewards <= 1)).all()
 
 
+@pytest.mark.slow
 @every_reward
 @settings(max_examples=20)
 @given(several_tasks(), st.randoms())

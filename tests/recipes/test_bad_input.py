@@ -203,6 +203,7 @@ def test_a_line_in_the_file(refusal: Refusal, old: str, new: str, message: str) 
 SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.rewards"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mine")
 @pytest.mark.parametrize(
     ("config", "overrides", "message"),

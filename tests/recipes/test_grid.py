@@ -25,6 +25,7 @@ import yaml
 from conftest import Runner
 from running import CONFIGS, ROOT, Run, finished, load_recipe, recipe_of
 from standins import write_natural_instructions, write_tokenizer
+from tiers import slow_but
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -380,7 +381,7 @@ def test_what_runs_covers_the_grid() -> None:
         }
 
 
-@pytest.mark.parametrize("config", COVERING)
+@pytest.mark.parametrize("config", slow_but(COVERING[::4], COVERING))
 def test_runs(run: Runner, costs: list[int], hub: Path, config: str) -> None:
     name, values = NAMES[config], VALUES[config]
     ((unit, share),) = values["budget"].items()
@@ -419,6 +420,7 @@ def test_the_others_run_too(run: Runner, hub: Path, config: str) -> None:
     assert (done.folder / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", KINDS)
 def test_the_model_folder_computes_what_was_trained(run: Runner, hub: Path, model: str) -> None:
     config = next(config for config, name in NAMES.items() if name.model == model)

@@ -333,7 +333,7 @@ FREE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("key", FREE)
+@pytest.mark.parametrize("key", slow_but(["metric_logger", "validate_every"], FREE))
 def test_a_free_key_may_change(runs: Runs, folder: Path, tmp_path: Path, key: str) -> None:
     changes = {key: FREE[key]}
     if key == "metric_logger":
