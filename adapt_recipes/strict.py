@@ -33,7 +33,16 @@ from adapt_recipes.errors import nearest
 ConfigT = TypeVar("ConfigT")
 
 # Import paths of components that have moved, and their new paths; a config with an old one is refused with its new one.
-MOVED = {"adapt_recipes.rewards": "adapt_recipes.signals.rewards"}
+MOVED = {
+    "adapt_recipes.rewards": "adapt_recipes.signals.rewards",
+    "adapt_recipes.models.llama_from_folder": "adapt_recipes.models.decoder_from_folder",
+    "adapt_recipes.models.add_lora": "adapt_recipes.models.with_lora",
+    "adapt_recipes.models.lora_gemma3": "adapt_recipes.models.with_lora",
+    "adapt_recipes.models.lora_gemma3_1b": "adapt_recipes.models.with_lora",
+    "adapt_recipes.models.lora_qwen1_5_0_5b": "adapt_recipes.models.with_lora",
+    "adapt_recipes.models.lora_qwen3": "adapt_recipes.models.with_lora",
+    "adapt_recipes.models.lora_qwen3_0_6b": "adapt_recipes.models.with_lora",
+}
 
 
 class Renamed(NamedTuple):
@@ -94,7 +103,10 @@ NOT_COMPARED = Mark()
 
 
 class Component(BaseModel):
-    """A config node to build: ``_component_`` is the import path of a class or function, other keys its arguments."""
+    """A config node to build: ``_component_`` is the import path of a class or function, other keys its arguments.
+
+    An argument may be such a node too; it is built first.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -107,6 +119,15 @@ class Component(BaseModel):
         """The arguments in the config."""
         return dict(self.model_extra or {})
 
+    def nested(self, key: str) -> dict[str, Component]:
+        """The arguments that are themselves nodes to build; ``key`` is that of this node."""
+        nodes = {}
+        for name, value in self.arguments.items():
+            if isinstance(value, dict) and "_component_" in value:
+                nodes[name] = Component(**value)
+                nodes[name]._key = f"{key}.{name}"
+        return nodes
+
     def build(self, **injected: Any) -> Any:
         """Calls the component with the arguments in the config and those of the recipe.
 
@@ -115,11 +136,15 @@ class Component(BaseModel):
         """
         key = self._key or self.component
         try:
-            return locate(self.component)(**self.arguments, **injected)
+            nested = {name: node.build() for name, node in self.nested(key).items()}
+            return locate(self.component)(**self.arguments | nested, **injected)
         except ValueError as error:
-            if str(error).startswith((f"{key}.", f"{key}:")):
+            message = str(error)
+            if message.startswith((f"{key}.", f"{key}:")):
                 raise
-            raise ValueError(f"{key}: {error}") from error
+            # A message about an argument begins with its name.
+            about_argument = message.startswith(tuple(f"{name}:" for name in self.arguments))
+            raise ValueError(f"{key}{'.' if about_argument else ': '}{message}") from error
         except Exception as error:
             reason = f"{_named(error)} (ADAPT_TRACEBACK=1 shows where)"
             raise ValueError(f"{key}: {self.component} cannot be built: {reason}") from error
@@ -135,7 +160,7 @@ def locate(path: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for old, new in MOVED.items():
-        if path.startswith(f"{old}."):
+        if f"{path}.".startswith(f"{old}."):
             raise ValueError(f"'{path}' has moved to '{new}{path.removeprefix(old)}'")
     parts = path.split(".")
     if not all(part.isidentifier() for part in parts):
@@ -379,6 +404,9 @@ def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None
         raise ValueError(f"{key}._component_: {error}") from error
     if not callable(component):
         raise ValueError(f"{key}._component_: '{node.component}' is not a class or function")
+    nested = node.nested(key)
+    for name, argument in nested.items():
+        _check_arguments(f"{key}.{name}", argument, ())
     try:
         parameters = inspect.signature(component).parameters
     except (ValueError, TypeError):
@@ -414,7 +442,7 @@ def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None
         return
     for name, value in node.arguments.items():
         # A default may contradict its annotation: `x: int = None` is common.
-        if name in hints and name in named and value is not named[name].default:
+        if name in hints and name in named and name not in nested and value is not named[name].default:
             _check_type(f"{key}.{name}", value, hints[name])
 
 

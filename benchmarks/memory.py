@@ -12,28 +12,31 @@ its estimate is at most 0.9 G; the rest is for CUDA, nccl, kernels and memory th
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import common
+from omegaconf import OmegaConf
 
 from adapt_recipes import models
 from adapt_recipes.config import load
 from adapt_recipes.planning.memory import CPU, Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import update_of
 
-# A shipped config of each model, and its builder with adapters.
+# A shipped config of each model.
 MODELS = {
-    "gemma3_1b": ("gemma3_1b_adapt_1pct", "adapt_recipes.models.lora_gemma3_1b"),
-    "llama3_2_1b": ("llama3_2_1b_adapt_1pct", "torchtune.models.llama3_2.lora_llama3_2_1b"),
-    "qwen3_0_6b": ("qwen3_0_6b_adapt_1pct", "adapt_recipes.models.lora_qwen3_0_6b"),
-    "qwen1_5_0_5b": ("qwen1_5_0_5b_multidds_3ep", "adapt_recipes.models.lora_qwen1_5_0_5b"),
-    "gemma_2b": ("gemma_2b_multidds_3ep", "torchtune.models.gemma.lora_gemma_2b"),
-    "llama3_8b": ("llama3_8b_multidds_3ep", "torchtune.models.llama3.lora_llama3_8b"),
+    "gemma3_1b": "gemma3_1b_adapt_1pct",
+    "llama3_2_1b": "llama3_2_1b_adapt_1pct",
+    "qwen3_0_6b": "qwen3_0_6b_adapt_1pct",
+    "qwen1_5_0_5b": "qwen1_5_0_5b_multidds_3ep",
+    "gemma_2b": "gemma_2b_multidds_3ep",
+    "llama3_8b": "llama3_8b_multidds_3ep",
 }
 GPUS = (24, 40, 80)
 CHECKPOINTING = ["activation_checkpointing=true"]
 SMALLER = [*CHECKPOINTING, "micro_batch_tokens=1024"]
+ADAPTED = ["q_proj", "v_proj"]
 SHARE_FOR_US, TOKENS_PER_SUPERVISED = 0.9, 8
 # ADAPT's update, with the recipe's default settings of `probe`.
 OBSERVES = ("validation_losses", "gradient_dots")
@@ -66,12 +69,14 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
 def row(model: str, num_processes: int) -> str:
     """A row of the table; of two numbers in a cell the second is with activation checkpointing."""
-    config, lora = MODELS[model]
+    config = MODELS[model]
     shipped, checkpointed = (estimated(config, num_processes, switch) for switch in ([], CHECKPOINTING))
     cells = [f"{value / 1e9:.1f}" for value in (shipped.parameters, shipped.gradients, shipped.optimizer)]
     for name in ("activations", "mixture", "total"):
         cells.append(" / ".join(f"{getattr(memory, name) / 1e9:.1f}" for memory in (shipped, checkpointed)))
-    with_lora = [f"model={lora}", "model.lora_attn_modules=[q_proj,v_proj]", *CHECKPOINTING]
+    decoder = OmegaConf.to_container(OmegaConf.load(common.CONFIGS / f"{config}.yaml").model)
+    adapted = {"_component_": "adapt_recipes.models.with_lora", "decoder": decoder, "lora_attn_modules": ADAPTED}
+    with_lora = [f"model={json.dumps(adapted)}", *CHECKPOINTING]
     totals = {"yes": shipped.total, "C": checkpointed.total}
     for size in GPUS:
         for answer, switches in (("S", SMALLER), ("L", with_lora)):

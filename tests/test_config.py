@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import math
+import re
 import string
 import sys
 import time
@@ -126,6 +127,36 @@ def test_what_the_recipe_gives_is_neither_missing_nor_allowed(file: Path) -> Non
         load(Schema, file, ["fitted={_component_: test_config.build, size: 3}"])
     with pytest.raises(ValueError, match="^fitted._component_: 'math.sqrt' does not take 'size', which"):
         load(Schema, file, ["fitted={_component_: math.sqrt}"])
+
+
+def test_a_component_in_a_component(file: Path) -> None:
+    """As in torchtune: it is checked as any other, and built first."""
+    inner = "{_component_: test_config.build, size: 1, names: [a]}"
+    assert load(Schema, file, [f"part={{_component_: builtins.dict, x: {inner}}}"]).part.build(y=2) == {
+        "x": (1, 0.1, ["a"], None),
+        "y": 2,
+    }
+    for changed, message in {
+        inner.replace("size", "sise"): "unknown key 'part.x.sise' for test_config.build; did you mean 'size'?",
+        inner.replace("size: 1", "lr: 1"): "missing key 'part.x.size', which test_config.build needs",
+        inner.replace("[a]", "a"): 'part.x.names: has to be a list, not "a"',
+        "{_component_: test_config.biuld}": "part.x._component_: 'test_config.biuld' cannot be imported",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            load(Schema, file, [f"part={{_component_: builtins.dict, x: {changed}}}"])
+    node = load(Schema, file, ["part={_component_: builtins.dict, x: {_component_: builtins.int, y: 0}}"]).part
+    with pytest.raises(ValueError, match=r"^part\.x: builtins.int cannot be built: TypeError"):
+        node.build()
+
+
+def test_an_error_about_an_argument_names_its_key(file: Path) -> None:
+    decoder = "{_component_: adapt_recipes.models.decoder_from_folder, path: nowhere, max_seq_len: 8}"
+    node = load(Schema, file, [f"part={decoder}"]).part
+    with pytest.raises(ValueError, match="^part.path: there is no folder nowhere"):
+        node.build()
+    node = load(Schema, file, [f"part={{_component_: builtins.dict, decoder: {decoder}}}"]).part
+    with pytest.raises(ValueError, match="^part.decoder.path: there is no folder nowhere"):
+        node.build()
 
 
 def test_arguments_missing_are_named_in_their_order(file: Path) -> None:

@@ -12,22 +12,8 @@ from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.peft import LORA_ATTN_MODULES
 
 from adapt_recipes.models.head_norm import NormedHeads
-from adapt_recipes.models.lora import add_lora
-
-_1B: dict[str, Any] = {
-    "vocab_size": 262_144,
-    "num_layers": 26,
-    "num_heads": 4,
-    "num_kv_heads": 1,
-    "head_dim": 256,
-    "embed_dim": 1152,
-    "intermediate_dim": 6912,
-    "sliding_window": 512,
-    "sliding_window_pattern": 6,
-}
 
 
 def gemma3_1b(*, max_seq_len: int) -> TransformerDecoder:
@@ -36,27 +22,17 @@ def gemma3_1b(*, max_seq_len: int) -> TransformerDecoder:
     Args:
         max_seq_len: the longest input, in tokens. The RoPE caches have this length, so pass the training length.
     """
-    return gemma3(**_1B, max_seq_len=max_seq_len)
-
-
-def lora_gemma3_1b(
-    lora_attn_modules: list[LORA_ATTN_MODULES],
-    apply_lora_to_mlp: bool = False,
-    *,
-    max_seq_len: int,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-) -> TransformerDecoder:
-    """Gemma 3 1B with adapters; the arguments are those of ``gemma3_1b`` and ``add_lora``."""
-    return lora_gemma3(
-        lora_attn_modules,
-        apply_lora_to_mlp,
-        **_1B,
+    return gemma3(
+        vocab_size=262_144,
+        num_layers=26,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        embed_dim=1152,
+        intermediate_dim=6912,
+        sliding_window=512,
+        sliding_window_pattern=6,
         max_seq_len=max_seq_len,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
     )
 
 
@@ -141,55 +117,6 @@ def gemma3(
         head_dim=head_dim,
         norm=GemmaRMSNorm(embed_dim, eps=norm_eps),
         output=TiedLinear(embeddings),
-    )
-
-
-def lora_gemma3(
-    lora_attn_modules: list[LORA_ATTN_MODULES],
-    apply_lora_to_mlp: bool = False,
-    *,
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    embed_dim: int,
-    intermediate_dim: int,
-    max_seq_len: int,
-    sliding_window: int,
-    sliding_window_pattern: int,
-    attn_dropout: float = 0.0,
-    norm_eps: float = 1e-6,
-    rope_base: float = 1_000_000.0,
-    local_rope_base: float = 10_000.0,
-    lora_rank: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-) -> TransformerDecoder:
-    """``gemma3`` with adapters; the arguments are those of ``gemma3`` and ``add_lora``. The tied head has none."""
-    decoder = gemma3(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        embed_dim=embed_dim,
-        intermediate_dim=intermediate_dim,
-        max_seq_len=max_seq_len,
-        sliding_window=sliding_window,
-        sliding_window_pattern=sliding_window_pattern,
-        attn_dropout=attn_dropout,
-        norm_eps=norm_eps,
-        rope_base=rope_base,
-        local_rope_base=local_rope_base,
-    )
-    return add_lora(
-        decoder,
-        lora_attn_modules=lora_attn_modules,
-        apply_lora_to_mlp=apply_lora_to_mlp,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
     )
 
 

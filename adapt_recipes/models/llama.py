@@ -1,8 +1,6 @@
-"""Llama decoders, built from a Hugging Face folder's ``config.json``."""
+"""Llama decoders of any size: Llama 2 and 3, SmolLM2, and others."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from torch import nn
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
@@ -16,38 +14,20 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from adapt_recipes.errors import nearest
-from adapt_recipes.models.architecture import Architecture, architecture_of_config, read_config
+from adapt_recipes.models.architecture import Architecture
 from adapt_recipes.models.rotations import RotaryEmbeddings
 
 
-def llama_from_folder(path: str, max_seq_len: int) -> TransformerDecoder:
-    """A decoder with the sizes in a Hugging Face folder's ``config.json``, with random weights.
+def llama(a: Architecture, max_seq_len: int) -> TransformerDecoder:
+    """A decoder with random weights. Unlike torchtune's ``llama3_2`` it has any ``head_dim`` and RoPE scaling.
 
     Args:
-        path: a folder with ``model_type`` llama (Llama 2 and 3, SmolLM2, and others).
-        max_seq_len: the longest input, in tokens. The RoPE cache has this length, so pass the training length.
+        a: its sizes and settings.
+        max_seq_len: the longest input, in tokens; length of the RoPE cache.
 
     Raises:
-        ValueError: there is no such folder, its ``model_type`` is another, or a setting in it is not supported.
+        ValueError: sizes do not fit together.
     """
-    where = f"model.path: {Path(path) / 'config.json'}"
-    config = read_config(path, key="model.path")
-    if (model_type := str(config.get("model_type"))) != "llama":
-        raise ValueError(f"{where}: model_type '{model_type}' is not supported here{nearest(model_type, ['llama'])}")
-    longest = config.get("max_position_embeddings")
-    if longest is not None and max_seq_len > longest:
-        raise ValueError(f"{where}: max_seq_len {max_seq_len} exceeds the model's max_position_embeddings {longest}")
-    architecture = architecture_of_config(config, where=where)
-    try:
-        return _build(architecture, max_seq_len)
-    except ValueError as error:
-        # torchtune's, about sizes that do not fit together.
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _build(a: Architecture, max_seq_len: int) -> TransformerDecoder:
-    """A decoder with random weights. Unlike torchtune's ``llama3_2`` it has any ``head_dim`` and RoPE scaling."""
     dim, head_dim = a.hidden_size, a.head_dim
 
     # Position embeddings.

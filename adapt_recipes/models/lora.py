@@ -11,19 +11,21 @@ from torchtune.modules.peft import LORA_ATTN_MODULES, LoRALinear
 from adapt_recipes.models.head_norm import NormedHeads
 
 
-def add_lora(
+def with_lora(
     decoder: TransformerDecoder,
     *,
     lora_attn_modules: Sequence[LORA_ATTN_MODULES],
-    apply_lora_to_mlp: bool,
-    lora_rank: int,
-    lora_alpha: float,
-    lora_dropout: float,
+    apply_lora_to_mlp: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
 ) -> TransformerDecoder:
-    """Adds adapters to linear projections of a decoder, to the same ones in every layer. Its weights are kept.
+    """Adds adapters to linear projections of a decoder, to the same ones in every layer; the head has none.
+
+    Arguments and defaults are those of torchtune's LoRA builders.
 
     Args:
-        decoder: changed in place.
+        decoder: changed in place; its weights are kept.
         lora_attn_modules: which projections of the attention.
         apply_lora_to_mlp: the three projections of the MLP as well.
         lora_rank: of the adapters.
@@ -39,11 +41,11 @@ def add_lora(
     # Arguments.
     for name in lora_attn_modules:
         if name not in (allowed := get_args(LORA_ATTN_MODULES)):
-            raise ValueError(f"model.lora_attn_modules: there is no '{name}'; allowed: {', '.join(allowed)}")
+            raise ValueError(f"lora_attn_modules: there is no '{name}'; allowed: {', '.join(allowed)}")
     if not lora_attn_modules and not apply_lora_to_mlp:
-        raise ValueError("model.lora_attn_modules: is empty, and apply_lora_to_mlp is false: nothing would be trained")
+        raise ValueError("lora_attn_modules: is empty, and apply_lora_to_mlp is false: nothing would be trained")
     if lora_rank < 1:
-        raise ValueError(f"model.lora_rank: {lora_rank} is not allowed; at least 1")
+        raise ValueError(f"lora_rank: {lora_rank} is not allowed; at least 1")
 
     # Replace each linear layer by one with an adapter and the same weights.
     for layer in decoder.layers:

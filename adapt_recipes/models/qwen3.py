@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torchtune.models.qwen2._component_builders import qwen2_mlp
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import MultiHeadAttention, RMSNorm, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.peft import LORA_ATTN_MODULES
 
 from adapt_recipes.models.head_norm import NormedHeads
-from adapt_recipes.models.lora import add_lora
-
-_0_6B: dict[str, Any] = {
-    "vocab_size": 151_936,
-    "num_layers": 28,
-    "num_heads": 16,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "embed_dim": 1024,
-    "intermediate_dim": 3072,
-    "tie_word_embeddings": True,
-}
 
 
 def qwen3_0_6b(*, max_seq_len: int) -> TransformerDecoder:
@@ -31,27 +16,16 @@ def qwen3_0_6b(*, max_seq_len: int) -> TransformerDecoder:
     Args:
         max_seq_len: the longest input, in tokens. The RoPE cache has this length, so pass the training length.
     """
-    return qwen3(**_0_6B, max_seq_len=max_seq_len)
-
-
-def lora_qwen3_0_6b(
-    lora_attn_modules: list[LORA_ATTN_MODULES],
-    apply_lora_to_mlp: bool = False,
-    *,
-    max_seq_len: int,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-) -> TransformerDecoder:
-    """Qwen 3 0.6B with adapters; the arguments are those of ``qwen3_0_6b`` and ``add_lora``."""
-    return lora_qwen3(
-        lora_attn_modules,
-        apply_lora_to_mlp,
-        **_0_6B,
+    return qwen3(
+        vocab_size=151_936,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        embed_dim=1024,
+        intermediate_dim=3072,
+        tie_word_embeddings=True,
         max_seq_len=max_seq_len,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
     )
 
 
@@ -118,51 +92,6 @@ def qwen3(
         head_dim=head_dim,
         norm=RMSNorm(embed_dim, eps=norm_eps),
         output=TiedLinear(embeddings) if tie_word_embeddings else nn.Linear(embed_dim, vocab_size, bias=False),
-    )
-
-
-def lora_qwen3(
-    lora_attn_modules: list[LORA_ATTN_MODULES],
-    apply_lora_to_mlp: bool = False,
-    *,
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    embed_dim: int,
-    intermediate_dim: int,
-    max_seq_len: int,
-    tie_word_embeddings: bool,
-    attn_dropout: float = 0.0,
-    norm_eps: float = 1e-6,
-    rope_base: float = 1_000_000.0,
-    lora_rank: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-) -> TransformerDecoder:
-    """``qwen3`` with adapters; the arguments are those of ``qwen3`` and ``add_lora``. The head has none."""
-    decoder = qwen3(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        embed_dim=embed_dim,
-        intermediate_dim=intermediate_dim,
-        max_seq_len=max_seq_len,
-        tie_word_embeddings=tie_word_embeddings,
-        attn_dropout=attn_dropout,
-        norm_eps=norm_eps,
-        rope_base=rope_base,
-    )
-    return add_lora(
-        decoder,
-        lora_attn_modules=lora_attn_modules,
-        apply_lora_to_mlp=apply_lora_to_mlp,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
     )
 
 

@@ -25,6 +25,7 @@ from parity import (
     randomize,
     refused,
     tokens,
+    write,
 )
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -44,15 +45,15 @@ from torchtune.modules import (
 )
 from torchtune.modules.attention_utils import create_block_causal_mask
 from torchtune.training import compile_model, load_from_full_model_state_dict, set_activation_checkpointing
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adapt_recipes.data.examples import IGNORE_INDEX
 from adapt_recipes.models import (
     HuggingFaceCheckpointer,
     TokenLosses,
+    decoder_from_folder,
     gemma3_1b,
     huggingface_config,
-    llama_from_folder,
     qwen1_5_0_5b,
     qwen3_0_6b,
 )
@@ -344,9 +345,62 @@ def test_a_llama_from_a_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
     randomize(model)
     model.save_pretrained(tmp_path)
     write_llama_config(tmp_path, **changes)  # not the newest layout, in which transformers writes it
-    decoder = llama_from_folder(str(tmp_path), LENGTH).eval()
+    decoder = decoder_from_folder(str(tmp_path), LENGTH).eval()
     load(decoder, tmp_path)
     assert_same_logits(decoder, model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_each_family_from_a_folder(tmp_path: Path, name: str) -> None:
+    model = write(name, tmp_path)
+    decoder = decoder_from_folder(str(tmp_path), LENGTH).eval()
+    load(decoder, tmp_path)
+    assert_same_logits(decoder, model)
+    assert architecture_of_decoder(decoder) == architecture_of_decoder(build(name))
+
+
+# As on the hub, and parameters by transformers.
+OTHER_SIZES: dict[str, dict[str, Any]] = {
+    "gemma-3-270m": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262_144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3,
+        "max_position_embeddings": 32_768,
+    },
+    "Qwen3-1.7B": {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1_000_000,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 40_960,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_sizes_that_have_no_builder_of_their_own(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OTHER_SIZES[name]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        decoder = decoder_from_folder(str(tmp_path), 1024)
+    ours, theirs = (sum(parameter.numel() for parameter in each.parameters()) for each in (decoder, model))
+    assert ours == theirs
+    assert architecture_of_decoder(decoder) == architecture_of_config(OTHER_SIZES[name], where="config.json")
 
 
 @torch.no_grad()
@@ -355,7 +409,7 @@ def test_scaled_rope_matters_here(tmp_path: Path) -> None:
     decoders = [build("llama3_2"), build("llama3_2", scale_factor=1)]
     for scaling in (SCALED, None):
         write_llama_config(tmp_path, rope_scaling=scaling)
-        decoders.append(llama_from_folder(str(tmp_path), LENGTH).eval())
+        decoders.append(decoder_from_folder(str(tmp_path), LENGTH).eval())
         randomize(decoders[-1])
     logits = [decoder(tokens()) for decoder in decoders]
     assert (logits[0] - logits[1]).abs().max() > 1e-2 and (logits[2] - logits[3]).abs().max() > 1e-2
@@ -364,8 +418,22 @@ def test_scaled_rope_matters_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen3"}, "config.json: model_type 'qwen3' is not supported here; allowed: llama"),
-        ({"model_type": "llama4"}, "model_type 'llama4' is not supported here; did you mean 'llama'?"),
+        ({"model_type": "llama4"}, "config.json: model_type 'llama4' is not supported; did you mean 'llama'?"),
+        ({"model_type": "qwen2", "head_dim": 16}, "config.json: head_dim = 16 is not supported for qwen2; allowed: 8"),
+        (
+            {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": False},
+            "config.json: tie_word_embeddings = False is not supported for gemma; allowed: True",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "head_dim": 8,
+                "query_pre_attn_scalar": 8,
+                "tie_word_embeddings": True,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "config.json: full_attention_layers = (0,) is not supported for gemma3_text; allowed: (0, 1)",
+        ),
         ({"attention_bias": True}, "config.json: attention_bias = True is not supported; allowed: False"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
         ({"num_key_value_heads": 3}, "config.json: num_heads (4) must be divisible by num_kv_heads (3)"),
@@ -373,11 +441,11 @@ def test_scaled_rope_matters_here(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_llama_that_cannot_be_built_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_folder_that_cannot_be_built_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_llama_config(tmp_path, **changes)
     with refused(message) as caught:
-        llama_from_folder(str(tmp_path), LENGTH)
-    assert str(caught.value).startswith(f"model.path: {tmp_path}")
+        decoder_from_folder(str(tmp_path), LENGTH)
+    assert str(caught.value).startswith(f"path: {tmp_path}")
 
 
 # ---- RoPE, and heads that are normalized before it

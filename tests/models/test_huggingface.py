@@ -25,7 +25,7 @@ from torchtune.modules import TransformerDecoder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt_recipes.files import NoSpaceLeft
-from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config, llama_from_folder
+from adapt_recipes.models import HuggingFaceCheckpointer, decoder_from_folder, huggingface_config
 from adapt_recipes.models.architecture import Architecture, architecture_of_config, architecture_of_decoder
 
 FAMILIES = {  # one case of each
@@ -507,7 +507,7 @@ def test_fields_of_an_architecture_are_all_compared() -> None:
 # ---- damaged folders
 
 
-@pytest.mark.parametrize("use", [HuggingFaceCheckpointer, lambda folder: llama_from_folder(folder, 100)])
+@pytest.mark.parametrize("use", [HuggingFaceCheckpointer, lambda folder: decoder_from_folder(folder, 100)])
 def test_a_folder_without_a_config_is_refused(tmp_path: Path, use: Any) -> None:
     with refused(f"there is no folder {tmp_path / 'nowhere'}"):
         use(str(tmp_path / "nowhere"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from pathlib import Path
@@ -14,25 +15,17 @@ from parity import CASES, assert_same_logits, build, load, randomize, refused, s
 from safetensors.torch import load_file
 from torch import nn
 from torchtune.models.llama3 import lora_llama3
+from torchtune.models.llama3_2 import lora_llama3_2_1b
 from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params
-from torchtune.training import set_default_dtype
 from transformers import AutoModelForCausalLM
 
 from adapt_recipes.models import (
     HuggingFaceCheckpointer,
     TokenLosses,
-    add_lora,
-    gemma3_1b,
-    lora_gemma3,
-    lora_gemma3_1b,
-    lora_qwen1_5_0_5b,
-    lora_qwen3,
-    lora_qwen3_0_6b,
-    qwen1_5_0_5b,
-    qwen3_0_6b,
     train_adapters_alone,
+    with_lora,
 )
 from adapt_recipes.models.adapters import Adapters
 
@@ -45,18 +38,12 @@ ADAPTERS: dict[str, Any] = {
     "lora_alpha": ALPHA,
     "lora_dropout": DROPOUT,
 }
-BUILDERS = {"gemma3": lora_gemma3, "qwen3": lora_qwen3, "qwen3_untied": lora_qwen3}  # others: ``add_lora``
 FAMILIES = ["gemma3", "qwen3", "qwen1_5", "llama3_2"]
 
 
-def with_lora(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> TransformerDecoder:
-    """The LoRA form of ``build(name)``, with its weights, and adapters as they are at first."""
-    if name in BUILDERS:
-        with set_default_dtype(dtype):
-            decoder = BUILDERS[name](**CASES[name].sizes | ADAPTERS | changes)
-        decoder.load_state_dict(build(name, dtype).state_dict(), strict=False)
-        return decoder.eval()
-    return add_lora(build(name, dtype), **ADAPTERS | changes)
+def adapted(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> TransformerDecoder:
+    """``build(name)`` with adapters as they are at first."""
+    return with_lora(build(name, dtype), **ADAPTERS | changes)
 
 
 @torch.no_grad()
@@ -74,17 +61,17 @@ def randomize_adapters(decoder: TransformerDecoder) -> None:
 def test_at_first_the_model_is_its_base(name: str) -> None:
     """Biases too, and adapters have the dtype of the weights."""
     for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 0.0)):
-        decoder, base = with_lora(name, dtype).eval(), build(name, dtype)
+        decoder, base = adapted(name, dtype).eval(), build(name, dtype)
         assert {parameter.dtype for parameter in decoder.parameters()} == {dtype}
         torch.testing.assert_close(decoder(tokens()), base(tokens()), rtol=0, atol=atol)
-    adapted = [module for module in decoder.modules() if isinstance(module, LoRALinear)]
-    assert all(module.use_bias == (module.bias is not None) for module in adapted)
+    layers = [module for module in decoder.modules() if isinstance(module, LoRALinear)]
+    assert all(module.use_bias == (module.bias is not None) for module in layers)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_which_layers_are_adapted(name: str) -> None:
-    adapters = get_adapter_params(with_lora(name, lora_attn_modules=["q_proj", "v_proj"], apply_lora_to_mlp=False))
-    query = "q_proj.projection" if name in BUILDERS else "q_proj"
+    adapters = get_adapter_params(adapted(name, lora_attn_modules=["q_proj", "v_proj"], apply_lora_to_mlp=False))
+    query = "q_proj.projection" if name.startswith(("gemma3", "qwen3")) else "q_proj"
     layers = range(CASES[name].sizes["num_layers"])
     assert set(adapters) == {
         f"layers.{layer}.attn.{place}.lora_{part}.weight"
@@ -92,7 +79,7 @@ def test_which_layers_are_adapted(name: str) -> None:
         for place in (query, "v_proj")
         for part in "ab"
     }
-    only_mlp = get_adapter_params(with_lora(name, lora_attn_modules=[]))
+    only_mlp = get_adapter_params(adapted(name, lora_attn_modules=[]))
     assert {key.split(".", 2)[2] for key in only_mlp} == {
         f"mlp.w{i}.lora_{part}.weight" for i in (1, 2, 3) for part in "ab"
     }
@@ -101,7 +88,7 @@ def test_which_layers_are_adapted(name: str) -> None:
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_alone_are_trained(name: str, compute_dtype: torch.dtype | None) -> None:
-    decoder = with_lora(name)
+    decoder = adapted(name)
     randomize_adapters(decoder)
     assert train_adapters_alone(decoder) == Adapters(rank=RANK, alpha=ALPHA, dropout=DROPOUT)
     rows, adapters = tokens(), get_adapter_params(decoder)
@@ -121,7 +108,9 @@ def test_a_model_without_adapters_is_trained_whole() -> None:
 @pytest.mark.parametrize("dropout", ["lora_dropout", "attn_dropout"])
 @pytest.mark.parametrize("name", ["gemma3", "qwen3"])
 def test_dropout_acts_in_training_only(name: str, dropout: str) -> None:
-    decoder = with_lora(name, **{"lora_dropout": 0.0, dropout: 0.5})
+    rates = {"lora_dropout": 0.0, "attn_dropout": 0.0, dropout: 0.5}
+    decoder = build(name, attn_dropout=rates["attn_dropout"])
+    decoder = with_lora(decoder, **ADAPTERS | {"lora_dropout": rates["lora_dropout"]}).eval()
     randomize_adapters(decoder)
     assert torch.equal(decoder(tokens()), decoder(tokens()))
     decoder.train()
@@ -133,7 +122,7 @@ def test_dropout_acts_in_training_only(name: str, dropout: str) -> None:
 def test_built_on_the_meta_device(name: str) -> None:
     """As by the recipes of torchtune: adapters are initialized, rotary caches computed, weights loaded."""
     with torch.device("meta"):
-        decoder = add_lora(CASES[name].build(**CASES[name].sizes), **ADAPTERS).eval()
+        decoder = with_lora(CASES[name].build(**CASES[name].sizes), **ADAPTERS).eval()
     decoder.to_empty(device="cpu")
     for module in decoder.modules():
         if hasattr(module, "rope_init"):
@@ -145,22 +134,17 @@ def test_built_on_the_meta_device(name: str) -> None:
     torch.testing.assert_close(decoder(tokens()), build(name)(tokens()), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("builder", "base"),
-    [(lora_gemma3_1b, gemma3_1b), (lora_qwen3_0_6b, qwen3_0_6b), (lora_qwen1_5_0_5b, qwen1_5_0_5b)],
-)
-def test_named_sizes(builder: Any, base: Any) -> None:
-    with torch.device("meta"):
-        expected = base(max_seq_len=64)
-        decoder = builder(ATTENTION, True, max_seq_len=64, lora_rank=4, lora_alpha=2, lora_dropout=0.1)
-        default = builder(["k_proj"], max_seq_len=64)
-    adapters = get_adapter_params(decoder)
-    shapes = {key: weight.shape for key, weight in decoder.state_dict().items() if key not in adapters}
-    assert shapes == {key: weight.shape for key, weight in expected.state_dict().items()}
-    for built, settings, a_layer in ((decoder, (4, 2, 0.1), 7), (default, (8, 16, 0.0), 1)):
-        adapted = [module for module in built.modules() if isinstance(module, LoRALinear)]
-        assert len(adapted) == a_layer * len(expected.layers)
-        assert {(module.rank, module.alpha, getattr(module.dropout, "p", 0.0)) for module in adapted} == {settings}
+def test_arguments_and_defaults_are_those_of_torchtune() -> None:
+    ours, theirs = inspect.signature(with_lora).parameters, inspect.signature(lora_llama3_2_1b).parameters
+    for name in list(ours)[1:]:
+        assert ours[name].default == theirs[name].default, name
+    for changes, settings, a_layer in (
+        (ADAPTERS, (RANK, ALPHA, DROPOUT), 7),
+        ({"lora_attn_modules": ["k_proj"]}, (8, 16, 0.0), 1),
+    ):
+        layers = [module for module in with_lora(build("qwen3"), **changes).modules() if isinstance(module, LoRALinear)]
+        assert len(layers) == a_layer * CASES["qwen3"].sizes["num_layers"]
+        assert {(module.rank, module.alpha, getattr(module.dropout, "p", 0.0)) for module in layers} == {settings}
 
 
 # ---- what is saved
@@ -193,7 +177,7 @@ def add(model: nn.Module, folder: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_both_folders_compute_what_was_trained(tmp_path: Path, name: str) -> None:
     model = write(name, tmp_path / "base")
-    decoder = with_lora(name)
+    decoder = adapted(name)
     checkpointer, adapters = train(decoder.eval(), tmp_path / "base")
     with torch.no_grad():
         assert (decoder(tokens()) - model(tokens()).logits).abs().max() > 0.5
@@ -254,7 +238,7 @@ def test_builders_of_torchtune_on_a_model_from_scratch(
 
 def test_a_bf16_base_stays_one_and_is_merged_in_fp32(tmp_path: Path) -> None:
     write("llama3", tmp_path / "base", dtype=torch.bfloat16)
-    decoder = with_lora("llama3", torch.bfloat16)
+    decoder = adapted("llama3", torch.bfloat16)
     checkpointer, adapters = train(decoder, tmp_path / "base")
     save(decoder, tmp_path / "run" / "model", checkpointer, adapters=adapters)
     base, after = (
@@ -277,7 +261,7 @@ def test_a_folder_has_to_fit_the_base(tmp_path: Path) -> None:
     checkpointer = HuggingFaceCheckpointer(str(tmp_path))
     message = r"model.layers.0.mlp.gate_proj.weight is \(56, 48\) in the folder and \(64, 48\) in the model"
     with pytest.raises(ValueError, match=message):
-        checkpointer.check(add_lora(build("qwen3", intermediate_dim=64), **ADAPTERS))
+        checkpointer.check(with_lora(build("qwen3", intermediate_dim=64), **ADAPTERS))
 
 
 @pytest.mark.parametrize(
@@ -290,8 +274,8 @@ def test_a_folder_has_to_fit_the_base(tmp_path: Path) -> None:
     ids=str,
 )
 def test_adapters_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
-    with refused(f"model.{message}"):
-        with_lora("qwen3", **changes)
+    with refused(message):
+        adapted("qwen3", **changes)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +298,7 @@ def test_adapters_that_make_no_sense_are_refused(changes: dict[str, Any], messag
     ids=["dora", "quantized", "unlike"],
 )
 def test_adapters_that_cannot_be_saved_for_peft_are_refused(projection: nn.Module, message: str) -> None:
-    decoder = with_lora("llama3")
+    decoder = adapted("llama3")
     decoder.layers[1].attn.q_proj = projection
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         train_adapters_alone(decoder)

@@ -532,7 +532,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def from_folder(folder: Path) -> list[str]:
     return [
-        f"model={{_component_: adapt_recipes.models.llama_from_folder, path: {folder}, max_seq_len: 16}}",
+        f"model={{_component_: adapt_recipes.models.decoder_from_folder, path: {folder}, max_seq_len: 16}}",
         f"checkpointer.checkpoint_dir={folder}",
     ]
 

@@ -55,6 +55,14 @@ def lora_on(base: Path, **changes: Any) -> list[str]:
     return [f"model={json.dumps(LORA | SIZES | changes)}", f"checkpointer.checkpoint_dir={base}"]
 
 
+def decoder_from(base: Path) -> list[str]:
+    """``lora_on``, with the sizes of the folder."""
+    decoder = {"_component_": "adapt_recipes.models.decoder_from_folder", "path": str(base), "max_seq_len": 16}
+    adapters = {key: value for key, value in LORA.items() if key != "_component_"}
+    model = {"_component_": "adapt_recipes.models.with_lora", "decoder": decoder, **adapters}
+    return [f"model={json.dumps(model)}", f"checkpointer.checkpoint_dir={base}"]
+
+
 def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
     """The base's weights, and to each that has an adapter alpha / r B A."""
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -82,7 +90,8 @@ def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
     ],
 )
 def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> None:
-    done = run(config, *lora_on(base), *overrides, "budget.tokens=320", "optimizer.lr=0.03")
+    model = decoder_from(base) if config == "tiny_adapt" else lora_on(base)
+    done = run(config, *model, *overrides, "budget.tokens=320", "optimizer.lr=0.03")
     assert done.summary["supervised_tokens"] == 320
     assert done.summary["mean_validation_loss"] < sum(done.summary["initial_validation_losses"].values()) / 7 - 0.1
     if config == "tiny_adapt":

@@ -35,7 +35,7 @@ from torchtune.models.llama3_2 import llama3_2
 
 from adapt_recipes.files import NoSpaceLeft
 from adapt_recipes.models import TokenLosses, train_adapters_alone
-from adapt_recipes.models.lora import add_lora
+from adapt_recipes.models.lora import with_lora
 from adapt_recipes.training import checkpoint
 from adapt_recipes.training.checkpoint import Checkpoints
 
@@ -114,7 +114,7 @@ def decoder(seed: int, *, lora: bool) -> nn.Module:
         vocab_size=13, num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=8, max_seq_len=8, intermediate_dim=10
     )
     if lora:
-        add_lora(
+        with_lora(
             model, lora_attn_modules=["q_proj"], apply_lora_to_mlp=True, lora_rank=2, lora_alpha=4, lora_dropout=0.0
         )
         for name, parameter in model.named_parameters():
