@@ -40,7 +40,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from adapt_recipes.files import PARTIAL, REMOVED, NoSpaceLeft, fsync, is_no_space, remove_folder
-from adapt_recipes.training.sockets import RENDEZVOUS_TIMEOUT, notice_lost_hosts, set_collective_timeout
+from adapt_recipes.training.sockets import RENDEZVOUS_TIMEOUT, detect_lost_hosts, set_collective_timeout
 
 _SHARED, _METADATA, _CHECKSUMS = "shared.pt", ".metadata", "checksums.json"
 _REPLACED = ".replaced"
@@ -89,9 +89,9 @@ class Checkpoints:
         self._rank, self._num_processes = 0, 1
         if dist.is_initialized():
             # A group of its own: a write in the background must not interleave with the collectives of the run.
-            self._group = dist.new_group(backend="gloo", timeout=RENDEZVOUS_TIMEOUT)
+            with detect_lost_hosts():
+                self._group = dist.new_group(backend="gloo", timeout=RENDEZVOUS_TIMEOUT)
             set_collective_timeout(self._group)
-            notice_lost_hosts()
             self._rank, self._num_processes = dist.get_rank(), dist.get_world_size()
         # A new thread uses the first CUDA device, whichever this process uses.
         device: dict[str, Any] = {}

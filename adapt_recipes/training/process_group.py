@@ -24,7 +24,7 @@ from torch import Tensor
 from torchtune import utils
 
 from adapt_recipes.strict import config_differences
-from adapt_recipes.training.sockets import RENDEZVOUS_TIMEOUT, notice_lost_hosts, set_collective_timeout
+from adapt_recipes.training.sockets import RENDEZVOUS_TIMEOUT, detect_lost_hosts, set_collective_timeout
 
 # As in torch. Reading and saving, which take longer, use gloo.
 NCCL_TIMEOUT = timedelta(minutes=10)
@@ -68,7 +68,8 @@ def process_group(device: str | None, *, batch_size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
-    store = _meet(size, device)
+    with detect_lost_hosts():
+        store = _meet(size, device)
     try:
         with raise_on_all_ranks():
             get_device(device)
@@ -258,7 +259,6 @@ def _meet(size: int, device: str | None) -> dist.Store:
     if "nccl" in backend:
         dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(NCCL_TIMEOUT)
     set_collective_timeout(dist.group.WORLD)
-    notice_lost_hosts()
     return store
 
 

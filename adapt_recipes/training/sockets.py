@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,18 +31,31 @@ def set_collective_timeout(group: dist.ProcessGroup) -> None:
     group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
 
 
-def notice_lost_hosts() -> None:
-    """Makes all open connections of this process fail when the other side is unreachable.
+@contextlib.contextmanager
+def detect_lost_hosts() -> Iterator[None]:
+    """The connections opened in the block will fail when the other side is unreachable; all others stay as they are.
 
-    To be called after process groups are set up. Does nothing if the system does not list open files.
+    For the block that sets up a process group. Does nothing if the system does not list open files.
     """
-    if not (hasattr(socket, "TCP_USER_TIMEOUT") and os.path.isdir("/proc/self/fd")):
-        return
-    for path in Path("/proc/self/fd").iterdir():
-        # A descriptor may be closed by now, such as that of the listed folder itself.
-        with contextlib.suppress(OSError):
-            if path.is_socket():
-                _enable_keepalive(os.dup(int(path.name)))
+    before = _open_sockets()
+    yield
+    for name, descriptor in _open_sockets().items():
+        # A descriptor may be closed by now.
+        if name not in before:
+            with contextlib.suppress(OSError):
+                _enable_keepalive(os.dup(descriptor))
+
+
+def _open_sockets() -> dict[str, int]:
+    """The descriptors of this process's sockets, by names that are not used twice."""
+    sockets: dict[str, int] = {}
+    if hasattr(socket, "TCP_USER_TIMEOUT") and os.path.isdir("/proc/self/fd"):
+        for path in Path("/proc/self/fd").iterdir():
+            # The descriptor of the listed folder itself is closed by now.
+            with contextlib.suppress(OSError):
+                if (name := os.readlink(path)).startswith("socket:"):
+                    sockets[name] = int(path.name)
+    return sockets
 
 
 def _enable_keepalive(descriptor: int) -> None:

@@ -32,7 +32,7 @@ from adapt_recipes.training.process_group import (
     rank,
     world_size,
 )
-from adapt_recipes.training.sockets import notice_lost_hosts
+from adapt_recipes.training.sockets import detect_lost_hosts
 
 # ------------------------------------------------------------------------------------------ what two processes do
 
@@ -405,12 +405,17 @@ def test_a_host_that_is_gone_is_asked_for(ended: dict[str, list[group.Ended]]) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not list a process's connections")
-def test_asking_for_a_host_leaves_nothing_open() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as connection:
-        before = len(os.listdir("/proc/self/fd"))
-        notice_lost_hosts()
-        assert len(os.listdir("/proc/self/fd")) == before
-        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+def test_connections_of_others_are_left_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as theirs:
+            with detect_lost_hosts():
+                ours = socket.create_connection(address)
+                before = len(os.listdir("/proc/self/fd"))
+            assert len(os.listdir("/proc/self/fd")) == before, "nothing is left open"
+            waits = [each.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for each in (theirs, ours)]
+            ours.close()
+    assert waits == [0, 60_000]
 
 
 @pytest.mark.slow
