@@ -26,9 +26,9 @@ from adapt_recipes.config import STRICT, Component, Injected, Steps, TrainConfig
 from adapt_recipes.mixture.interface import check_mixture, check_update
 from adapt_recipes.run import Run
 from adapt_recipes.signals import BaseLosses, Probe, TrainLosses
+from adapt_recipes.signals.nonfinite import raise_nonfinite
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.training import precision
-from adapt_recipes.training.nonfinite import raise_nonfinite
 from adapt_recipes.training.process_group import all_reduce_sum, raise_on_all_ranks, world_size
 from adapt_recipes.training.sharding import clip_grad_norm
 

@@ -23,8 +23,8 @@ from adapt_recipes.config import STRICT, TrainConfig, command_line
 from adapt_recipes.mixture.interface import check_mixture
 from adapt_recipes.run import Run
 from adapt_recipes.signals import Probe
+from adapt_recipes.signals.nonfinite import raise_nonfinite
 from adapt_recipes.training import precision
-from adapt_recipes.training.nonfinite import raise_nonfinite
 from adapt_recipes.training.process_group import all_reduce_sum, raise_on_all_ranks, world_size
 from adapt_recipes.training.sharding import clip_grad_norm
 

@@ -11,8 +11,8 @@ from adapt_recipes.budget import Ledger
 from adapt_recipes.data import MicroBatch, Task
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import passes
+from adapt_recipes.signals.nonfinite import check_dots, check_finite, check_rewards
 from adapt_recipes.training import precision
-from adapt_recipes.training.nonfinite import check_dots, check_finite, check_rewards
 
 Batches = Sequence[MicroBatch]
 

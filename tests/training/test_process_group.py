@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.data import Example, MicroBatch, micro_batches
-from adapt_recipes.training import checkpoint, nonfinite
+from adapt_recipes.signals import nonfinite
+from adapt_recipes.training import checkpoint
 from adapt_recipes.training import process_group as module
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.process_group import (

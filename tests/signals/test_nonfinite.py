@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapt_recipes.training.nonfinite import ADVICE, check_rewards
+from adapt_recipes.signals.nonfinite import ADVICE, check_rewards
 
 NAN, INF = math.nan, math.inf
 NAMES = ["a", "b", "c"]

@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from adapt_recipes.data import Task
+from adapt_recipes.data import MicroBatch, Task
 from adapt_recipes.training.process_group import all_gather_object, raise_on_all_ranks
 from adapt_recipes.training.sharding import device_of, to_local
 
 ADVICE = "look at it, lower optimizer.lr, or set clip_grad_norm; checkpoints are from before this step"
 
 
-def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence[str], step: int) -> NoReturn:
+def raise_nonfinite(model: nn.Module, batches: Sequence[MicroBatch], *, names: Sequence[str], step: int) -> NoReturn:
     """Computes examples one by one, and names the first one that is not finite, on any number of processes.
 
     Args:
@@ -51,7 +51,7 @@ def raise_nonfinite(model: nn.Module, batches: Sequence[Any], *, names: Sequence
 
 def check_finite(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Sequence[MicroBatch],
     values: Sequence[Tensor],
     *,
     tasks: Sequence[Task],
@@ -77,7 +77,7 @@ def check_finite(
         raise_nonfinite(model, batches, names=names, step=step)
 
 
-def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str], step: int) -> None:
+def check_dots(dots: Tensor, batches: Sequence[MicroBatch], *, task_names: Sequence[str], step: int) -> None:
     """Refuses gradient dots (num_tasks,) that are not finite, for tasks with examples in ``batches``.
 
     Raises:
@@ -92,7 +92,7 @@ def check_dots(dots: Tensor, batches: Sequence[Any], *, task_names: Sequence[str
 
 
 def check_rewards(
-    rewards: Any, batches: Iterable[Sequence[Any]], *, task_names: Sequence[str], step: int, reward: str
+    rewards: Any, batches: Iterable[Sequence[MicroBatch]], *, task_names: Sequence[str], step: int, reward: str
 ) -> None:
     """Refuses rewards of a wrong shape, dtype or device, and rewards that are not finite.
 
@@ -130,6 +130,6 @@ def _finite(values: Sequence[Tensor]) -> bool:
     return all(all_gather_object(all(bool(to_local(value).isfinite().all()) for value in values)))
 
 
-def _num_examples(batches: Sequence[Any]) -> Counter[int]:
+def _num_examples(batches: Sequence[MicroBatch]) -> Counter[int]:
     """The number of examples of each task on this process."""
     return Counter(task for batch in batches for task in batch.tasks[batch.rows >= 0].tolist())
