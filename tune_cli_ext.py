@@ -1,21 +1,22 @@
-"""The import hook that gives torchtune's `tune` our recipes, configs and commands; those are in adapt_recipes/cli.py.
+"""The import hook that adds our recipes, configs and commands (adapt_recipes/cli.py) to torchtune's `tune`.
 
-`tune_cli_ext.pth` calls `hook()` at every start of Python in the environment, so this module imports nothing that a
-bare interpreter has not loaded, and does its work only when torchtune's command line is imported.
-Where no .pth file is read, `python -m tune_cli_ext ls` is the same as `tune ls`.
+`tune_cli_ext.pth` calls `hook()` whenever Python starts in the environment, so this module imports nothing that a bare
+interpreter has not loaded, and acts only when torchtune's command line is imported. Where .pth files are ignored,
+`python -m tune_cli_ext ls` is the same as `tune ls`.
 """
 
 from __future__ import annotations
 
 import sys
 
-TYPE_CHECKING = False  # not typing.TYPE_CHECKING: importing typing would cost every Python start a millisecond
+# Not typing.TYPE_CHECKING: an import of typing would delay every start of Python by a millisecond.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# What is extended, and by which function of adapt_recipes.cli, right after it has been executed.
+# Module of torchtune -> the function of adapt_recipes.cli that extends it.
 EXTENSIONS = {
     "torchtune._recipe_registry": "add_recipes",
     "torchtune._cli.ls": "list_configs_once",
@@ -26,13 +27,13 @@ EXTENSIONS = {
 
 
 def hook() -> None:
-    """Have torchtune's `tune` extended when it is imported. A second call does nothing; never raises."""
+    """Extends torchtune's `tune` when it is imported. A second call does nothing; it never raises."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
 
 
 class _TorchtuneFinder:
-    """Lets torchtune's modules be found as usual; those of ``EXTENSIONS`` are extended after they are executed."""
+    """Finds torchtune's modules as usual, and extends those in ``EXTENSIONS`` after they are executed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -47,7 +48,7 @@ class _TorchtuneFinder:
                     _extend_after_execution(spec, EXTENSIONS[name])
                 return spec
         except Exception as error:
-            _complain(error)
+            _warn(error)
         return None
 
 
@@ -62,18 +63,19 @@ def _extend_after_execution(spec: ModuleSpec, extension: str) -> None:
 
             extend: Callable[[ModuleType], None] = getattr(cli, extension)
             extend(module)
-        except Exception as error:  # whatever is wrong with our files, the stock `tune` must go on working
-            _complain(error)
+        except Exception as error:
+            # Whatever is wrong with our files, torchtune's `tune` has to keep working.
+            _warn(error)
 
     spec.loader.exec_module = exec_module  # type: ignore[method-assign]
 
 
-def _complain(error: Exception) -> None:
+def _warn(error: Exception) -> None:
     print(f"adapt-recipes could not extend torchtune's `tune`: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _silence_known_noise() -> None:
-    """Two messages that follow from our pins (torch 2.13 with torchao 0.15 and torchdata 0.11) and mean no harm."""
+    """Hides two harmless messages of our pinned versions (torch 2.13 with torchao 0.15 and torchdata 0.11)."""
     import logging
     import warnings
 
@@ -85,7 +87,7 @@ def _silence_known_noise() -> None:
 _FINDER = _TorchtuneFinder()
 
 if __name__ == "__main__":
-    # From the module of that name, not from this `__main__`: else the .pth file's hook and this one would both act.
+    # The module of that name, not this `__main__`: otherwise its hook and that of the .pth file would both act.
     import tune_cli_ext
 
     tune_cli_ext.hook()

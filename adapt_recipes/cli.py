@@ -1,11 +1,11 @@
 """What this project adds to torchtune's `tune`: recipes and configs, strict checks, `tune plan` and `tune report`.
 
-``tune_cli_ext`` calls the functions of its table with torchtune's modules, right after they are imported. What of
-torchtune 0.6.1 they rely on: `_recipe_registry._ALL_RECIPES` is a list of `Recipe(name, file_path, configs,
-supports_distributed)` in which an absolute `file_path` wins; `_cli.tune` takes `List`, `Run` and `Validate` from their
-modules, and makes its last command by `Cat.create(subparsers)`; `Run._get_recipe` looks a recipe up.
+``tune_cli_ext`` calls the functions in its table with torchtune's modules, right after their import. They rely on these
+details of torchtune 0.6.1: `_recipe_registry._ALL_RECIPES` is a list of `Recipe(name, file_path, configs,
+supports_distributed)`, whose `file_path` may be absolute; `_cli.tune` takes `List`, `Run` and `Validate` from their
+modules, and creates its last command by `Cat.create(subparsers)`; `Run._get_recipe` finds a recipe.
 
-Here stands what is light to import: torch and the rest of the package are imported by the commands that need them.
+This module is quick to import: torch and the rest of the package are imported by the commands that need them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from adapt_recipes.errors import nearest
 
 
 def bundle() -> Path:
-    """The folder that holds recipes/ and yaml/: inside the package in a wheel, else the checkout.
+    """The folder with recipes/ and yaml/: inside the package if a wheel is installed, else the checkout.
 
-    The wheel's comes first: beside this package there, in site-packages, lies a `recipes` too, which is torchtune's.
+    The folder beside an installed package, site-packages, has a `recipes` too, which is torchtune's.
     """
     package = Path(__file__).resolve().parent
     return package / "_bundled" if (package / "_bundled").is_dir() else package.parent
@@ -47,14 +47,15 @@ def recipe_of(config_path: str | Path) -> str | None:
     """The recipe that a config names by its key `recipe`, by name or path; None: it names none."""
     try:
         config = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # whoever loads it says what is wrong with it
+    except (OSError, ValueError, yaml.YAMLError):
+        # Loading the config will say what is wrong with it.
         return None
     recipe = config.get("recipe") if isinstance(config, dict) else None
     return None if recipe is None else str(recipe)
 
 
 def add_recipes(registry: ModuleType) -> None:
-    """Puts our recipes before torchtune's, each with its configs, as NAME and as yaml/NAME.yaml."""
+    """Adds our recipes before torchtune's, each with its configs, as NAME and as yaml/NAME.yaml."""
 
     def recipe(name: str, path: Path) -> Any:
         return registry.Recipe(name=name, file_path=str(path), configs=[], supports_distributed=True)
@@ -63,25 +64,25 @@ def add_recipes(registry: ModuleType) -> None:
     for name, path in shipped("yaml", ".yaml").items():
         if owner := recipes.get(_recipe_in_text(path)):
             literal = f"yaml/{name}.yaml"
-            # A file of that name in the current folder is the user's edited one, and is what the path means.
+            # The path means a file in the current folder, if there is one: the user may have edited it.
             literal_path = os.path.abspath(literal) if os.path.isfile(literal) else str(path)
             owner.configs += [registry.Config(name, str(path)), registry.Config(literal, literal_path)]
     if sys.argv[1:2] == ["run"]:
-        # torchtune would run the user's own file as a module: ./my.py becomes "..my", and recipes/my.py "recipes.my",
-        # which is looked for in the `recipes` that torchtune's wheel installs. A registered path runs as a file.
+        # torchtune would run a user's file as a module: ./my.py as "..my", and recipes/my.py as "recipes.my", which it
+        # looks for in the `recipes` that torchtune installs. A registered path runs as a file.
         files = (word for word in sys.argv[2:] if word.endswith(".py") and os.path.isfile(word))
         recipes.update({word: recipe(word, Path(word).resolve()) for word in files})
     registry._ALL_RECIPES[:0] = recipes.values()
 
 
 def _recipe_in_text(path: Path) -> str:
-    """``recipe_of`` a shipped config, without parsing all of YAML: `tune` does it for each of them at its start."""
+    """``recipe_of`` a shipped config without parsing YAML, because `tune` calls this for all of them when it starts."""
     with open(path, encoding="utf-8") as file:
         return next((line.split()[1] for line in file if line.startswith("recipe: ")), "")
 
 
 def list_configs_once(ls: ModuleType) -> None:
-    """Lets `tune ls` show each of our configs by its name, and not by its path as well."""
+    """Makes `tune ls` list each of our configs once, by its name."""
     get_all_recipes = ls.get_all_recipes
 
     def listed() -> list[Any]:
@@ -101,14 +102,14 @@ def list_configs_once(ls: ModuleType) -> None:
 
 
 def check_before_run(run: ModuleType) -> None:
-    """Has `tune run` say in one line what torchtune and torchrun end in a traceback for."""
+    """Makes `tune run` print one line where torchtune and torchrun would print a traceback."""
 
     class Run(run.Run):  # type: ignore[name-defined]
         def _get_recipe(self, recipe_str: str) -> Any:
             recipe = super()._get_recipe(recipe_str)
             if recipe is None and not _is_module(self._convert_to_dotpath(recipe_str)):
                 hint = nearest(recipe_str, [known.name for known in run.get_all_recipes()])
-                hint = hint if "did you mean" in hint else "; `tune ls` lists those there are"
+                hint = hint if "did you mean" in hint else "; `tune ls` lists all recipes"
                 self._parser.exit(2, f"tune run: error: no recipe '{recipe_str}', by name or by path{hint}\n")
             return recipe
 
@@ -127,23 +128,25 @@ def check_before_run(run: ModuleType) -> None:
 
             try:
                 super()._run_distributed(args, is_builtin=is_builtin)
-            except SignalException as stopped:  # its processes have ended by now
+            except SignalException as stopped:
+                # Its processes have ended by now.
                 sys.exit(128 + stopped.sigval)
-            except ChildFailedError as failed:  # which of them, after what they have said themselves
+            except ChildFailedError as failed:
                 statuses = {failure.exitcode for failure in failed.failures.values()}
                 stopped_by = statuses & {128 + signal.SIGTERM, 128 + signal.SIGINT}
-                # torchrun's own SIGTERM finds others that have saved, and are about to end with the same.
+                # Processes that have saved and are ending may get torchrun's own SIGTERM.
                 if stopped_by and statuses <= stopped_by | {-signal.SIGTERM}:
                     sys.exit(stopped_by.pop())
                 self._parser.exit(1, f"{failed}\n")
             except (RendezvousError, DistError) as error:
-                cause = error.__cause__ or error  # the rendezvous says little, and names no address
+                # The message of the rendezvous has no address.
+                cause = error.__cause__ or error
                 reason = " ".join(f"{type(cause).__name__}: {cause}".split()).rstrip(":.")
                 advice = (
-                    "start the same command on each, but for --node_rank, with an --rdzv_endpoint that all can reach"
+                    "start the same command on each, except for --node_rank, with an --rdzv_endpoint that all can reach"
                 )
-                where = f"the {args.nnodes} hosts do not meet at {args.rdzv_endpoint}"
-                self._parser.exit(2, f"tune run: error: {where}, or not any more ({reason}); {advice}\n")
+                where = f"the {args.nnodes} hosts did not connect at {args.rdzv_endpoint}"
+                self._parser.exit(2, f"tune run: error: {where}, or lost the connection ({reason}); {advice}\n")
 
     run.Run = Run  # type: ignore[attr-defined]
 
@@ -154,15 +157,16 @@ def _check_recipe(recipe: str, words: Sequence[str]) -> None:
         return
     name = words[words.index("--config") + 1]
     owner = None
-    with contextlib.suppress(ValueError):  # no such config: whoever reads it says so
+    # Loading the config will say if there is none.
+    with contextlib.suppress(ValueError):
         owner = recipe_of(config_file(name))
     if owner not in (None, recipe):
-        reason = f"--config {name}: is a config of {owner}, not of {recipe}"
-        raise ValueError(f"{reason}; name that recipe, or give one by its path, which takes any config")
+        reason = f"--config {name}: is for the recipe {owner}, not for {recipe}"
+        raise ValueError(f"{reason}; run that recipe, or give a recipe by its path, which takes any config")
 
 
 def _is_module(dotted: str) -> bool:
-    """Whether `tune run` could run this as a module, from the current folder or from what is installed."""
+    """Whether `tune run` could run this as a module, in the current folder or installed."""
     sys.path.append(os.getcwd())
     try:
         return find_spec(dotted) is not None
@@ -176,10 +180,10 @@ def _is_module(dotted: str) -> bool:
 
 
 def validate_strictly(validate: ModuleType) -> None:
-    """Replaces torchtune's `tune validate`, which does not look into nested nodes and knows no names or overrides."""
+    """Replaces torchtune's `tune validate`, which does not check nested nodes and takes no names or overrides."""
 
     class Validate(validate.Validate):  # type: ignore[name-defined]
-        """`tune validate CONFIG [key=value ...]`: ours by the schema of their recipe, others as torchtune does."""
+        """`tune validate CONFIG [key=value ...]`: our configs by their recipe's schema, others as torchtune does."""
 
         def _add_arguments(self) -> None:
             self._parser.usage = "tune validate <config> [key=value ...]"
@@ -187,7 +191,8 @@ def validate_strictly(validate: ModuleType) -> None:
             self._parser.add_argument("overrides", nargs="*", metavar="key=value", help="As given to `tune run`.")
 
         def _validate_cmd(self, args: argparse.Namespace) -> None:
-            sys.path.append(os.getcwd())  # as `tune run` does: a user's recipe may import what lies beside it
+            # As in `tune run`: a user's recipe may import modules of the current folder.
+            sys.path.append(os.getcwd())
             try:
                 config_path = config_file(args.config)
                 recipe_path = _recipe_path(config_path)
@@ -196,7 +201,9 @@ def validate_strictly(validate: ModuleType) -> None:
 
                     load(schema(recipe_path), config_path, args.overrides)
                 elif args.overrides:
-                    raise ValueError(f"{args.config} is no config of ours: overrides are not checked, leave them out")
+                    raise ValueError(
+                        f"{args.config} is not for a recipe of ours: its overrides are not checked; remove them"
+                    )
             except (ValueError, yaml.YAMLError) as error:
                 self._parser.exit(2, f"tune validate: error: {' '.join(str(error).split())}\n")
             if recipe_path:
@@ -220,14 +227,15 @@ def config_file(name_or_path: str) -> str:
     configs = {config.name: config.file_path for recipe in get_all_recipes() for config in recipe.configs}
     if name_or_path in configs:
         stock_folder = os.path.join(os.path.dirname(torchtune.__file__), "..", "recipes", "configs")
-        return os.path.join(stock_folder, configs[name_or_path])  # of an absolute path only that is left
+        # If the second path is absolute, it is the result.
+        return os.path.join(stock_folder, configs[name_or_path])
     if not os.path.isfile(name_or_path):
         raise ValueError(f"config {name_or_path!r} is neither a file nor a known name{nearest(name_or_path, configs)}")
     return name_or_path
 
 
 def recipe_file(name_or_path: str) -> str:
-    """The file of one of our recipes, or a file of the user's.
+    """The file of one of our recipes, or a user's file.
 
     Raises:
         ValueError: there is none.
@@ -236,7 +244,7 @@ def recipe_file(name_or_path: str) -> str:
     if name_or_path.endswith(".py") and os.path.isfile(name_or_path):
         return name_or_path
     if name_or_path not in recipes:
-        raise ValueError(f"no recipe of ours '{name_or_path}', by name or by path{nearest(name_or_path, recipes)}")
+        raise ValueError(f"no recipe '{name_or_path}', by name or by path{nearest(name_or_path, recipes)}")
     return str(recipes[name_or_path])
 
 
@@ -248,10 +256,12 @@ def schema(recipe_path: str) -> type:
     """
     spec = spec_from_file_location(Path(recipe_path).stem, recipe_path)
     assert spec is not None and spec.loader is not None
-    recipe = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look their annotations up there
+    # dataclasses look up annotations in ``sys.modules``.
+    recipe = sys.modules[spec.name] = module_from_spec(spec)
     try:
         spec.loader.exec_module(recipe)
-    except Exception as error:  # whatever a user's file does
+    except Exception as error:
+        # A user's file may raise anything.
         raise ValueError(f"{recipe_path} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(recipe, "Config"):
         raise ValueError(f"{recipe_path} has no class Config, which is the schema of a recipe's config")
@@ -262,8 +272,8 @@ def _recipe_path(config_path: str) -> str | None:
     """The file of the recipe whose schema a config must fit; None for a config that is not ours.
 
     Raises:
-        ValueError: the config is no mapping, or names a recipe that is not there, or has a ``strategy`` of ours and
-            names none.
+        ValueError: the config is not a mapping, names a recipe that does not exist, or has our key ``strategy`` and
+            names no recipe.
     """
     config = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
@@ -282,7 +292,7 @@ def _recipe_path(config_path: str) -> str | None:
 
 
 def add_commands(tune: ModuleType) -> None:
-    """Gives `tune` the commands it lacks: they are made where it makes its own last one."""
+    """Adds `tune plan` and `tune report`, where `tune` creates its own last command."""
 
     class Cat(tune.Cat):  # type: ignore[name-defined]
         @classmethod
@@ -295,10 +305,10 @@ def add_commands(tune: ModuleType) -> None:
 
 
 def add_plan(subparsers: Any) -> None:
-    """`tune plan RECIPE --config CONFIG [key=value ...]`: what `tune run` would do with the same words."""
-    said = "Say what a run would do and need; train nothing."
-    # All words are left to a parser of our own: as a subcommand, argparse takes no overrides behind an option.
-    words = subparsers.add_parser("plan", prog="tune plan", help=said, add_help=False, prefix_chars="\0")
+    """`tune plan RECIPE --config CONFIG [key=value ...]`: what `tune run` would do with the same arguments."""
+    purpose = "Show what a run would do and need; trains nothing."
+    # ``plan`` has a parser of its own, because a subcommand's accepts no overrides after an option.
+    words = subparsers.add_parser("plan", prog="tune plan", help=purpose, add_help=False, prefix_chars="\0")
     words.add_argument("words", nargs="*")
     words.set_defaults(func=lambda given: plan(given.words))
 
@@ -308,10 +318,10 @@ def plan(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="tune plan",
         usage="tune plan [--nnodes M] [--nproc_per_node N] [--json] <recipe> --config <config> [key=value ...]",
-        description="Say what a run would do and need: tasks, budget, steps, memory, disk. Trains nothing.",
+        description="Show what a run would do and need: tasks, budget, steps, memory, disk. Trains nothing.",
         allow_abbrev=False,
     )
-    # Called as in `tune run`, where they stand before the recipe; here they may stand anywhere.
+    # The options of `tune run` that come before the recipe; here they may come anywhere.
     parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines; default 1")
     per_node = ("--nproc_per_node", "--nproc-per-node")
     parser.add_argument(*per_node, type=int, default=1, metavar="N", help="processes (GPUs) on each; default 1")
@@ -320,7 +330,8 @@ def plan(words: Sequence[str]) -> None:
     parser.add_argument("recipe", help="name or path of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as given to `tune run`")
     arguments = parser.parse_intermixed_args(words)
-    sys.path.append(os.getcwd())  # as `tune run` does: a user's recipe may import what lies beside it
+    # As in `tune run`: a user's recipe may import modules of the current folder.
+    sys.path.append(os.getcwd())
     try:
         for option in ("nnodes", "nproc_per_node"):
             if getattr(arguments, option) < 1:
@@ -339,7 +350,7 @@ def plan(words: Sequence[str]) -> None:
 
 
 def _make_plan(arguments: argparse.Namespace, num_processes: int) -> tuple[Any, Any]:
-    """The plan and its config. What components print goes to stderr; progress is shown on a terminal only."""
+    """The plan and its config. Output of components goes to stderr; progress is shown only on a terminal."""
     from omegaconf.errors import OmegaConfBaseException
     from rich.console import Console
 
@@ -360,15 +371,15 @@ def add_report(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         prog="tune report",
-        help="Show a run of ours on a page, or compare several.",
+        help="Show a run on a page, or compare several.",
         description="Write one HTML page that shows a run, finished or not, or compares several, and a PNG of each of "
-        "its figures in a folder beside it. Runs that differ only in seed are put together.",
+        "its figures in a folder beside it. Runs that differ only in seed are combined.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     parser.add_argument(
         "--out",
         metavar="PAGE.html",
-        help="default: report.html, in the run directory, or of several runs in the current folder",
+        help="default: report.html in the run directory; of several runs, in the current folder",
     )
 
     def report(args: argparse.Namespace) -> None:

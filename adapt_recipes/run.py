@@ -84,7 +84,8 @@ class Run:
         self.num_updates = 0
         self.validation_losses = self.initial_validation_losses = torch.empty(0)
         self._phase_seconds = {"mixture": 0.0, "validation": 0.0}
-        self._began = 0.0  # when the run would have begun without its down time, by time.perf_counter()
+        # When the run would have begun without its down time, by time.perf_counter().
+        self._began = 0.0
         self._log: RunLog | NullLog = NullLog()
         self._ledger: Ledger | None = None
         self._open = contextlib.ExitStack()
@@ -97,7 +98,8 @@ class Run:
         try:
             self._open.enter_context(process_group(config.device, batch_size=config.batch_size))
             check_same(to_dict(config), advice="start all with the same command")
-            self.is_finished = config.resume and all_gather_object(is_finished(self.output_dir))[0]  # as rank 0 sees it
+            # As process 0 sees it.
+            self.is_finished = config.resume and all_gather_object(is_finished(self.output_dir))[0]
             if self.is_finished:
                 print(f"the run in {self.output_dir} is finished already: see its summary.json")
                 return self
@@ -128,7 +130,8 @@ class Run:
     ) -> None:
         """Closes what is open; the log says so where an error ended the run."""
         if isinstance(error, Exception) and self._ledger is not None:
-            with contextlib.suppress(OSError):  # the error may be a full disk
+            # The error may be a full disk.
+            with contextlib.suppress(OSError):
                 self._log.write(EndEvent(reason="error", step=self._ledger.steps, message=str(error)))
         self._open.__exit__(kind, error, traceback)
 

@@ -54,7 +54,8 @@ class Config(TrainConfig):
     """tokens: p is a share of supervised tokens; dataset: each batch is of one task, and p is its chance (MoS)"""
 
 
-SIGNALS = ("train_losses", "validation_losses", "rewards")  # what this recipe measures for a mixture
+# The signals that this recipe measures for a mixture, if it observes them.
+SIGNALS = ("train_losses", "validation_losses", "rewards")
 
 
 class Recipe:
@@ -70,7 +71,7 @@ class Recipe:
         # Data: tokenized or from the cache, split, and drawn in an order that depends on the seed alone.
         self.tokenizer, self.tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
         self.task_names = [task.name for task in self.tasks]
-        available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # supervised tokens per task
+        available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
         self.ledger = Ledger(config.budget.num_tokens(int(available.sum())), len(self.tasks))
         self.sampler = data.TokenSampler(self.tasks, seed=config.seed)
         with raise_on_all_ranks():
@@ -82,7 +83,8 @@ class Recipe:
         self.probe_validation = self.batches(data.validation_examples(self.tasks, config.probe.examples))
         pool = data.random_examples(self.tasks, config.probe.examples, seed=config.seed, update=None)
         self.pool_tasks, self.pool = [task for task, _ in pool], self.batches(pool)
-        self.base_losses = BaseLosses()  # of the pool's examples, where a reward reads it
+        # Of the pool's examples, if the reward reads them.
+        self.base_losses = BaseLosses()
 
         # Model: fits its folder, is sharded over the processes, and has its weights unless a checkpoint brings them.
         with raise_on_all_ranks():
@@ -153,10 +155,12 @@ class Recipe:
 
         # Forward and backward: the loss is the mean over the step's supervised tokens, all processes together.
         loss_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.run.device)
-        with self.model.autocast():  # around all forwards, so that the weights are cast once
+        # One autocast context around all micro-batches casts the weights once.
+        with self.model.autocast():
             for batch in batches:
                 losses = self.model(batch.tokens, batch.labels)
-                (losses.sum() * world_size() / step_tokens).backward()  # gradients are averaged over processes
+                # FSDP2 averages gradients over the processes; multiplied by their number, they are summed.
+                (losses.sum() * world_size() / step_tokens).backward()
                 loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())
 
         # Clip, count, check, update.

@@ -34,7 +34,8 @@ class Config(TrainConfig):
     """All keys of this recipe's config: those that all recipes share."""
 
 
-SIGNALS = ()  # what this recipe measures for a mixture
+# The signals that this recipe measures for a mixture: none.
+SIGNALS = ()
 
 
 class Recipe:
@@ -50,7 +51,7 @@ class Recipe:
         # Data: tokenized or from the cache, split, and drawn in an order that depends on the seed alone.
         self.tokenizer, self.tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
         self.task_names = [task.name for task in self.tasks]
-        available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # supervised tokens per task
+        available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
         self.ledger = Ledger(config.budget.num_tokens(int(available.sum())), len(self.tasks))
         self.sampler = data.TokenSampler(self.tasks, seed=config.seed)
         with raise_on_all_ranks():
@@ -113,10 +114,12 @@ class Recipe:
 
         # Forward and backward: the loss is the mean over the step's supervised tokens, all processes together.
         loss_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.run.device)
-        with self.model.autocast():  # around all forwards, so that the weights are cast once
+        # One autocast context around all micro-batches casts the weights once.
+        with self.model.autocast():
             for batch in batches:
                 losses = self.model(batch.tokens, batch.labels)
-                (losses.sum() * world_size() / step_tokens).backward()  # gradients are averaged over processes
+                # FSDP2 averages gradients over the processes; multiplied by their number, they are summed.
+                (losses.sum() * world_size() / step_tokens).backward()
                 loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())
 
         # Clip, count, check, update.

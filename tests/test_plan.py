@@ -459,8 +459,8 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
     ("words", "hint"),
     [
         (["adapt_full_finetun", *plain("adapt")], "did you mean 'adapt_full_finetune'?"),
-        (["full_finetune_distributed", "--config", "llama2/7B_full"], "no recipe of ours 'full_finetune_distributed'"),
-        (["gone.py", *plain("adapt")], "no recipe of ours 'gone.py'"),
+        (["full_finetune_distributed", "--config", "llama2/7B_full"], "no recipe 'full_finetune_distributed'"),
+        (["gone.py", *plain("adapt")], "no recipe 'gone.py'"),
         (["plain.py", *plain("adapt")], "plain.py has no class Config"),
         (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
         (["small.py", "--config", "small.yaml"], "Config does not inherit TrainConfig, which a plan needs"),

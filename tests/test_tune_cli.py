@@ -183,7 +183,9 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
     assert validations[:3] == [WELL_FORMED] * 3
     hints = ["did you mean 'seed'?", "did you mean 'tokens'?", "did you mean 'tiny_adapt'?", "no config of ours"]
     hints += ["no recipe 'adapt_full_finetun', by name or by path; did you mean 'adapt_full_finetune'?", "`tune ls`"]
-    hints += ["--config tiny_mos_diff: is a config of mos_full_finetune, not of adapt_full_finetune; name that recipe"]
+    hints += [
+        "--config tiny_mos_diff: is for the recipe mos_full_finetune, not for adapt_full_finetune; run that recipe"
+    ]
     for (status, output), hint in zip(validations[3:], hints, strict=True):
         assert status == 2 and hint in output and output.count("\n") == 1, output
 
@@ -377,7 +379,7 @@ def test_validate_knows_whose_a_config_is(empty_folder: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ("recipe: gone.py\nstrategy: uniform\n", "recipe: no recipe of ours 'gone.py', by name or by path"),
+        ("recipe: gone.py\nstrategy: uniform\n", "recipe: no recipe 'gone.py', by name or by path"),
         ("recipe: sft_full_finetun\n", "did you mean 'sft_full_finetune'?"),
         ("strategy: uniform\n", "missing key 'recipe'; allowed: adapt_full_finetune, "),
         ("strategy: [\n", "expected"),

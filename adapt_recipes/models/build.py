@@ -80,7 +80,8 @@ def prepare(
     shard(model, model.decoder.layers, device=device, cpu_offload=config.fsdp_cpu_offload)
     if load and (weights := checkpointer.load()) is not None:
         load_weights(model.decoder, weights, seed=config.seed)
-    torch.manual_seed(config.seed + rank())  # of dropout
+    # Of dropout.
+    torch.manual_seed(config.seed + rank())
 
 
 def save(model: TokenLosses, checkpointer: HuggingFaceCheckpointer, folder: Path, *, tokenizer: Any) -> None:

@@ -72,7 +72,8 @@ class Probe:
         """``<direction, gradient of task i's mean loss>`` on training examples: (num_tasks,) float64."""
         self.ledger.probe(batches)
         if estimator == "finite_difference":
-            self.ledger.probe(batches)  # on both sides of the weights
+            # On both sides of the weights.
+            self.ledger.probe(batches)
             step = precision.finite_difference_step(dtype)
             dots = passes.gradient_dots(self.model, batches, direction, len(self.tasks), **step)
         else:

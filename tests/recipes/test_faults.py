@@ -326,7 +326,7 @@ def test_a_rendezvous_that_never_comes(tmp_path: Path) -> None:
     )
     out, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 2
-    assert err.splitlines()[-1].startswith(f"tune run: error: the 2 hosts do not meet at {where}"), err
+    assert err.splitlines()[-1].startswith(f"tune run: error: the 2 hosts did not connect at {where}"), err
 
 
 def test_processes_that_never_come(runs: Runs, tmp_path: Path) -> None:
