@@ -46,10 +46,11 @@ from adapt_recipes.config import load
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.memory import CPU, Shape, estimate_memory
 
-SCRIPT = ROOT / "yaml" / "write_grid.py"
+SCRIPT = ROOT / "tools" / "yaml_grid" / "write.py"
 # By its path: the folder is not a package.
 MODULE = runpy.run_path(str(SCRIPT))
-WRITTEN: dict[str, str] = MODULE["configs"]()
+STUDIES: dict[str, Any] = MODULE["studies"]()
+WRITTEN: dict[str, str] = {name: text for study in STUDIES.values() for name, text in MODULE["configs"](study).items()}
 GRID = [name.removesuffix(".yaml") for name in WRITTEN]
 VALUES = {name: yaml.safe_load(content) for name, content in zip(GRID, WRITTEN.values(), strict=True)}
 TYPES = VALUES[GRID[0]]["tasks"]["types"]
@@ -82,7 +83,7 @@ class Name(NamedTuple):
 
 NAMES = {
     f"{model}_{strategy}_{budget}": Name(grid, model, strategy, budget)
-    for grid in (MODULE["ADAPT"], MODULE["MOS"])
+    for grid in STUDIES.values()
     for model in grid.models
     for strategy in grid.strategies
     for budget in grid.budgets
@@ -179,8 +180,7 @@ KINDS = {
 }
 
 
-GRID_MOS = MODULE["MOS"]
-MOS = [config for config, name in NAMES.items() if name.grid is GRID_MOS]
+MOS = [config for config, name in NAMES.items() if name.grid is STUDIES["mos"]]
 GRID_OF = {name.model: name.grid for name in NAMES.values()}
 
 
@@ -192,13 +192,83 @@ def names_of_tasks(config: str) -> list[str]:
 
 
 def test_the_files_are_what_the_script_writes(tmp_path: Path) -> None:
-    """Else: python yaml/write_grid.py. A file that it no longer writes is to be removed by hand."""
+    """Else: python tools/yaml_grid/write.py. A file that it no longer writes is to be removed by hand."""
     shipped = {path.name: path.read_text() for path in (ROOT / "yaml").glob("*.yaml")}
     assert {name: shipped.get(name) for name in WRITTEN} == WRITTEN
     assert {name for name in shipped if not name.startswith(("tiny_", "smollm2_"))} == set(WRITTEN)
-    shutil.copy(SCRIPT, tmp_path)
-    runpy.run_path(str(tmp_path / SCRIPT.name), run_name="__main__")
-    assert {path.name: path.read_text() for path in tmp_path.glob("*.yaml")} == WRITTEN
+    run_copy(tmp_path)
+    assert {path.name: path.read_text() for path in (tmp_path / "yaml").glob("*.yaml")} == WRITTEN
+
+
+def run_copy(folder: Path, *edit: str) -> Path:
+    """Run a copy of the script and its fragments, after an edit: file, old text and new text; the folder of both."""
+    copy = folder / "tools" / "yaml_grid"
+    shutil.copytree(SCRIPT.parent, copy)
+    (folder / "yaml").mkdir()
+    if edit:
+        file, old, new = edit
+        text = (copy / file).read_text()
+        assert old in text
+        (copy / file).write_text(text.replace(old, new, 1))
+    runpy.run_path(str(copy / SCRIPT.name), run_name="__main__")
+    return copy
+
+
+def test_an_added_entry_is_a_row_of_the_grid(tmp_path: Path) -> None:
+    entry = "30pct: {title: 30 % of it, unit: fraction, amount: 0.3, every: 9}\n"
+    with pytest.raises(SystemExit, match=r"strategies\.yaml: adapt\.updates\.every\.30pct: missing$"):
+        run_copy(tmp_path / "one", "adapt/budgets.yaml", "1pct:", f"{entry}1pct:")
+    entry = 'none: {recipe: sft_full_finetune, title: None, mixture: "_component_: mine.none"}\n'
+    run_copy(tmp_path / "two", "mos/strategies.yaml", "mos_cossim:", f"{entry}mos_cossim:")
+    files = {path.name: path.read_text() for path in (tmp_path / "two" / "yaml").glob("*.yaml")}
+    assert set(files) - set(WRITTEN) == {f"{model}_none_3ep.yaml" for model in STUDIES["mos"].models}
+    assert {name: files[name] for name in WRITTEN} == WRITTEN
+    assert yaml.safe_load(files["gemma_2b_none_3ep.yaml"])["mixture"] == {"_component_": "mine.none"}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("adapt/models.yaml", "  options:", "  option:", "gemma3_1b.option: not used by write.py"),
+        ("adapt/models.yaml", "  title: Gemma 3 1B\n", "", "gemma3_1b.title: missing"),
+        ("adapt/models.yaml", "llama3_2_1b:", "gemma3_1b:", "gemma3_1b: given twice"),
+        ("adapt/models.yaml", "  title: Gemma 3 1B", "  title: [", "while parsing a flow sequence .*"),
+        ("adapt/models.yaml", "  title: Gemma 3 1B", "  title: 3", "gemma3_1b.title: .* valid string"),
+        ("adapt/strategies.yaml", "    passes: 6", "    pases: 6", "adapt.updates.pases: not used by write.py"),
+        ("adapt/strategies.yaml", "5pct: 100", "7pct: 100", "adapt.updates.every.5pct: missing"),
+        ("adapt/strategies.yaml", "5pct: 8", "5pct: 8, 7pct: 9", "adapt.updates.examples.7pct: not in budgets.yaml"),
+        ("mos/budgets.yaml", "unit: epochs", "unit: steps", "3ep.unit: .*'fraction' or 'epochs'"),
+        ("mos/budgets.yaml", "every: 1000", "every: 0", "3ep.every: .*greater than 0"),
+        ("mos/shared.yaml", "num_tasks: 4\n", "", "num_tasks: missing"),
+        ("config.yaml.jinja", "{{ model.notes", "{{ model.note", ".*has no attribute 'note'"),
+    ],
+)
+def test_a_wrong_fragment_is_one_line(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
+    """With the file and the key, and before any config is written."""
+    with pytest.raises(SystemExit) as leaving:
+        run_copy(tmp_path, file, old, new)
+    assert re.fullmatch(f"{re.escape(str(tmp_path))}/tools/yaml_grid/{file}: {message}", str(leaving.value.code))
+    assert not list((tmp_path / "yaml").iterdir())
+
+
+@pytest.mark.parametrize(("name", "message"), [("budgets", "missing"), ("budget", "not used by write.py")])
+def test_a_file_of_fragments_that_is_missing_or_not_used(tmp_path: Path, name: str, message: str) -> None:
+    copy = run_copy(tmp_path)
+    if message == "missing":
+        (copy / "mos" / f"{name}.yaml").unlink()
+    else:
+        (copy / "mos" / f"{name}.yaml").write_text("3ep: {}\n")
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(copy / SCRIPT.name), run_name="__main__")
+    assert leaving.value.code == f"{copy}/mos/{name}.yaml: {message}"
+
+
+def test_every_key_of_a_fragment_is_used() -> None:
+    """By the template, or by the script for the numbers in it."""
+    template = (SCRIPT.parent / "config.yaml.jinja").read_text()
+    for kind in ("Shared", "Model", "Strategy", "Budget"):
+        unused = {key for key in MODULE[kind].model_fields if f"{kind.lower()}.{key}" not in template}
+        assert unused == ({"num_tasks"} if kind == "Shared" else set())
 
 
 def test_it_is_models_by_strategies_by_budgets() -> None:
@@ -376,7 +446,7 @@ def covering(grid: Any) -> list[str]:
     return [f"{models[i % len(models)]}_{strategy}_{budgets[i % len(budgets)]}" for i, strategy in strategies]
 
 
-COVERING = [config for grid in (MODULE["ADAPT"], MODULE["MOS"]) for config in covering(grid)]
+COVERING = [config for grid in STUDIES.values() for config in covering(grid)]
 
 
 def test_what_runs_covers_the_grid() -> None:
