@@ -30,6 +30,7 @@ class ByteTokenizer:
 
     def __init__(self, *, supervise_end: bool = True) -> None:
         self._supervise_end = supervise_end
+        self.end_ids: tuple[int, ...] = self.eos_ids if supervise_end else ()
         self.fingerprint = f"bytes-{'end' if supervise_end else 'no-end'}"
 
     def encode(self, messages: Conversation) -> tuple[list[int], list[bool]]:

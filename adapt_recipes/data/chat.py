@@ -30,6 +30,9 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
+# What a template is asked with to find the token that ends an answer.
+_QUESTION = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+_SYSTEM = {"role": "system", "content": "system"}
 # Stands for an answer, to find what the template puts before and after one.
 _ANSWER = "\ue000answer\ue000"
 
@@ -66,6 +69,7 @@ class ChatTokenizer:
         with error_prefix("tokenizer.path" if self._template_file is None else "tokenizer.chat_template"):
             template = read_chat_template(self._path, config, self._template_file)
             self._template = compile_chat_template(template)
+        self._names_eos = "eos_token" in template
         parts = [
             (self._path / "tokenizer.json").read_bytes(),
             template.encode(),
@@ -93,10 +97,8 @@ class ChatTokenizer:
         # Special tokens: the variables of the template, and the ids of padding and of the ends of a text.
         config = _json_object(self._path / "tokenizer_config.json")
         named = _json_object(self._path / "special_tokens_map.json", optional=True) | config
-        named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-        self._variables = {
-            key: token for key, token in named.items() if key.endswith("_token") and isinstance(token, str)
-        }
+        named = {key: _text(value) for key, value in named.items() if key.endswith("_token")}
+        self._variables = {key: token for key, token in named.items() if isinstance(token, str)}
         ids = {key: self._tokenizer.token_to_id(token) for key, token in self._variables.items()}
         self.pad_id: int = ids.get("pad_token") or 0
         ends = _json_object(self._path / "generation_config.json", optional=True).get("eos_token_id")
@@ -177,14 +179,49 @@ class ChatTokenizer:
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The id of the token that ends an answer; empty if the template refuses a question with an answer."""
+        # Some templates require a system message, and some refuse it.
+        for messages in (_QUESTION, [_SYSTEM, *_QUESTION]):
+            try:
+                ids, supervised = self.encode(messages)
+            except ValueError:
+                continue
+            return ([token for token, counts in zip(ids, supervised, strict=True) if counts][-1],)
+        return ()
+
     def save(self, folder: str | Path) -> None:
-        """Copies the tokenizer's files, so that transformers loads the same tokenizer and chat template."""
+        """Copies the tokenizer's files, so that transformers loads the same tokenizer and chat template.
+
+        The copy's ``eos_token`` is the token that ends an answer: vLLM and llama.cpp stop there. It is not changed if
+        the chat template mentions ``eos_token``, because the template would render another text.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             if (self._path / name).is_file():
                 shutil.copyfile(self._path / name, Path(folder) / name)
         if self._template_file is not None:
             shutil.copyfile(self._template_file, Path(folder) / "chat_template.jinja")
+        if not self._names_eos and (end_ids := self.end_ids):
+            token = str(self._tokenizer.id_to_token(end_ids[0]))
+            _set_eos_token(Path(folder) / "tokenizer_config.json", token)
+            # Where it exists, transformers prefers its names.
+            if "eos_token" in _json_object(Path(folder) / "special_tokens_map.json", optional=True):
+                _set_eos_token(Path(folder) / "special_tokens_map.json", token)
+
+
+def _set_eos_token(file: Path, token: str) -> None:
+    """Leaves the file as it is if it names the token."""
+    content = _json_object(file)
+    if _text(content.get("eos_token")) != token:
+        text = json.dumps(content | {"eos_token": token}, indent=2, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def _text(token: Any) -> Any:
+    """Of a special token in a config, which may be an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _json_object(file: Path, *, optional: bool = False) -> dict[str, Any]:

@@ -73,13 +73,13 @@ class Architecture:
 # ---- from and to config.json
 
 
-def read_config(folder: str | Path, *, key: str) -> dict[str, Any]:
-    """A Hugging Face folder's ``config.json``; ``key`` is the key of the user's config that names the folder.
+def read_config(folder: str | Path, *, key: str, name: str = "config.json") -> dict[str, Any]:
+    """A file of settings in a Hugging Face folder; ``key`` is the key of the user's config that names the folder.
 
     Raises:
         ValueError: the folder or the file does not exist, or the file is not a JSON object.
     """
-    file = Path(folder) / "config.json"
+    file = Path(folder) / name
     if not file.parent.is_dir():
         advice = "`tune download MODEL --output-dir FOLDER` creates one"
         raise ValueError(f"{key}: there is no folder {file.parent}; {advice}")

@@ -14,7 +14,7 @@ from adapt_recipes.config import TrainConfig
 from adapt_recipes.data import Task, max_token
 from adapt_recipes.models.adapters import train_adapters_alone
 from adapt_recipes.models.architecture import huggingface_config
-from adapt_recipes.models.huggingface import HuggingFaceCheckpointer
+from adapt_recipes.models.huggingface import HuggingFaceCheckpointer, with_ends
 from adapt_recipes.models.token_losses import TokenLosses, check_decoder
 from adapt_recipes.training import precision
 from adapt_recipes.training.process_group import raise_on_all_ranks, rank
@@ -93,11 +93,12 @@ def save(model: TokenLosses, checkpointer: HuggingFaceCheckpointer, folder: Path
         folder: where; replaced if it exists.
         tokenizer: of the run; it writes its own files, and knows the tokens that end an answer.
     """
-    token_ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
+    token_ids = {"eos_token_id": with_ends(None, tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     checkpointer.save(
         model.decoder.state_dict(),
         folder,
         config=checkpointer.config or huggingface_config(model.decoder, **token_ids),
         tokenizer=tokenizer,
+        end_ids=tokenizer.end_ids,
         adapters=train_adapters_alone(model.decoder),
     )

@@ -38,6 +38,8 @@ StateDict = dict[str, Tensor]
 _KEY = "checkpointer.checkpoint_dir"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # By the names that safetensors uses.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HEAD = "lm_head.weight"
@@ -86,8 +88,10 @@ class HuggingFaceCheckpointer:
         folder = Path(checkpoint_dir)
         self.config = read_config(folder, key=_KEY)
         self._architecture = architecture_of_config(self.config, where=f"{_KEY}: {folder / 'config.json'}")
-        if (generation_config := folder / "generation_config.json").exists():
-            self._generation_config = generation_config.read_text(encoding="utf-8")
+        if (folder / _GENERATION_CONFIG).exists():
+            # The text, because the file is copied as it is if nothing in it changes.
+            read_config(folder, key=_KEY, name=_GENERATION_CONFIG)
+            self._generation_config = (folder / _GENERATION_CONFIG).read_text(encoding="utf-8")
         family = FAMILIES[self._architecture.model_type]
         for file in _weight_files(folder):
             for name, stored in _read_header(file).items():
@@ -179,6 +183,7 @@ class HuggingFaceCheckpointer:
         *,
         config: Mapping[str, Any],
         tokenizer: Saveable,
+        end_ids: Sequence[int] = (),
         adapters: Adapters | None = None,
         max_shard_size: int | str = "5GB",
     ) -> None:
@@ -196,6 +201,8 @@ class HuggingFaceCheckpointer:
             folder: replaced if it exists.
             config: this checkpointer's ``config``, or ``huggingface_config`` of a decoder that came from no folder.
             tokenizer: writes its own files into a folder.
+            end_ids: of the tokens that end an answer. Generation stops at them: they are added to the ``eos_token_id``
+                of ``config.json`` and of ``generation_config.json``.
             adapters: the return value of ``train_adapters_alone``.
             max_shard_size: of one file of weights, in bytes or as "5GB".
 
@@ -223,7 +230,7 @@ class HuggingFaceCheckpointer:
         with raise_on_all_ranks():
             try:
                 if rank() == 0:
-                    self._write(folder, weights, split, config, tokenizer)
+                    self._write(folder, weights, split, config, tokenizer, end_ids)
                     if adapters is not None:
                         self._write_adapters(folder.with_name("adapter"), dict(weights), adapters)
             finally:
@@ -237,16 +244,30 @@ class HuggingFaceCheckpointer:
         split: StateDictSplit,
         config: Mapping[str, Any],
         tokenizer: Saveable,
+        end_ids: Sequence[int],
     ) -> None:
         with atomic_folder(folder) as partial:
-            _write_json(partial / "config.json", config)
+            _write_json(partial / "config.json", _stopping(config, end_ids))
             for file, names in split.filename_to_tensors.items():
                 _write_weights(partial / file, dict(islice(weights, len(names))), readable_as=partial / "config.json")
             if split.is_sharded:
                 _write_json(partial / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-            if self._generation_config is not None:
-                (partial / "generation_config.json").write_text(self._generation_config, encoding="utf-8")
+            self._write_generation_config(partial / _GENERATION_CONFIG, config, end_ids)
             tokenizer.save(partial)
+
+    def _write_generation_config(self, file: Path, config: Mapping[str, Any], end_ids: Sequence[int]) -> None:
+        text = self._generation_config
+        before = {} if text is None else json.loads(text)
+        after = before
+        if end_ids:
+            # Where the file names no end, that of config.json counts.
+            names = () if before.get("eos_token_id") is not None else _TOKEN_IDS
+            ids = {name: config[name] for name in names if config.get(name) is not None}
+            after = _stopping(ids | before, end_ids)
+        if after != before:
+            _write_json(file, after)
+        elif text is not None:
+            file.write_text(text, encoding="utf-8")
 
     def _write_adapters(self, folder: Path, weights: StateDict, adapters: Adapters) -> None:
         with atomic_folder(folder) as partial:
@@ -263,6 +284,23 @@ class HuggingFaceCheckpointer:
             }
             _write_json(partial / _ADAPTER_CONFIG, adapter_config)
             _write_weights(partial / _ADAPTER, weights, readable_as=partial / _ADAPTER_CONFIG)
+
+
+def with_ends(eos_token_id: int | list[int] | None, end_ids: Sequence[int]) -> int | list[int] | None:
+    """Adds ids to an ``eos_token_id``: first those that it lacks. It stays as it is if it lacks none."""
+    ids = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+    missing = [end for end in end_ids if end not in ids]
+    if not missing:
+        return eos_token_id
+    ids = [*missing, *ids]
+    return ids if len(ids) > 1 else ids[0]
+
+
+def _stopping(settings: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Any]:
+    """The settings, with ``end_ids`` in their ``eos_token_id``."""
+    if not end_ids:
+        return dict(settings)
+    return {**settings, "eos_token_id": with_ends(settings.get("eos_token_id"), end_ids)}
 
 
 def _converted(

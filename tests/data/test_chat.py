@@ -366,10 +366,62 @@ def test_attributes_fingerprint_and_pickle(tmp_path: Path) -> None:
 
 def test_a_saved_folder_is_the_same_tokenizer(pair: Pair, tmp_path: Path) -> None:
     pair.ours.save(tmp_path / "model")
-    assert ChatTokenizer(tmp_path / "model").fingerprint == pair.ours.fingerprint
-    again = pair._replace(theirs=AutoTokenizer.from_pretrained(tmp_path / "model"))
-    assert again.theirs.chat_template == pair.theirs.chat_template
-    again.check(CONVERSATIONS[1])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.chat_template == pair.theirs.chat_template
+    pair._replace(ours=ChatTokenizer(tmp_path / "model"), theirs=theirs).check(CONVERSATIONS[1])
+    # But for its eos_token, which is where an answer ends.
+    assert theirs.eos_token == pair.end and pair.ours.end_ids == (theirs.eos_token_id,)
+    eos = {"eos_token": pair.end}
+    assert theirs.special_tokens_map == pair.theirs.special_tokens_map | eos
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("eos_token", [None, "<|im_end|>", {"content": "</s>", "lstrip": False}])
+def test_the_saved_eos_token_ends_an_answer(tmp_path: Path, eos_token: Any) -> None:
+    folder = make_folder(tmp_path / "base", None, additional_special_tokens=["<|eot_id|>"])
+    file = folder / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"</s>"', json.dumps(eos_token)))
+    before = contents(folder)
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    ChatTokenizer(folder, chat_template=tmp_path / "chatml.jinja").save(tmp_path / "model")
+    after = contents(tmp_path / "model")
+    assert after.pop("chat_template.jinja").decode() == CHATML
+    # The same bytes but for one value.
+    expected = before[file.name].replace(
+        b'"eos_token": ' + json.dumps(eos_token).encode(), b'"eos_token": "<|im_end|>"'
+    )
+    assert after == before | {file.name: expected}
+
+
+def test_special_tokens_map_names_the_same_eos_token(tmp_path: Path) -> None:
+    """Transformers prefers it to tokenizer_config.json."""
+    file = make_folder(tmp_path / "base", CHATML) / "special_tokens_map.json"
+    for name, saved in (("eos_token", {"eos_token": "<|im_end|>"}), ("bos_token", {"bos_token": "</s>"})):
+        file.write_text(json.dumps({name: "</s>"}))
+        ChatTokenizer(tmp_path / "base").save(tmp_path / "model")
+        assert json.loads((tmp_path / "model" / file.name).read_text()) == saved
+        assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<|im_end|>"
+
+
+def test_a_template_that_mentions_the_eos_token_keeps_it(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "base", CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    tokenizer = ChatTokenizer(folder)
+    tokenizer.save(tmp_path / "model")
+    assert contents(tmp_path / "model") == contents(folder)
+    assert AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(tokenizer.end_ids) == ["<|im_end|>"]
+
+
+def test_the_end_of_an_answer_that_needs_a_system_message_or_more(tmp_path: Path) -> None:
+    refusing = "{{ raise_exception('no') if messages[0].role == 'user' }}" + CHATML
+    needs_system = ChatTokenizer(make_folder(tmp_path / "a", refusing))
+    assert needs_system.end_ids == ChatTokenizer(make_folder(tmp_path / "b", CHATML)).end_ids
+    tokenizer = ChatTokenizer(make_folder(tmp_path / "c", "{{ raise_exception('no') }}"))
+    assert tokenizer.end_ids == ()
+    tokenizer.save(tmp_path / "model")
+    assert contents(tmp_path / "model") == contents(tmp_path / "c")
 
 
 def test_templates_inside_the_config_and_special_tokens_as_objects(tmp_path: Path) -> None:
@@ -429,6 +481,7 @@ def test_bytes(tmp_path: Path, supervise_end: bool, conversation: list[dict[str,
     assert ids == reference.apply_chat_template(conversation, tokenize=True, return_dict=False)
     assert len(reference) == tokenizer.vocab_size == 257
     assert (reference.eos_token_id,) == tokenizer.eos_ids and reference.pad_token_id == tokenizer.pad_id
+    assert tokenizer.end_ids == (256,) * supervise_end
     end = "<|end|>" * supervise_end
     answers = [message["content"] for message in conversation if message["role"] == "assistant"]
     assert supervised_text(reference, ids, supervised) == "".join(answer + end for answer in answers)

@@ -104,6 +104,59 @@ def test_there_and_back(tmp_path: Path, name: str, dtype: torch.dtype, max_shard
         assert torch.equal(again(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize(
+    ("config_ids", "generation", "end_ids", "config_after", "generation_after"),
+    [
+        pytest.param(1, {"eos_token_id": 1}, [3], [3, 1], {"eos_token_id": [3, 1]}, id="a base model"),
+        pytest.param([1, 5], {"eos_token_id": [5, 1]}, [3], [3, 1, 5], {"eos_token_id": [3, 5, 1]}, id="lists"),
+        pytest.param(1, {"eos_token_id": [3, 1]}, [3], [3, 1], {"eos_token_id": [3, 1]}, id="only one of them has it"),
+        pytest.param(3, {"eos_token_id": [1, 3]}, [3], 3, {"eos_token_id": [1, 3]}, id="an instruct model"),
+        pytest.param(3, {"eos_token_id": 3, "top_k": 5}, [], 3, {"eos_token_id": 3, "top_k": 5}, id="no end"),
+        pytest.param(
+            1,
+            {"top_k": 5},
+            [3],
+            [3, 1],
+            {"pad_token_id": 4, "eos_token_id": [3, 1], "top_k": 5},
+            id="not in the second",
+        ),
+        pytest.param(1, None, [3], [3, 1], {"pad_token_id": 4, "eos_token_id": [3, 1]}, id="no second file"),
+        pytest.param(3, None, [3], 3, {"pad_token_id": 4, "eos_token_id": 3}, id="no second file, nothing to add"),
+        pytest.param(None, None, [3], 3, {"pad_token_id": 4, "eos_token_id": 3}, id="no ids"),
+        pytest.param(1, None, [], 1, None, id="no end, no second file"),
+    ],
+)
+def test_generation_stops_where_an_answer_ends(
+    tmp_path: Path,
+    changed: Any,
+    config_ids: Any,
+    generation: Any,
+    end_ids: Any,
+    config_after: Any,
+    generation_after: Any,
+) -> None:
+    folder = changed("llama3", {"bos_token_id": None, "eos_token_id": config_ids, "pad_token_id": 4})
+    file = folder / "generation_config.json"
+    # Not as this project would format it: a copy shows.
+    file.write_text(json.dumps(generation))
+    if generation is None:
+        file.unlink()
+    decoder = build("llama3")
+    checkpointer = load(decoder, folder)
+    save(decoder, tmp_path / "model", checkpointer, end_ids=end_ids)
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == checkpointer.config | {
+        "eos_token_id": config_after
+    }
+    saved = tmp_path / "model" / file.name
+    assert saved.exists() == (generation_after is not None)
+    if generation_after is not None:
+        assert json.loads(saved.read_text()) == generation_after
+        eos = AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eos_token_id
+        assert eos == generation_after["eos_token_id"]
+    if generation == generation_after and generation is not None:
+        assert saved.read_bytes() == file.read_bytes()
+
+
 def test_each_weight_keeps_its_own_dtype(folders: dict[str, Path], tmp_path: Path, changed: Any) -> None:
     weights = load_file(folders["qwen3"] / "model.safetensors")
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
@@ -517,6 +570,12 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path, use: Any) -> None:
         (tmp_path / "config.json").write_text(text)
         with refused(f"{tmp_path / 'config.json'} {message}"):
             use(str(tmp_path))
+
+
+def test_a_damaged_generation_config_is_refused(changed: Any) -> None:
+    folder = changed("llama3", {})
+    (folder / "generation_config.json").write_text("{")
+    refused_by_checkpointer(folder, "generation_config.json is not JSON")
 
 
 def test_a_folder_without_weights_is_refused(changed: Any) -> None:

@@ -16,18 +16,21 @@ CHATML = (
 )
 
 
-def write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path, *, eos_token: str = "<|im_end|>", chat_template: str | None = CHATML) -> int:
     """A tokenizer of bytes and a few words, with a chat template; returns the number of its ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>", *({eos_token} - {"<|im_end|>"})],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["the answer is yes or no", "user assistant question answer"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = CHATML
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos_token, pad_token="<|im_end|>")
+    fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return len(fast)
 
