@@ -7,6 +7,7 @@ interpreter has not loaded, and acts only when torchtune's command line is impor
 
 from __future__ import annotations
 
+import os
 import sys
 
 # Not typing.TYPE_CHECKING: an import of typing would delay every start of Python by a millisecond.
@@ -30,6 +31,9 @@ def hook() -> None:
     """Extends torchtune's `tune` when it is imported. A second call does nothing; it never raises."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
+    # A process that `tune run` has started; those that it will start are none.
+    if os.environ.pop("ADAPT_RECIPES_WORKER", None):
+        _exit_on_signals()
 
 
 class _TorchtuneFinder:
@@ -41,6 +45,8 @@ class _TorchtuneFinder:
         try:
             if name == "torchtune":
                 _silence_known_noise()
+                if sys.argv[1:2] == ["run"] and os.path.basename(sys.argv[0]) in ("tune", "tune_cli_ext.py"):
+                    _exit_on_signals()
             if name in EXTENSIONS:
                 finders = (finder for finder in sys.meta_path if finder is not self)
                 spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
@@ -68,6 +74,16 @@ def _extend_after_execution(spec: ModuleSpec, extension: str) -> None:
             _warn(error)
 
     spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+def _exit_on_signals() -> None:
+    """Lets Ctrl-C and others end `tune run` in one line also while torch is imported."""
+    try:
+        from adapt_recipes.stop import exit_on_signals
+
+        exit_on_signals()
+    except Exception as error:
+        _warn(error)
 
 
 def _warn(error: Exception) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from adapt_recipes.errors import nearest
+from adapt_recipes.stop import STOP_SIGNALS, stop_signals
 
 # ---------------------------------------------------------------------------------------------- recipes and configs
 
@@ -126,6 +127,10 @@ def check_before_run(run: ModuleType) -> None:
             from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
             from torch.distributed.elastic.rendezvous import RendezvousError
 
+            # Without these, torchrun would die of SIGUSR1, and ignore `nohup`.
+            args.signals_to_handle = ",".join(each.name for each in stop_signals()) + ",SIGQUIT"
+            # For ``tune_cli_ext.hook``.
+            os.environ["ADAPT_RECIPES_WORKER"] = "1"
             try:
                 super()._run_distributed(args, is_builtin=is_builtin)
             except SignalException as stopped:
@@ -133,7 +138,7 @@ def check_before_run(run: ModuleType) -> None:
                 sys.exit(128 + stopped.sigval)
             except ChildFailedError as failed:
                 statuses = {failure.exitcode for failure in failed.failures.values()}
-                stopped_by = statuses & {128 + signal.SIGTERM, 128 + signal.SIGINT}
+                stopped_by = statuses & {128 + each for each in STOP_SIGNALS}
                 # Processes that have saved and are ending may get torchrun's own SIGTERM.
                 if stopped_by and statuses <= stopped_by | {-signal.SIGTERM}:
                     sys.exit(stopped_by.pop())

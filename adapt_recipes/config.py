@@ -45,7 +45,7 @@ class TrainConfig:
     """the recipe that this config is for, by name or path; a shipped recipe called by name refuses another's"""
     strategy: str
     """name of the method that sets the mixture; configs and results have this name"""
-    output_dir: Annotated[str, FREE_AT_RESUME, NOT_COMPARED]
+    output_dir: Annotated[str, Field(min_length=1), FREE_AT_RESUME, NOT_COMPARED]
     """the run directory"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Annotated[str | None, FREE_AT_RESUME] = None

@@ -135,3 +135,5 @@ class Summary:
     validation_seconds: float
     steps: int
     mixture_updates: int
+    data_fingerprint: str
+    """a hash of the tasks as the run read them"""

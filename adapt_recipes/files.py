@@ -49,11 +49,13 @@ def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder to write into, which is renamed to ``folder`` at the end of the block, or removed if it fails.
 
-    An existing ``folder`` is replaced. For a moment there is none, but never an incomplete one.
+    An existing ``folder`` is replaced. For a moment there is none, but never an incomplete one. A symbolic link stays,
+    and the folder that it names is replaced.
 
     Raises:
         NoSpaceLeft: the disk, the quota or the allowed size of a file ran out.
     """
+    folder = Path(os.path.realpath(folder))
     partial = folder.with_name(folder.name + PARTIAL)
     try:
         for rest in (partial, folder.with_name(folder.name + REMOVED)):

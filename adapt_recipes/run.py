@@ -38,10 +38,28 @@ from adapt_recipes.events import (
     Summary,
     ValidationEvent,
 )
-from adapt_recipes.runlog import NullLog, RunLog, has_run, is_finished, write_resolved, write_summary
+from adapt_recipes.output import take_warnings
+from adapt_recipes.run_directory import (
+    check_output_dir,
+    has_checkpoint,
+    has_model,
+    has_run,
+    is_finished,
+    one_run_at_a_time,
+)
+from adapt_recipes.runlog import (
+    NullLog,
+    RunLog,
+    close_metric_logger,
+    read_resolved,
+    read_summary,
+    write_resolved,
+    write_summary,
+)
 from adapt_recipes.strict import marked
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.interrupt import StopSignals, checkpoint_timeout_warning
+from adapt_recipes.training.memory import out_of_memory
 from adapt_recipes.training.process_group import (
     all_gather_object,
     check_same,
@@ -52,7 +70,7 @@ from adapt_recipes.training.process_group import (
     rank,
     world_size,
 )
-from adapt_recipes.training.resume import check_resume
+from adapt_recipes.training.resume import check_resume, check_same_run
 from adapt_recipes.training.rng import rng_state, set_rng_state
 
 
@@ -87,6 +105,7 @@ class Run:
         # When the run would have begun without its down time, by time.perf_counter().
         self._began = 0.0
         self._log: RunLog | NullLog = NullLog()
+        self._metric_logger: Any = None
         self._ledger: Ledger | None = None
         self._open = contextlib.ExitStack()
 
@@ -98,16 +117,25 @@ class Run:
         try:
             self._open.enter_context(process_group(config.device, batch_size=config.batch_size))
             check_same(to_dict(config), advice="start all with the same command")
+            with raise_on_all_ranks():
+                check_output_dir(to_dict(config))
+                if has_run(self.output_dir) and not config.resume:
+                    advice = "set resume=true to continue it, or choose another folder"
+                    raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
+                finished = self._is_finished()
             # As process 0 sees it.
-            self.is_finished = config.resume and all_gather_object(is_finished(self.output_dir))[0]
+            self.is_finished = all_gather_object(finished)[0]
             if self.is_finished:
+                self._check_finished()
                 print(f"the run in {self.output_dir} is finished already: see its summary.json")
                 return self
             with raise_on_all_ranks():
                 self.device = get_device(config.device)
-                if has_run(self.output_dir) and not config.resume:
-                    advice = "set resume=true to continue it, or choose another folder"
-                    raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
+                if rank() == 0:
+                    self._open.enter_context(one_run_at_a_time(self.output_dir))
+                    if config.metric_logger:
+                        self._metric_logger = config.metric_logger.build()
+                        self._open.callback(close_metric_logger, self._metric_logger)
             with raise_on_all_ranks():
                 self.checkpoints = Checkpoints(
                     self.output_dir / "checkpoints",
@@ -130,10 +158,16 @@ class Run:
     ) -> None:
         """Closes what is open; the log says so where an error ended the run."""
         if isinstance(error, Exception) and self._ledger is not None:
+            cause, step = error, self._ledger.steps
+            error = out_of_memory(error, self._model, self._optimizer, step=step + 1) or error
             # The error may be a full disk.
             with contextlib.suppress(OSError):
-                self._log.write(EndEvent(reason="error", step=self._ledger.steps, message=str(error)))
-        self._open.__exit__(kind, error, traceback)
+                self._log.write(EndEvent(reason="error", step=step, message=str(error)))
+            self._open.__exit__(type(error), error, traceback)
+            if error is not cause:
+                raise error from cause
+        else:
+            self._open.__exit__(kind, error, traceback)
 
     def start(
         self,
@@ -161,7 +195,7 @@ class Run:
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture
         self._states: dict[str, Stateful] = {**states, "run": self}
-        self._fingerprint = {"config": to_dict(config), "data": data.fingerprint(tasks)}
+        self._fingerprint: dict[str, Any] = {"config": to_dict(config), "data": data.fingerprint(tasks)}
         check_same({"tasks": self._fingerprint["data"]}, advice="the data files have to be the same for all")
         self._check_same_mixture()
         if saved is not None:
@@ -172,24 +206,49 @@ class Run:
             if len(saved.own) == world_size():
                 set_rng_state(saved.own[rank()])
 
-        with raise_on_all_ranks():
-            metric_logger = config.metric_logger.build() if config.metric_logger and rank() == 0 else None
         create_shared_dir(self.output_dir)
         if rank() == 0:
+            # First: it says that what the folder holds is of a run.
+            write_resolved(self.output_dir, to_dict(config))
             self._log = RunLog(
                 self.output_dir,
                 keep_bytes=saved.shared["log_bytes"] if saved else 0,
-                metric_logger=metric_logger,
+                metric_logger=self._metric_logger,
                 log_every=config.log_every,
                 budget_tokens=ledger.budget_tokens,
             )
             self._open.callback(self._log.close)
-            write_resolved(self.output_dir, to_dict(config))
         self.checkpoints.clean()
         self._saved_at = ledger.steps
         self._show_plan(tasks)
         self._began += time.perf_counter()
         self._stop = self._open.enter_context(StopSignals())
+
+    def _is_finished(self) -> bool:
+        """Whether there is nothing to do. A finished run without ``model/`` writes it again, from its checkpoint."""
+        folder = self.output_dir
+        if not (self.config.resume and is_finished(folder)):
+            return False
+        if not has_model(folder) and not has_checkpoint(folder):
+            reason = "is finished, but has neither model/ nor a checkpoint to write it from"
+            raise ValueError(f"output_dir: the run in {folder} {reason}; choose another folder")
+        return has_model(folder)
+
+    def _check_finished(self) -> None:
+        """Refuses to call a run finished that is not the run of this config."""
+        config, free = self.config, marked(type(self.config), FREE_AT_RESUME)
+        with raise_on_all_ranks():
+            # Runs of earlier versions have no hash of the data.
+            before = {
+                "config": read_resolved(self.output_dir),
+                "data": read_summary(self.output_dir).get("data_fingerprint"),
+            }
+            now = {"config": to_dict(config), "data": before["data"]}
+            check_same_run(before, now, free=free)
+        if before["data"] is not None:
+            _, tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
+            with raise_on_all_ranks():
+                check_same_run(before, now | {"data": data.fingerprint(tasks)}, free=free)
 
     def _show_plan(self, tasks: Sequence[data.Task]) -> None:
         """What is about to happen, on the terminal."""
@@ -236,6 +295,11 @@ class Run:
         yield
         self._phase_seconds[phase] += time.perf_counter() - began
 
+    def _log_warnings(self) -> None:
+        """Logs that a stream was silenced, which nobody may have seen."""
+        for text in take_warnings():
+            self._log.write(NoteEvent(step=self.ledger.steps, text=text))
+
     def log_step(
         self,
         *,
@@ -263,6 +327,7 @@ class Run:
             )
         )
         self._display.step(ledger.steps, loss, ledger, seconds, task_losses=task_losses, num_drawn=num_drawn)
+        self._log_warnings()
 
     def log_mixture(self, signals: Mapping[str, Tensor] | None = None) -> None:
         """The probabilities used from the next step on, the same on all processes.
@@ -349,6 +414,7 @@ class Run:
             validation_seconds=self._phase_seconds["validation"],
             steps=ledger.steps,
             mixture_updates=self.num_updates,
+            data_fingerprint=self._fingerprint["data"],
         )
         self.checkpoints.wait()
         if rank() == 0:

@@ -17,20 +17,10 @@ import yaml
 from torch import Tensor
 
 import adapt_recipes
+from adapt_recipes.errors import warn
 from adapt_recipes.events import Event, MixtureEvent, StepEvent, Summary, ValidationEvent, to_line
 from adapt_recipes.files import atomic_file
-
-LOG, SUMMARY, RESOLVED, CHECKPOINTS = "log.jsonl", "summary.json", "resolved.yaml", "checkpoints"
-
-
-def has_run(folder: Path) -> bool:
-    """Whether a run has begun in this folder."""
-    return any((folder / name).exists() for name in (LOG, SUMMARY, RESOLVED, CHECKPOINTS))
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder is finished: the summary is written last."""
-    return (folder / SUMMARY).exists()
+from adapt_recipes.run_directory import LOG, RESOLVED, SUMMARY
 
 
 class RunLog:
@@ -38,7 +28,7 @@ class RunLog:
 
     Args:
         folder: the run directory.
-        metric_logger: one of torchtune's, which is closed with the log; None: there is none. It gets the first step,
+        metric_logger: one of torchtune's; None: there is none. It gets the first step,
             the last one, and every ``log_every``-th one.
         log_every: steps; 0: none in between.
         budget_tokens: supervised tokens, to recognize the last step.
@@ -57,9 +47,12 @@ class RunLog:
     ) -> None:
         self._metric_logger, self._log_every, self._budget_tokens = metric_logger, log_every, budget_tokens
         path = folder / LOG
-        if keep_bytes and (not path.exists() or path.stat().st_size < keep_bytes):
-            raise ValueError(f"resume: {path} is shorter than it was at the checkpoint; it has been changed since")
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+        self._file = open(path, "ab+")  # noqa: SIM115 (closed by `close`)
+        if (size := os.fstat(self._file.fileno()).st_size) < keep_bytes:
+            warn(f"{path} is shorter than at the checkpoint; the run goes on without the missing lines")
+            # Whole lines only.
+            self._file.seek(0)
+            keep_bytes = self._file.read(size).rfind(b"\n") + 1
         self._file.truncate(keep_bytes)
 
     @property
@@ -80,14 +73,16 @@ class RunLog:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._file.name)) from error
         if self._metric_logger and (metrics := self._metrics(event)):
-            self._metric_logger.log_dict(metrics, step=event.step)
+            try:
+                self._metric_logger.log_dict(metrics, step=event.step)
+            except Exception as error:
+                _warn_about_metric_logger(error)
+                self._metric_logger = None
 
     def close(self) -> None:
         # ``write`` has already raised an error about what could not be written.
         with contextlib.suppress(OSError):
             self._file.close()
-        if self._metric_logger:
-            self._metric_logger.close()
 
     def _metrics(self, event: Event) -> dict[str, float]:
         """The values for the metric logger, by the names listed in docs/watching.md."""
@@ -118,6 +113,18 @@ class NullLog:
     def close(self) -> None: ...
 
 
+def close_metric_logger(metric_logger: Any) -> None:
+    """Closes a metric logger; an error is a warning."""
+    try:
+        metric_logger.close()
+    except Exception as error:
+        _warn_about_metric_logger(error)
+
+
+def _warn_about_metric_logger(error: Exception) -> None:
+    warn(f"metric_logger: {type(error).__name__}: {' '.join(str(error).split())}; the run goes on without it")
+
+
 def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes ``resolved.yaml``: the whole config as used, with the versions of packages."""
     packages = ("torch", "torchtune", "torchao", "datasets", "tokenizers", "safetensors", "numpy")
@@ -126,6 +133,17 @@ def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:
     text = yaml.safe_dump({**config, "versions": versions}, sort_keys=False, allow_unicode=True, width=120)
     with atomic_file(folder / RESOLVED) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """The config in ``resolved.yaml``."""
+    config = yaml.safe_load((folder / RESOLVED).read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if key != "versions"}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """``summary.json``."""
+    return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
 
 
 def write_summary(folder: Path, summary: Summary) -> None:

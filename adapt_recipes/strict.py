@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -29,6 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, Val
 from pydantic.errors import PydanticUserError
 
 from adapt_recipes.errors import nearest
+from adapt_recipes.output import never_fatal
+from adapt_recipes.stop import exit_on_signals
 
 ConfigT = TypeVar("ConfigT")
 
@@ -231,8 +234,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a recipe from the command line and exits with its status.
 
-    A ``ValueError`` or ``OSError`` ends in one line and status 2; with ``ADAPT_TRACEBACK=1`` it is a traceback. With
-    several processes, one with an error exits at once without waiting for the others.
+    A ``ValueError``, ``OSError`` or ``MemoryError`` ends in one line and status 2; with ``ADAPT_TRACEBACK=1`` it is a
+    traceback. With several processes, one with an error exits at once without waiting for the others.
 
     Args:
         main: takes the config, returns the exit status.
@@ -246,29 +249,49 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
     )
     parser.add_argument("--config", required=True, help="YAML file")
     arguments, overrides = parser.parse_known_args(argv)
-    try:
-        status = main(_load_once(config_class, arguments.config, overrides))
-    except (ValueError, OSError) as error:
-        if os.environ.get("ADAPT_TRACEBACK"):
-            traceback.print_exc()
-        else:
-            print(f"error: {_line(error)}", file=sys.stderr)
-            # Partly built objects may raise again when they are deleted.
-            sys.unraisablehook = lambda _: None
-        status = 2
-    except BaseException as error:
-        if not dist.is_initialized():
-            raise
-        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
+    handlers = exit_on_signals()
+    config: Any = None
+    with never_fatal():
+        try:
+            config = _load_once(config_class, arguments.config, overrides)
+            status = main(config)
+        except (ValueError, OSError, MemoryError) as error:
+            if os.environ.get("ADAPT_TRACEBACK"):
+                traceback.print_exc()
+            else:
+                print(f"error: {_key_of(error, config)}{_line(error)}", file=sys.stderr)
+                # Partly built objects may raise again when they are deleted.
+                sys.unraisablehook = lambda _: None
+            status = 2
+        except BaseException as error:
+            if not dist.is_initialized():
+                raise
+            status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
     # Only after an error. At exit Python would destroy the group, and nccl would wait for kernels that wait for other
     # processes.
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     sys.exit(status)
+
+
+def _key_of(error: Exception, config: Any) -> str:
+    """The key of the config whose path a system's error is about, as the beginning of its message; "" if none is."""
+    file = getattr(error, "filename", None)
+    if config is None or not isinstance(file, str | os.PathLike):
+        return ""
+    path = Path(os.path.abspath(file))
+    about = [
+        (len(str(value)), key)
+        for key, value in _leaves(to_dict(config))
+        if isinstance(value, str) and value and path.is_relative_to(os.path.abspath(value))
+    ]
+    return f"{max(about)[1]}: " if about else ""
 
 
 def _load_once(config_class: type[ConfigT], path: str, overrides: Sequence[str]) -> ConfigT:
@@ -286,6 +309,8 @@ def _line(error: BaseException) -> str:
     """The message of an error in one line; for YAML and OmegaConf, which add context, only its first part."""
     if isinstance(error, OmegaConfBaseException):
         return str(error).partition("\n")[0]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
@@ -354,7 +379,16 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {_line(error)}") from error
-    return resolved
+    return _expand_home(resolved)
+
+
+def _expand_home(value: Any) -> Any:
+    """The value with ``~`` and ``~/...`` as the home folder, as in a shell."""
+    if isinstance(value, dict):
+        return {key: _expand_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and (value == "~" or value[:2] == "~/") else value
 
 
 def _validate(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:

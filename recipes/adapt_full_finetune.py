@@ -3,8 +3,8 @@
     tune run adapt_full_finetune --config yaml/tiny_adapt_planned.yaml [key=value ...]
 
 The loop of ``sft_full_finetune``, and every ``mixture_update_every`` steps an update of the mixture: the recipe
-measures what the mixture observes, and the mixture changes. Any mixture component works: ``adapt`` (the paper's
-one-step form), ``adapt_planned`` (ours), group DRO, Exp3, a static one, or yours.
+measures what the mixture observes, and the mixture changes. Any mixture component works: ``adapt`` (our reading of the
+paper's one-step form), ``adapt_planned`` (ours), group DRO, Exp3, a static one, or yours.
 
 Copy and edit it: ``tune cp adapt_full_finetune mine.py``, then ``tune run mine.py --config ...``.
 """
@@ -38,10 +38,10 @@ class ProbeConfig:
     """How a mixture update measures the model. Only what the mixture observes is measured."""
 
     examples: PositiveInt = 32
-    """per task and update: the first of the validation split, for losses and v; and random training examples"""
+    """per task: the first of the validation split, the same at every update, and as many random training examples"""
     estimator: Literal["finite_difference", "backward"] = "finite_difference"
-    """of gradient dots: two forward passes over all tasks, or one backward pass per task (the reference: more
-    expensive, exact in any dtype)"""
+    """how gradient dots are computed: by two forward passes over all tasks, or by one backward pass per task, which
+    is more expensive and exact in any dtype"""
     exact_lookahead: bool = False
     """measure the objective after the look-ahead step; false: before it (first order in its step size, cheaper)"""
     separate_batches: bool = True
@@ -71,7 +71,7 @@ class Recipe:
         """Builds data, mixture, model and optimizer, and loads what a resume continues from."""
         config, run = self.config, self.run
 
-        # Data: tokenized or from the cache, split, and drawn in an order that depends on the seed alone.
+        # Data: tokenized or from the cache, and split. The order within a task depends on the seed alone.
         self.tokenizer, self.tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
@@ -85,7 +85,7 @@ class Recipe:
         self.validation = self.batches(data.validation_examples(self.tasks))
         self.probe_validation = self.batches(data.validation_examples(self.tasks, config.probe.examples))
 
-        # Model: fits its folder, is sharded over the processes, and has its weights unless a checkpoint brings them.
+        # Model: check that it fits its folder, shard it, and load the weights unless a checkpoint will.
         with raise_on_all_ranks():
             self.checkpointer = config.checkpointer.build()
         self.model = models.build(config, self.tasks, device=run.device, checkpointer=self.checkpointer)
@@ -99,7 +99,7 @@ class Recipe:
         takes_differences = "gradient_dots" in self.mixture.observes and config.probe.estimator == "finite_difference"
         precision.check(config.dtype, learning_rate=self.base_lrs[0], finite_differences=takes_differences)
 
-        # What a checkpoint holds, besides weights and optimizer.
+        # What a checkpoint holds besides weights and optimizer. A resume loads them all here.
         self.train_losses = TrainLosses(len(self.tasks))
         states = {
             "ledger": self.ledger,
@@ -147,10 +147,10 @@ class Recipe:
 
         # Forward and backward: the loss is the mean over the step's supervised tokens, all processes together.
         loss_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.run.device)
-        # One autocast context around all micro-batches casts the weights once.
+        # One autocast context around all micro-batches casts the weights once, not for each of them.
         with self.model.autocast():
             for batch in batches:
-                losses = self.model(batch.tokens, batch.labels)
+                losses = self.model(batch.tokens, batch.labels)  # (num_supervised,) nats
                 # FSDP2 averages gradients over the processes; multiplied by their number, they are summed.
                 (losses.sum() * world_size() / step_tokens).backward()
                 loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())
@@ -198,11 +198,13 @@ class Recipe:
         run.log_mixture({**signals, **logged})
 
     def gradient_signals(self) -> dict[str, Tensor]:
-        """What ADAPT's equations (2) to (5) measure: validation losses and gradient dots, (num_tasks,) each."""
-        config, probe, train = self.config.probe, self.probe, self.probe_validation
+        """Equations (2) to (5) of ``mixture/adapt.py``: validation losses and gradient dots, (num_tasks,) each."""
+        config, probe = self.config.probe, self.probe
         if config.separate_batches:
             seed, number = self.config.seed, self.run.num_updates
             train = self.batches(data.random_examples(self.tasks, config.examples, seed=seed, update=number))
+        else:
+            train = self.probe_validation
         with contextlib.ExitStack() as lookahead:
             if config.exact_lookahead:
                 # (2): theta' = theta - eta * sum_i p_i grad L_train_i

@@ -48,7 +48,7 @@ class Recipe:
         """Builds data, mixture, model and optimizer, and loads what a resume continues from."""
         config, run = self.config, self.run
 
-        # Data: tokenized or from the cache, split, and drawn in an order that depends on the seed alone.
+        # Data: tokenized or from the cache, and split. The order within a task depends on the seed alone.
         self.tokenizer, self.tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
@@ -61,7 +61,7 @@ class Recipe:
             check_mixture(self.mixture, SIGNALS, num_tasks=len(self.tasks), recipe=Path(__file__).stem)
         self.validation = self.batches(data.validation_examples(self.tasks))
 
-        # Model: fits its folder, is sharded over the processes, and has its weights unless a checkpoint brings them.
+        # Model: check that it fits its folder, shard it, and load the weights unless a checkpoint will.
         with raise_on_all_ranks():
             self.checkpointer = config.checkpointer.build()
         self.model = models.build(config, self.tasks, device=run.device, checkpointer=self.checkpointer)
@@ -74,7 +74,7 @@ class Recipe:
         self.lr_schedule = config.lr_schedule.build()
         precision.check(config.dtype, learning_rate=self.base_lrs[0], finite_differences=False)
 
-        # What a checkpoint holds, besides weights and optimizer.
+        # What a checkpoint holds besides weights and optimizer. A resume loads them all here.
         states = {"ledger": self.ledger, "sampler": self.sampler, "mixture": self.mixture}
         run.start(self.tasks, self.ledger, self.mixture, self.model, self.optimizer, states)
 
@@ -114,10 +114,10 @@ class Recipe:
 
         # Forward and backward: the loss is the mean over the step's supervised tokens, all processes together.
         loss_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.run.device)
-        # One autocast context around all micro-batches casts the weights once.
+        # One autocast context around all micro-batches casts the weights once, not for each of them.
         with self.model.autocast():
             for batch in batches:
-                losses = self.model(batch.tokens, batch.labels)
+                losses = self.model(batch.tokens, batch.labels)  # (num_supervised,) nats
                 # FSDP2 averages gradients over the processes; multiplied by their number, they are summed.
                 (losses.sum() * world_size() / step_tokens).backward()
                 loss_sums.index_add_(0, batch.supervised_tasks, losses.detach().double())

@@ -359,7 +359,7 @@ def test_exit_status(monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest
     assert status(monkeypatch, file, lambda config: 0, "size=x") == 2
     assert capsys.readouterr().err == 'error: size: has to be a whole number, not "x"\n'
     assert status(monkeypatch, file, full) == 2
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'checkpoint'\n"
+    assert capsys.readouterr().err == "error: checkpoint: no space left on device\n"
     with pytest.raises(RuntimeError):  # what is nobody's fault but ours keeps its traceback
         command_line(bug, Schema, ["--config", str(file)])
     monkeypatch.setenv("ADAPT_TRACEBACK", "1")

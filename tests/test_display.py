@@ -183,6 +183,7 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
         validation_seconds=0.0,
         steps=6,
         mixture_updates=0,
+        data_fingerprint="0",
     )
     display.results(summary, folder=tmp_path)
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}

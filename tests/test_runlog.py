@@ -22,7 +22,8 @@ from adapt_recipes.events import (
     Summary,
     ValidationEvent,
 )
-from adapt_recipes.runlog import NullLog, RunLog, has_run, is_finished, write_resolved, write_summary
+from adapt_recipes.run_directory import has_run, is_finished
+from adapt_recipes.runlog import NullLog, RunLog, close_metric_logger, write_resolved, write_summary
 
 SUMMARY = Summary(
     strategy="uniform",
@@ -45,6 +46,7 @@ SUMMARY = Summary(
     validation_seconds=0.5,
     steps=6,
     mixture_updates=0,
+    data_fingerprint="0",
 )
 
 
@@ -102,11 +104,11 @@ def test_a_new_run_replaces_a_stale_log(tmp_path: Path) -> None:
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
-def test_a_log_that_was_cut_since_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text("short\n")
-    with pytest.raises(ValueError, match=r"log\.jsonl is shorter"):
-        RunLog(tmp_path, keep_bytes=100)
+def test_of_a_log_that_was_cut_whole_lines_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.jsonl").write_text("short\ncut")
+    RunLog(tmp_path, keep_bytes=100).close()
     assert (tmp_path / "log.jsonl").read_text() == "short\n"
+    assert "log.jsonl is shorter than at the checkpoint" in capsys.readouterr().err
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:
@@ -150,7 +152,26 @@ def test_a_metric_logger_gets_the_first_the_last_and_some_steps(tmp_path: Path) 
     numbers = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "supervised_tokens": 60, "tokens": 120}
     assert logger.lines[2][1] == numbers | {"computed_tokens": 180, "seconds": 0.5}
     log.close()
-    assert logger.closed
+
+
+def test_a_metric_logger_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Logger):
+        def log_dict(self, metrics: dict[str, Any], step: int) -> None:
+            super().log_dict(metrics, step)
+            raise RuntimeError("no\nnetwork")
+
+        def close(self) -> None:
+            raise RuntimeError("no network")
+
+    logger = Broken()
+    log = RunLog(tmp_path, metric_logger=logger, log_every=1, budget_tokens=80)
+    for number in (1, 2):
+        log.write(step(number, spent=10 * number))
+    log.close()
+    close_metric_logger(logger)
+    assert len(logger.lines) == 1 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    line = "warning: metric_logger: RuntimeError: no network; the run goes on without it\n"
+    assert capsys.readouterr().err == 2 * line
 
 
 def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ of it, and every default below is *ours*. With one logit a_i per task:
     (3)  F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p)                     smooth worst case, entropy
          l_j = (L_val_j(theta') - r_j) / c_j
     (4)  v = sum_j w_j / c_j * grad L_val_j(theta'),   w = softmax(beta l)             one aggregated gradient
-    (5)  dF/dp_i = -u_i + lambda (log p_i + 1),   u_i = eta <v, g_i>                   u_i: the value of a unit of p_i
+    (5)  dF/dp_i = -u_i + lambda (log p_i + 1),   u_i = eta <v, g_i>                   u_i: decrease of (3) per unit p_i
     (6)  a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)                      gradient descent on F through (1)
 
-The reference r_j is 0, or a loss (``adapt_recipes.mixture.reference``) with which a task that cannot be learned is not
-the worst case. (2) is linear in p, so (5) is exact and needs first derivatives only. The recipe computes (2), the
-gradient in (4) and the dot products in (5) with the model, v at theta' or, to first order in eta, at theta.
+The reference r_j is 0, or the loss that the task is expected to reach (``adapt_recipes.mixture.reference``), so that a
+task that cannot be learned is not the worst case. (2) is linear in p, so (5) needs first derivatives only. It is exact
+if the losses in (3) and (4) are measured at theta'. By default the recipe measures them at theta, which is the same to
+first order in eta and cheaper (``probe.exact_lookahead``). It computes (2), v and the dot products with the model.
 """
 
 from __future__ import annotations
@@ -47,16 +48,18 @@ class Adapt:
         entropy_weight: lambda of (3), >= 0 (ours).
         sharpness: beta of (3), > 0 (ours): near 0 the mean of the losses, if large their maximum.
         floor: the part of the mixture that is distributed evenly, 0 <= floor < 1 (ours).
-        normalize: ``initial``: c_j is the first measured validation loss, at least ``MIN_NORMALIZER``; ``none``:
-            c_j = 1 (ours).
+        normalize: ``initial``: c_j is the validation loss at the first mixture update, at least ``MIN_NORMALIZER``;
+            ``none``: c_j = 1 (ours).
         reference: r_j of (3) (ours): null: 0; a mapping of each task's name to a loss, or the path of a JSON file with
             one; ``initial`` or ``asymptote``.
         center_and_scale: replace u by z = (u - mean u) / rms(u - mean u), and rho by rho * N, in (5) and (6) (ours).
             The part common to all u_i can be many times larger than their differences, and their size depends on model
             and data. If all u_i are equal (to 1e-9 of their size), the logits do not change. False: the exact gradient
             step.
-        ema_decay: weight of the old in the running mean of u over updates, 0 <= ema_decay < 1 (ours); 0: the newest u.
-        lookahead_lr: eta of (2), > 0, the step size of the recipe's look-ahead step (ours).
+        ema_decay: weight of the old in the exponential average of u over updates, 0 <= ema_decay < 1 (ours); 0: the
+            newest u.
+        lookahead_lr: eta of (2), > 0 (ours), which is not the optimizer's learning rate. With ``center_and_scale`` it
+            has an effect on the mixture only through theta', with ``probe.exact_lookahead``.
 
     Raises:
         ValueError: an argument is out of range; one line that names it.
@@ -95,7 +98,7 @@ class Adapt:
         self.center_and_scale = center_and_scale
         self.reference = Reference(reference, task_names=task_names, budget_tokens=budget_tokens)
 
-        # State, (num_tasks,) float64 each: a; the running mean of u and the first losses, NaN until measured.
+        # State, (num_tasks,) float64 each: a; the average of u and the first losses, NaN until measured.
         self.logits = torch.zeros(len(task_names), dtype=torch.float64)
         self.values = torch.full_like(self.logits, math.nan)
         self.first_losses = torch.full_like(self.logits, math.nan)
@@ -107,7 +110,7 @@ class Adapt:
 
     def objective_weights(
         self,
-        validation_losses: Tensor,  # (num_tasks,) float64, nats per supervised token at theta'; NaN: not in (3)
+        validation_losses: Tensor,  # (num_tasks,) float64, nats per supervised token; NaN: no validation split
     ) -> Tensor:
         """The weights w_j / c_j of the validation gradients in (4).
 
@@ -123,14 +126,14 @@ class Adapt:
         self,
         *,
         task_tokens: Tensor,  # (num_tasks,) float64, supervised tokens spent on each task
-        validation_losses: Tensor,  # (num_tasks,) float64, the argument of ``objective_weights``
+        validation_losses: Tensor,  # (num_tasks,) float64, the same as given to ``objective_weights``
         gradient_dots: Tensor,  # (num_tasks,) float64, <v, g_i>; NaN: the probe had no token of the task
         **signals: Tensor,
     ) -> dict[str, Tensor]:
         """One step (6) on the logits.
 
         Returns:
-            To log: ``objective``, F at the mixture in use, a scalar; ``weights``, w; ``values``, the running mean of u;
+            To log: ``objective``, F at the mixture in use, a scalar; ``weights``, w; ``values``, the average of u;
             ``reference_losses``, the r_j of the next update.
         """
         assert not gradient_dots.isinf().any(), "an infinite gradient: the model has diverged"
@@ -141,21 +144,24 @@ class Adapt:
         self.reference.observe(validation_losses, task_tokens)
 
         # (3): F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p), where p_i log p_i -> 0 as p_i -> 0
-        shares, p = torch.softmax(self.logits, dim=0), self.probabilities()
+        s = torch.softmax(self.logits, dim=0)
+        p = self.probabilities()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
-        beta, measured = self.sharpness, losses[~losses.isnan()]
+        beta = self.sharpness
+        measured = losses[~losses.isnan()]
         worst_case = (torch.logsumexp(beta * measured, dim=0) - math.log(max(len(measured), 1))) / beta
         objective = worst_case + self.entropy_weight * (p * log_p).sum()
 
-        # (5): dF/dp_i = -u_i + lambda (log p_i + 1)
-        u, rate = self._average_values(gradient_dots, shares), self.meta_lr
+        # (5): dF/dp_i = -u_i + lambda (log p_i + 1), with u averaged over updates, and optionally centered and scaled
+        u = self._average_values(gradient_dots, s)
+        rate = self.meta_lr
         if self.center_and_scale:
             u, differ = _centered_and_scaled(u)
             rate = self.meta_lr * len(u) if differ else 0.0
         gradient = -u + self.entropy_weight * (log_p + 1)
 
         # (6): a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)
-        self.logits = self.logits - rate * (1 - self.floor) * shares * (gradient - (shares * gradient).sum())
+        self.logits = self.logits - rate * (1 - self.floor) * s * (gradient - (s * gradient).sum())
         logged = {"objective": objective, "weights": weights, "values": torch.nan_to_num(self.values)}
         return {**logged, "reference_losses": self.reference.losses.clone()}
 
@@ -186,10 +192,10 @@ class Adapt:
         weights[measured] = torch.softmax(self.sharpness * losses[measured], dim=0)
         return losses, weights
 
-    def _average_values(self, gradient_dots: Tensor, shares: Tensor) -> Tensor:
-        """The running mean of u.
+    def _average_values(self, gradient_dots: Tensor, s: Tensor) -> Tensor:
+        """Updates the exponential average of u, and returns it.
 
-        The mean of a task that was not measured stays the same. A task that was never measured has the mean of the
+        The average of a task that was not measured stays the same. A task that was never measured has the mean of the
         others under s, with which its term in (6), apart from the entropy's, is exactly 0.
         """
         # (5): u_i = eta <v, g_i>
@@ -198,7 +204,7 @@ class Adapt:
         self.values = torch.where(u.isnan(), self.values, mean)
         known = ~self.values.isnan()
         u = torch.where(known, self.values, 0.0)
-        return torch.where(known, u, (shares * u).sum() / (shares * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
+        return torch.where(known, u, (s * u).sum() / (s * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
 
 
 def _centered_and_scaled(u: Tensor) -> tuple[Tensor, bool]:

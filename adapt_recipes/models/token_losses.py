@@ -68,6 +68,8 @@ class TokenLosses(nn.Module):
         self.compute_dtype = compute_dtype
         self.loss_chunk_tokens = loss_chunk_tokens
         self.activation_offloading = activation_offloading
+        # Of the last micro-batch, (rows, length).
+        self.last_shape = (0, 0)
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +106,7 @@ class TokenLosses(nn.Module):
         """
         decoder = self.decoder
         assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"
+        self.last_shape = (tokens.shape[0], tokens.shape[1])
         supervised = labels != IGNORE_INDEX
         offloading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.activation_offloading:

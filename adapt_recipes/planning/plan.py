@@ -13,11 +13,12 @@ from rich.console import Console
 from torch import Tensor
 
 from adapt_recipes import data, models
-from adapt_recipes.config import TrainConfig
+from adapt_recipes.config import TrainConfig, to_dict
 from adapt_recipes.display import count, of_available, task_name, task_table
 from adapt_recipes.mixture.interface import check_mixture
 from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import Pass, Source, Update, update_of
+from adapt_recipes.run_directory import check_output_dir
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.training import precision
 
@@ -112,6 +113,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         raise ValueError(
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )
+    check_output_dir(to_dict(config))
     say("reading tasks")
     parts = _build(config)
     tasks, mixture, update = parts.tasks, parts.mixture, parts.update

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from adapt_recipes.runlog import LOG, RESOLVED, SUMMARY, has_run
+from adapt_recipes.run_directory import LOG, RESOLVED, SUMMARY, has_run
 
 Array = NDArray[np.float64]
 

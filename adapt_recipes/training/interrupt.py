@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run at the next step boundary, where it can be saved."""
+"""SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 end a run at the next step boundary, where it can be saved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from adapt_recipes.stop import stop_signals
 from adapt_recipes.training.process_group import world_size
 from adapt_recipes.training.sockets import COLLECTIVE_TIMEOUT
 
@@ -24,7 +25,7 @@ STOP_TIMEOUT = timedelta(seconds=10)
 
 
 class StopSignals:
-    """A context that records the first SIGTERM or SIGINT, so that all processes can agree to stop.
+    """A context that records the first signal to stop, so that all processes can agree on it.
 
     On a single process a second signal has its usual effect. Several processes ignore it, because the launcher forwards
     signals that the processes have already received.
@@ -40,7 +41,7 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of a process after the signal: 143 for SIGTERM, 130 for Ctrl-C; 0 if there was none."""
+        """The exit status after the signal: SIGTERM 143, Ctrl-C 130, SIGHUP 129, SIGUSR1 138; else 0."""
         return 128 + self.received if self.received else 0
 
     def agreed(self) -> bool:
@@ -68,7 +69,7 @@ class StopSignals:
         return self.received is not None
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

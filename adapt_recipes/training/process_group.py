@@ -9,8 +9,11 @@ Code that may fail on one process while the others wait for it belongs in ``rais
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
+import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -68,6 +71,7 @@ def process_group(device: str | None, *, batch_size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
+    _end_with_launcher()
     with detect_lost_hosts():
         store = _meet(size, device)
     try:
@@ -221,6 +225,16 @@ def _share(error: Exception | None) -> None:
     if rank() > 0:
         raise _ReportedByRankZero(line) from error
     raise ValueError(f"{line} (on process {first})") if by_user else RuntimeError(f"{line} (on process {first})")
+
+
+def _end_with_launcher() -> None:
+    """Has Linux kill this process when torchrun is killed, so that it does not meet a resume of the same run."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        pr_set_pdeathsig, parent = 1, os.getppid()
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        # It may have been killed before.
+        if parent == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _meet(size: int, device: str | None) -> dist.Store:

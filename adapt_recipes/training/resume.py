@@ -11,8 +11,28 @@ from adapt_recipes.training.checkpoint import Saved
 from adapt_recipes.training.process_group import world_size
 
 
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, free: Sequence[str]) -> None:
+    """Refuses another config or other data.
+
+    Args:
+        before, now: fingerprints of a run that has begun and of the one that is starting, ``{"config": ..., "data": a
+            hash}``.
+        free: dotted keys of the config that may change.
+
+    Raises:
+        ValueError: it names the keys that differ, or says that the data has changed.
+    """
+    if changed := config_differences(before["config"], now["config"], free):
+        raise ValueError(
+            f"resume: {', '.join(changed)} changed since the run began; change it back, or use another output_dir"
+        )
+    if before["data"] != now["data"]:
+        advice = "restore it, or use another output_dir"
+        raise ValueError(f"resume: tasks: the data changed since the run began; {advice}")
+
+
 def check_resume(saved: Saved, now: Mapping[str, Any], *, free: Sequence[str]) -> None:
-    """Refuses to resume a run with another config or other data.
+    """Refuses to resume a run with another config or other data, and warns of what gives up bit equality.
 
     Args:
         saved: the checkpoint, whose ``shared`` has ``{"fingerprint": {"config": ..., "data": fingerprint}}``.
@@ -23,14 +43,7 @@ def check_resume(saved: Saved, now: Mapping[str, Any], *, free: Sequence[str]) -
         ValueError: it names the keys that differ, or says that the data has changed.
     """
     before = saved.shared["fingerprint"]
-    changed = config_differences(before["config"], now["config"], free)
-    if changed:
-        raise ValueError(
-            f"resume: {', '.join(changed)} changed since the run began; change it back, or use another output_dir"
-        )
-    if before["data"] != now["data"]:
-        advice = "restore it, or use another output_dir"
-        raise ValueError(f"resume: tasks: the data changed since the run began; {advice}")
+    check_same_run(before, now, free=free)
     if before["config"]["micro_batch_tokens"] != now["config"]["micro_batch_tokens"]:
         warn("micro_batch_tokens changed: the run goes on, but no longer bit for bit")
     if len(saved.own) != world_size():

@@ -251,7 +251,7 @@ def test_a_finished_run_says_so_and_is_left_alone(
     assert state_of(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("kept", ["log.jsonl", "resolved.yaml", "summary.json", "checkpoints", None])
+@pytest.mark.parametrize("kept", ["resolved.yaml", "checkpoints", None])
 def test_without_resume_a_folder_that_holds_a_run_is_refused(runs: Runs, tmp_path: Path, kept: str | None) -> None:
     shutil.copytree(runs.whole("uniform"), tmp_path / "run")
     for path in (tmp_path / "run").iterdir():
@@ -403,15 +403,22 @@ def test_changed_data_is_refused(tmp_path: Path, change: str) -> None:
 # ---- damage
 
 
-def test_a_log_shorter_than_at_the_checkpoint_is_refused(runs: Runs, folder: Path) -> None:
+@pytest.mark.parametrize("left", [None, 200])
+def test_a_run_goes_on_without_the_log_that_was_deleted_or_cut(
+    runs: Runs, folder: Path, left: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = (folder / "log.jsonl").read_bytes()
-    (folder / "log.jsonl").write_bytes(log[:200])
-    before = state_of(folder)
-    with pytest.raises(
-        ValueError, match=rf"^resume: {folder}/log\.jsonl is shorter than it was at the checkpoint[^\n]*\Z"
-    ):
-        runs.run("adapt_planned", folder)
-    assert state_of(folder) == before
+    (folder / "log.jsonl").unlink()
+    if left is not None:
+        (folder / "log.jsonl").write_bytes(log[:left])
+    assert runs.run("adapt_planned", folder) == 0
+    assert f"warning: {folder}/log.jsonl is shorter than at the checkpoint" in capsys.readouterr().err
+    whole = runs.whole("adapt_planned")
+    without = {name: content for name, content in files(folder).items() if "checkpoints" not in name}
+    assert without.keys() == {name for name in files(whole) if "checkpoints" not in name}
+    assert (folder / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    lines = (folder / "log.jsonl").read_bytes()
+    assert lines.startswith(log[: log.rfind(b"\n", 0, left or 0) + 1]) and b'"resume"' in lines
 
 
 def test_the_checkpoint_before_a_damaged_one_serves(

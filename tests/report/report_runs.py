@@ -114,6 +114,7 @@ def write_run(
             validation_seconds=validation_seconds,
             steps=steps,
             mixture_updates=updates,
+            data_fingerprint="0",
         )
         write_summary(folder, summary)
     log.close()
