@@ -118,10 +118,7 @@ class Run:
             self._open.enter_context(process_group(config.device, batch_size=config.batch_size))
             check_same(to_dict(config), advice="start all with the same command")
             with raise_on_all_ranks():
-                check_output_dir(to_dict(config))
-                if has_run(self.output_dir) and not config.resume:
-                    advice = "set resume=true to continue it, or choose another folder"
-                    raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
+                self._check_output_dir()
                 finished = self._is_finished()
             # As process 0 sees it.
             self.is_finished = all_gather_object(finished)[0]
@@ -133,6 +130,8 @@ class Run:
                 self.device = get_device(config.device)
                 if rank() == 0:
                     self._open.enter_context(one_run_at_a_time(self.output_dir))
+                    # A run that had the lock until now may have written there.
+                    self._check_output_dir()
                     if config.metric_logger:
                         self._metric_logger = config.metric_logger.build()
                         self._open.callback(close_metric_logger, self._metric_logger)
@@ -223,6 +222,13 @@ class Run:
         self._show_plan(tasks)
         self._began += time.perf_counter()
         self._stop = self._open.enter_context(StopSignals())
+
+    def _check_output_dir(self) -> None:
+        """Refuses a folder with something of someone else, or with a run that is not to be resumed."""
+        check_output_dir(to_dict(self.config))
+        if has_run(self.output_dir) and not self.config.resume:
+            advice = "set resume=true to continue it, or choose another folder"
+            raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
 
     def _is_finished(self) -> bool:
         """Whether there is nothing to do. A finished run without ``model/`` writes it again, from its checkpoint."""

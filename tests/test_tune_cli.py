@@ -181,7 +181,7 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
     assert "strategy: adapt" in cat[1]
 
     assert validations[:3] == [WELL_FORMED] * 3
-    hints = ["did you mean 'seed'?", "did you mean 'tokens'?", "did you mean 'tiny_adapt'?", "no config of ours"]
+    hints = ["did you mean 'seed'?", "did you mean 'tokens'?", "did you mean 'tiny_adapt'?", "not for a recipe of ours"]
     hints += ["no recipe 'adapt_full_finetun', by name or by path; did you mean 'adapt_full_finetune'?", "`tune ls`"]
     hints += [
         "--config tiny_mos_diff: is for the recipe mos_full_finetune, not for adapt_full_finetune; run that recipe"

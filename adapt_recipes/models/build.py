@@ -99,6 +99,7 @@ def save(model: TokenLosses, checkpointer: HuggingFaceCheckpointer, folder: Path
         folder,
         config=checkpointer.config or huggingface_config(model.decoder, **token_ids),
         tokenizer=tokenizer,
-        end_ids=tokenizer.end_ids,
+        # A tokenizer of the user's own may not say which of its ends ends an answer.
+        end_ids=getattr(tokenizer, "end_ids", tokenizer.eos_ids),
         adapters=train_adapters_alone(model.decoder),
     )

@@ -84,7 +84,8 @@ class Checkpoints:
     def __init__(self, checkpoints_dir: Path, *, keep: int, asynchronous: bool) -> None:
         assert keep >= 1
         # It may be a link to another disk, where nothing is yet.
-        self.checkpoints_dir = Path(os.path.realpath(checkpoints_dir))
+        is_link = checkpoints_dir.is_symlink()
+        self.checkpoints_dir = Path(os.path.realpath(checkpoints_dir)) if is_link else checkpoints_dir
         self._keep = keep
         self._group: dist.ProcessGroup | None = None
         self._rank, self._num_processes = 0, 1

@@ -360,8 +360,9 @@ def summary(output_dir: Path) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Everything below a folder, without the file that a killed run may leave where its lock was."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:

@@ -244,8 +244,7 @@ def test_all_are_killed_during_a_checkpoint(runs: Runs, whole: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("strategy", ["uniform", "adapt_planned", "mos_diff"])
 def test_whether_it_is_finished_is_as_the_first_one_sees_it(runs: Runs, tmp_path: Path, strategy: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "summary.json").touch()
+    shutil.copytree(runs.whole(strategy), tmp_path / "run")
     blind = functools.partial(see_no_summary, victim=1)
     assert end(runs.start_group(strategy, tmp_path / "run", prepare=blind), within=30) == [0, 0]
     assert "is finished already" in said(tmp_path / "run", ".0.out") and said(tmp_path / "run", ".1.out") == ""
@@ -397,7 +396,7 @@ def test_a_disk_that_fills_up(
         assert line.endswith("; the newest whole checkpoint is step_4") and errors(folder, 1) == []
         assert (events(folder)[-1]["event"], events(folder)[-1]["reason"]) == ("end", "error")
     else:
-        assert errors(folder, 0) == [f"error: [Errno 27] File too large: '{log}'"]
+        assert errors(folder, 0) == [f"error: output_dir: {log}: file too large"]
         (line,) = errors(folder, 1)
         assert re.fullmatch(rf"error: (process 0 has ended: .*'{log}'|{WITHOUT_WORD})", line)
     assert runs.finish_group("uniform", folder) == [0, 0]
