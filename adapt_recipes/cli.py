@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -127,6 +128,10 @@ def check_before_run(run: ModuleType) -> None:
             from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
             from torch.distributed.elastic.rendezvous import RendezvousError
 
+            # Otherwise they print lines about every signal.
+            for name in logging.root.manager.loggerDict:
+                if name.startswith("torch.distributed.elastic"):
+                    logging.getLogger(name).setLevel(logging.ERROR)
             # Without these, torchrun would die of SIGUSR1, and ignore `nohup`.
             args.signals_to_handle = ",".join(each.name for each in stop_signals()) + ",SIGQUIT"
             # For ``tune_cli_ext.hook``.

@@ -143,7 +143,10 @@ def test_before_the_first_step(
     options = ["--nproc_per_node", 2] if processes == 2 else []
     with no_handler(number):
         process = launch(*options, RECIPES["uniform"], *runs.argv("uniform", folder, **LONG), start_new_session=True)
-    time.sleep(seconds)
+    # After torch is imported, the launcher starts its processes, whose Python takes a moment to set its handlers.
+    while processes == 2 and seconds > 2 and process.poll() is None and not _children(process.pid):
+        time.sleep(0.01)
+    time.sleep(seconds if processes == 1 or seconds <= 2 else seconds - 3)
     if number == signal.SIGINT:
         # A terminal sends it to all.
         os.killpg(process.pid, number)
@@ -165,7 +168,7 @@ def test_processes_end_with_their_launcher(runs: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = launch("--nproc_per_node", 2, RECIPES["uniform"], *runs.argv("uniform", folder, **LONG))
     wait_for_steps(launcher, folder)
-    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    workers = _children(launcher.pid)
     assert len(workers) == 2
     launcher.kill()
     launcher.wait()
@@ -174,6 +177,10 @@ def test_processes_end_with_their_launcher(runs: Runs, tmp_path: Path) -> None:
         time.sleep(0.01)
     assert not any(_is_running(pid) for pid in workers)
     assert runs.finish_group("uniform", folder, **LONG) == [0, 0]
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def _is_running(pid: str) -> bool:
