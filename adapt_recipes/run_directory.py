@@ -22,7 +22,7 @@ LOCK = ".lock"
 
 
 def has_run(folder: Path) -> bool:
-    """Whether a run has begun in this folder: it writes ``resolved.yaml`` first, and needs nothing but checkpoints."""
+    """Whether a run has begun here: there is our ``resolved.yaml``, which is written first, or a checkpoint."""
     try:
         resolved = yaml.safe_load((folder / RESOLVED).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
