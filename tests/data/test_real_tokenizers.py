@@ -141,7 +141,7 @@ def test_a_saved_folder_is_the_same_tokenizer(model: str, pair: Pair, tmp_path: 
 @pytest.mark.parametrize("model", ["qwen3"], indirect=True)
 def test_qwen3_takes_one_answer_with_or_without_thoughts(pair: Pair) -> None:
     with pytest.raises(
-        ValueError, match=r"^the chat template is not prefix-stable: .*\(Qwen3's drops earlier thoughts"
+        ValueError, match=r"^the chat template is not prefix-stable: .*\(Qwen3's template drops earlier thoughts"
     ):
         pair.ours.encode(messages("a", "b", "c", "d"))
     answer = "<think>\nTwo and two.\n</think>\n\nFour."
