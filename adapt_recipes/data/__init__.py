@@ -16,6 +16,7 @@ from adapt_recipes.data.sampler import (
     draw_names,
     random_examples,
     sample_one_hot,
+    test_examples,
     validation_examples,
 )
 from adapt_recipes.data.toy import toy_tasks
@@ -46,6 +47,7 @@ __all__ = [
     "prepare_tasks",
     "random_examples",
     "sample_one_hot",
+    "test_examples",
     "toy_tasks",
     "validation_examples",
 ]

@@ -25,12 +25,14 @@ class RawTask:
         conversations: one per example; the last message is the assistant's.
         validation: the validation split if the source has its own; None: it is split off by the hash of the prompt.
         entropy: the lowest loss that any model can reach, in nats per supervised token, if it is known.
+        test: the test split if the source has its own; None: ``tasks.test_examples`` are split off likewise.
     """
 
     name: str
     conversations: list[Conversation]
     validation: list[Conversation] | None = None
     entropy: float | None = None
+    test: list[Conversation] | None = None
 
 
 class Example(NamedTuple):
@@ -105,6 +107,7 @@ class Task:
         validation: the split for the objective and the results; None: the task is in neither.
         entropy: see ``RawTask``.
         num_dropped: examples dropped because they are longer than ``max_seq_len``.
+        test: the split that a run measures once, after it has ended; None: there is none.
     """
 
     name: str
@@ -112,3 +115,9 @@ class Task:
     validation: Examples | None
     entropy: float | None = None
     num_dropped: int = 0
+    test: Examples | None = None
+
+    @property
+    def splits(self) -> list[Examples]:
+        """The splits that the task has: training, validation, test."""
+        return [split for split in (self.train, self.validation, self.test) if split is not None]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapt_recipes.data.examples import IGNORE_INDEX, Example, Task
+from adapt_recipes.data.examples import IGNORE_INDEX, Example, Examples, Task
 
 
 class Draw(NamedTuple):
@@ -145,8 +145,21 @@ def validation_examples(tasks: Sequence[Task], count: int | None = None) -> list
         tasks: in the order of the mixture; those without a validation split are skipped.
         count: the first ``count`` examples of each task, always the same ones; None: all.
     """
-    splits = [(i, task.validation) for i, task in enumerate(tasks) if task.validation is not None]
-    return [(i, split.example(k)) for i, split in splits for k in range(len(split))[:count]]
+    return _examples([task.validation for task in tasks], count)
+
+
+def test_examples(tasks: Sequence[Task]) -> list[tuple[int, Example]]:
+    """The test split, each example with the index of its task; empty if no task has one.
+
+    Nothing reads it with the model before the run has ended.
+    """
+    return _examples([task.test for task in tasks])
+
+
+def _examples(splits: Sequence[Examples | None], count: int | None = None) -> list[tuple[int, Example]]:
+    """The first ``count`` examples of each task's split."""
+    present = [(i, split) for i, split in enumerate(splits) if split is not None]
+    return [(i, split.example(k)) for i, split in present for k in range(len(split))[:count]]
 
 
 def random_examples(tasks: Sequence[Task], count: int, *, seed: int, update: int | None) -> list[tuple[int, Example]]:
