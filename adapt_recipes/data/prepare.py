@@ -16,6 +16,9 @@ The result does not depend on the number of workers, the order of the tasks, or 
 
 A task's own validation split is used unchanged except for step 2, and its prompts are held out from all *other* tasks.
 Inside the task the split of the source is kept: rows that are meant to be memorized stay in both splits.
+
+Of what is left to train on, every task in the objective then holds out the ``test_examples`` prompts with the smallest
+hash for the test, unless it has its own test split.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ def prepare_tasks(
     *,
     max_seq_len: int,
     validation_examples: int = 32,
+    test_examples: int = 0,
     max_examples_per_task: int | None = None,
     no_validation: Collection[str] = (),
     num_workers: int | None = None,
@@ -49,6 +53,7 @@ def prepare_tasks(
         tokenizer: see ``ConversationTokenizer``.
         max_seq_len: rendered tokens that an example may have at most.
         validation_examples: prompts that a task holds out, at least 1.
+        test_examples: prompts that a task holds out for the test after the run; 0: none.
         max_examples_per_task: bound on a task's training and validation examples together (not counting a validation
             split of its own); None: all.
         no_validation: names of tasks that are not in the objective: their ``validation`` is None.
@@ -70,6 +75,7 @@ def prepare_tasks(
     sources = {_label(task.name): task.conversations for task in raw_tasks}
     own_splits = {task.name: task.validation for task in objective if task.validation is not None}
     sources |= {_label(name, "validation example"): conversations for name, conversations in own_splits.items()}
+    sources |= {_label(task.name, "test example"): task.test for task in objective if task.test is not None}
     tokenized = tokenize(sources, tokenizer, num_workers=num_workers, cache_dir=Path(cache_dir).expanduser())
 
     # Steps 2 and 3: drop examples that are too long or too many. By task.
@@ -88,7 +94,13 @@ def prepare_tasks(
     for task in raw_tasks:
         train, held_out = _split(task.name, available[task.name], own_validation.get(task.name), validators)
         validation = None if task.name in no_validation else own_validation.get(task.name, held_out)
-        tasks.append(Task(task.name, train, validation, task.entropy, num_dropped[task.name]))
+        test = None
+        if task.test is not None and task in objective:
+            test, dropped = _fitting(_label(task.name, "test example"), tokenized, max_seq_len, None)
+            num_dropped[task.name] += dropped
+        elif test_examples and task in objective:
+            train, test = _split_test(task.name, train, test_examples)
+        tasks.append(Task(task.name, train, validation, task.entropy, num_dropped[task.name], test))
     return tasks
 
 
@@ -133,6 +145,18 @@ def _split(
             f"task {name!r}: no example is left to train on, because other tasks validate on all of its prompts"
         )
     return examples.select((~is_held).nonzero().flatten()), examples.select(is_held.nonzero().flatten())
+
+
+def _split_test(name: str, examples: Examples, test_examples: int) -> tuple[Examples, Examples]:
+    """The training examples of a task that are left, and those of its test split."""
+    prompts = sorted(set(examples.prompt_hashes.tolist()))
+    if len(prompts) <= test_examples:
+        raise ValueError(
+            f"tasks.test_examples: {test_examples} is too many for task {name!r}, which has {len(prompts)} different "
+            "prompts left and must train on at least one; lower it, or list the task in tasks.no_validation"
+        )
+    is_test = torch.isin(examples.prompt_hashes, torch.tensor(prompts[:test_examples]))
+    return examples.select((~is_test).nonzero().flatten()), examples.select(is_test.nonzero().flatten())
 
 
 def _label(name: str, kind: str = "example") -> str:
