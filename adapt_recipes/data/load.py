@@ -21,6 +21,8 @@ class TasksConfig(Component):
 
     validation_examples: Annotated[int, Field(ge=1)] = 32
     """prompts of each task held out for validation; a task with a validation split of its own keeps that"""
+    test_examples: Annotated[int, Field(ge=0)] = 0
+    """prompts of each task held out for the test after the run; 0: none; a task with a test split of its own keeps that"""
     max_examples_per_task: Annotated[int, Field(ge=1)] | None = None
     """use at most this many examples of each task"""
     no_validation: list[str] = []
@@ -51,6 +53,7 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         tokenizer,
         max_seq_len=max_seq_len,
         validation_examples=config.validation_examples,
+        test_examples=config.test_examples,
         max_examples_per_task=config.max_examples_per_task,
         no_validation=config.no_validation,
         cache_dir=config.cache_folder,
@@ -78,8 +81,7 @@ def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) 
 
 def max_token(tasks: Sequence[Task]) -> int:
     """The highest token id that any of the tasks holds; 0 where there are no tasks."""
-    splits = [split for task in tasks for split in (task.train, task.validation) if split is not None]
-    return max((int(split.tokens.max()) for split in splits), default=0)
+    return max((int(split.tokens.max()) for task in tasks for split in task.splits), default=0)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
@@ -87,8 +89,10 @@ def fingerprint(tasks: Sequence[Task]) -> str:
     digest = blake2b(digest_size=16)
     for task in tasks:
         digest.update(task.name.encode() + b"\0")
-        for split in (task.train, task.validation):
-            if split is not None:
-                for tensor in (split.tokens, split.supervised, split.offsets):
-                    digest.update(tensor.contiguous().numpy().data)
+        for split in task.splits:
+            if split is task.test:
+                # Without a test split the hash is that of earlier versions.
+                digest.update(b"test\0")
+            for tensor in (split.tokens, split.supervised, split.offsets):
+                digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
