@@ -66,8 +66,8 @@ class Ledger:
         tokens: positions read in training, without padding.
         computed_tokens: positions computed in training, with padding.
         unique_supervised_tokens: supervised tokens spent on examples seen for the first time.
-        probe_tokens: supervised tokens read by probes and validation, which are not part of the budget.
-        probe_total_tokens: all positions read by probes and validation, without padding.
+        probe_tokens: supervised tokens read by probes, validation and test, which are not part of the budget.
+        probe_total_tokens: all positions read by probes, validation and test, without padding.
     """
 
     COUNTS = ("tokens", "computed_tokens", "unique_supervised_tokens", "probe_tokens", "probe_total_tokens")
@@ -112,7 +112,7 @@ class Ledger:
         self.computed_tokens += sum(batch.computed_tokens for batch in batches)
 
     def probe(self, batches: Sequence[Any]) -> None:
-        """Counts micro-batches read by a probe or a validation."""
+        """Counts micro-batches read by a probe, a validation or the test."""
         self.probe_tokens += sum(batch.num_supervised_tokens for batch in batches)
         self.probe_total_tokens += sum(batch.num_tokens for batch in batches)
 

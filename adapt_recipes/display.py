@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from adapt_recipes.budget import Ledger
-from adapt_recipes.data import Task
+from adapt_recipes.data import Examples, Task
 from adapt_recipes.events import Summary
 
 # A refresh takes a few milliseconds.
@@ -132,20 +132,21 @@ class Display:
     def plan(
         self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str, one_task: bool = False
     ) -> None:
-        """Prints each task's share, training split (in supervised tokens) and validation split before a run.
+        """Prints each task's share, training split (in supervised tokens) and held-out examples before a run.
 
         With ``one_task`` each step has examples of one task, and ``probabilities`` are the chances of the tasks.
         """
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
-        table = task_table("examples", "dropped", "sup. tokens", "held out", "p")
+        has_test = any(task.test is not None for task in self._tasks)
+        table = task_table("examples", "dropped", "sup. tokens", "held out", *["test"] * has_test, "p")
         for task, p, tokens in zip(self._tasks, probabilities.tolist(), available, strict=True):
-            held_out = f"{len(task.validation):,}" if task.validation is not None else "-"
+            held_out = [_size(task.validation), *[_size(task.test)] * has_test]
             table.add_row(
                 task_name(task.name),
                 f"{len(task.train):,}",
                 f"{task.num_dropped:,}",
                 f"{tokens:,}",
-                held_out,
+                *held_out,
                 f"{p:.3f}",
             )
         self.console.print(table)
@@ -162,18 +163,23 @@ class Display:
 
     def results(self, summary: Summary, *, folder: Path) -> None:
         """Prints the results at the end of a run."""
-        table = task_table("p", "spent", "of budget", "loss before", "loss after")
+        test_losses = summary.test_losses
+        table = task_table("p", "spent", "of budget", "loss before", "loss after", *["test loss"] * bool(test_losses))
         for name, p in summary.probabilities.items():
             tokens = summary.task_tokens[name]
-            losses = (summary.initial_validation_losses[name], summary.validation_losses[name])
+            losses = [summary.initial_validation_losses[name], summary.validation_losses[name]]
+            losses += [test_losses[name]] if test_losses else []
             share = f"{tokens / summary.budget_tokens:.1%}"
             table.add_row(task_name(name), f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
         self.console.print(table)
+        test = ""
+        if test_losses:
+            test = f"; test loss worst {summary.worst_test_loss:.4f}, mean {summary.mean_test_loss:.4f}"
         self.say(
             f"{summary.strategy}: validation loss worst {summary.worst_validation_loss:.4f}, "
-            f"mean {summary.mean_validation_loss:.4f}\n"
+            f"mean {summary.mean_validation_loss:.4f}{test}\n"
             f"{summary.supervised_tokens:,} supervised tokens in {summary.steps:,} steps and "
-            f"{summary.seconds:.1f} s; probes and validation read {summary.probe_tokens:,} more\n"
+            f"{summary.seconds:.1f} s; probes, validation and test read {summary.probe_tokens:,} more\n"
             f"results: {folder}/summary.json, log.jsonl, model/"
         )
 
@@ -215,6 +221,10 @@ _HEADER = "      p    spent   train   valid      seen  epochs"
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
+
+
+def _size(split: Examples | None) -> str:
+    return "-" if split is None else f"{len(split):,}"
 
 
 def count(number: int, noun: str) -> str:

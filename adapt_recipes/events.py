@@ -61,6 +61,17 @@ class ValidationEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TestEvent:
+    """The test of every task on its whole test split, once, after the run has spent its budget."""
+
+    event: ClassVar[str] = "test"
+    step: int
+    supervised_tokens: int
+    losses: ByTask
+    """nats per supervised token; null for a task without a test split"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointEvent:
     """A checkpoint was written, or is being written in the background."""
 
@@ -97,7 +108,7 @@ class EndEvent:
     message: str | None = None
 
 
-Event = StepEvent | MixtureEvent | ValidationEvent | CheckpointEvent | ResumeEvent | NoteEvent | EndEvent
+Event = StepEvent | MixtureEvent | ValidationEvent | TestEvent | CheckpointEvent | ResumeEvent | NoteEvent | EndEvent
 
 
 def to_line(event: Event) -> dict[str, Any]:
@@ -111,7 +122,7 @@ def to_line(event: Event) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """``summary.json``. Losses are nats per supervised token on the whole validation split with the final weights."""
+    """``summary.json``. Losses are nats per supervised token on a whole split with the final weights."""
 
     strategy: str
     seed: int
@@ -130,9 +141,16 @@ class Summary:
     """over tasks, unweighted"""
     mean_validation_loss: float
     """over tasks, unweighted"""
+    test_losses: ByTask | None = None
+    """None, as in the next two: no task has a test split"""
+    worst_test_loss: float | None = None
+    """over tasks, unweighted"""
+    mean_test_loss: float | None = None
+    """over tasks, unweighted"""
     seconds: float
     mixture_seconds: float
     validation_seconds: float
+    """of validations and of the test"""
     steps: int
     mixture_updates: int
     data_fingerprint: str

@@ -36,6 +36,7 @@ from adapt_recipes.events import (
     ResumeEvent,
     StepEvent,
     Summary,
+    TestEvent,
     ValidationEvent,
 )
 from adapt_recipes.output import take_warnings
@@ -94,6 +95,7 @@ class Run:
         saved: the checkpoint that ``start`` resumes from; None: the run begins.
         num_updates: mixture updates so far.
         validation_losses: (num_tasks,) float64 of the last validation; ``initial_validation_losses`` of the first.
+        test_losses: (num_tasks,) float64 of the test, which comes after the last checkpoint; None: there is none.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -101,6 +103,7 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.num_updates = 0
         self.validation_losses = self.initial_validation_losses = torch.empty(0)
+        self.test_losses: Tensor | None = None
         self._phase_seconds = {"mixture": 0.0, "validation": 0.0}
         # When the run would have begun without its down time, by time.perf_counter().
         self._began = 0.0
@@ -295,7 +298,7 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, phase: Literal["mixture", "validation"], doing: str) -> Iterator[None]:
-        """Counts the time of a phase separately, and shows ``doing`` on the display."""
+        """Counts the time of a phase separately (the test's as validation), and shows ``doing`` on the display."""
         self._display.doing(doing)
         began = time.perf_counter()
         yield
@@ -365,6 +368,15 @@ class Run:
         self._log.write(ValidationEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
         self._display.validation(losses)
 
+    def log_test(self, losses: Tensor) -> None:
+        """(num_tasks,) float64, nats per supervised token on the whole test split; NaN for a task without.
+
+        A resume from the last checkpoint measures it again, so no checkpoint holds it.
+        """
+        self.test_losses = losses
+        spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
+        self._log.write(TestEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
+
     def note(self, component: str, text: str) -> None:
         """Logs and prints a remark of a component about the run."""
         self._log.write(NoteEvent(step=self.ledger.steps, text=text))
@@ -396,8 +408,8 @@ class Run:
         return self._stop.exit_status
 
     def finished(self) -> int:
-        """The budget is spent and ``model/`` is written: write ``summary.json``. Returns the exit status."""
-        ledger, losses = self.ledger, self.validation_losses
+        """The budget is spent, ``model/`` written, the test done: write ``summary.json``. Returns the exit status."""
+        ledger, losses, test_losses = self.ledger, self.validation_losses, self.test_losses
         self._log.write(EndEvent(reason="finished", step=ledger.steps, seconds=self.seconds))
         summary = Summary(
             strategy=self.config.strategy,
@@ -415,6 +427,9 @@ class Run:
             initial_validation_losses=self._by_task(self.initial_validation_losses),
             worst_validation_loss=float(losses[~losses.isnan()].max()),
             mean_validation_loss=float(losses.nanmean()),
+            test_losses=None if test_losses is None else self._by_task(test_losses),
+            worst_test_loss=None if test_losses is None else float(test_losses[~test_losses.isnan()].max()),
+            mean_test_loss=None if test_losses is None else float(test_losses.nanmean()),
             seconds=self.seconds,
             mixture_seconds=self._phase_seconds["mixture"],
             validation_seconds=self._phase_seconds["validation"],

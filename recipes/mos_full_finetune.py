@@ -59,7 +59,7 @@ SIGNALS = ("train_losses", "validation_losses", "rewards")
 
 
 class Recipe:
-    """One run: ``setup``, then ``train``, which calls ``step``, ``update_mixture`` and ``validate``."""
+    """One run: ``setup``, then ``train``, which calls ``step``, ``update_mixture``, ``validate`` and ``test``."""
 
     def __init__(self, config: Config, run: Run) -> None:
         self.config, self.run = config, run
@@ -133,6 +133,7 @@ class Recipe:
         if ledger.left > 0:
             return run.interrupted()
         models.save(self.model, self.checkpointer, run.output_dir / "model", tokenizer=self.tokenizer)
+        self.test()
         return run.finished()
 
     def step(self) -> None:
@@ -227,6 +228,13 @@ class Recipe:
         with self.run.timed("validation", "validating"):
             losses = self.probe.losses(self.validation)
         self.run.log_validation(losses)
+
+    def test(self) -> None:
+        """Measures every task on its whole test split, if there is one. Nothing reads it before the end."""
+        if examples := data.test_examples(self.tasks):
+            with self.run.timed("validation", "testing"):
+                losses = self.probe.losses(self.batches(examples), split="test")
+            self.run.log_test(losses)
 
     def batches(self, examples: Sequence[tuple[int, data.Example]]) -> list[data.MicroBatch]:
         """This process's micro-batches of examples, each given with its task."""

@@ -22,7 +22,8 @@ class TasksConfig(Component):
     validation_examples: Annotated[int, Field(ge=1)] = 32
     """prompts of each task held out for validation; a task with a validation split of its own keeps that"""
     test_examples: Annotated[int, Field(ge=0)] = 0
-    """prompts of each task held out for the test after the run; 0: none; a task with a test split of its own keeps that"""
+    """prompts of each task held out for the test after the run; 0: none; a task with a test split of its own keeps
+    that"""
     max_examples_per_task: Annotated[int, Field(ge=1)] | None = None
     """use at most this many examples of each task"""
     no_validation: list[str] = []

@@ -102,7 +102,7 @@ def estimate_memory(
     Args:
         model: from ``models.build``, on the meta device. It cannot be used afterwards.
         config: of a recipe.
-        shape, read: of the largest micro-batch in training, and in validation and probes (None: the same).
+        shape, read: of the largest micro-batch in training, and in probes, validation and test (None: the same).
         update: the computation of a mixture update; None: there are no updates.
         num_processes: over which the weights are sharded.
 

@@ -70,7 +70,7 @@ class Plan:
         mixture_updates: number of updates.
         mixture_cost_steps: cost of all updates in training steps. It counts forward and backward passes over tokens; a
             forward pass is 1/3 of a step.
-        probe_tokens: supervised tokens read by probes and validation.
+        probe_tokens: supervised tokens read by probes, validation and test.
         exact: whether the mixture keeps its starting probabilities. If not, ``steps``, ``epochs`` and the counts that
             follow from them assume that it does.
         warnings: one line each.
@@ -118,7 +118,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     parts = _build(config)
     tasks, mixture, update = parts.tasks, parts.mixture, parts.update
 
-    # Steps, and what probes and validation read.
+    # Steps, and what probes, validation and test read.
     say("drawing examples")
     drawn = _draw(config, tasks, mixture.probabilities(), parts.budget_tokens)
     update_every = getattr(config, "mixture_update_every", 0)
@@ -193,7 +193,7 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
         f"{_size((config.keep_checkpoints + 1) * plan.checkpoint_bytes)}",
         f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         f"mixture: {mixture}",
-        f"probes and validation read {about}{count(plan.probe_tokens, 'supervised token')} more",
+        f"probes, validation and test read {about}{count(plan.probe_tokens, 'supervised token')} more",
     ]
     if not plan.exact:
         lines.append("the mixture is learned: steps and epochs assume that it stays at its starting probabilities")
@@ -299,13 +299,12 @@ def _draw(config: Any, tasks: Sequence[data.Task], probabilities: Tensor, budget
 
 
 class _Reads:
-    """Numbers of tokens that probes and validation read."""
+    """Numbers of tokens that probes, validation and test read."""
 
     def __init__(self, tasks: Sequence[data.Task], *, count: int, seed: int) -> None:
         self._tasks, self._count, self._seed = tasks, count, seed
-        splits = [task.validation for task in tasks if task.validation is not None]
-        self.validation_tokens = sum(int(split.num_supervised.sum()) for split in splits)
-        self.num_validation = sum(len(split) for split in splits)
+        self.num_validation, self.validation_tokens = _totals([task.validation for task in tasks])
+        self.num_test, self.test_tokens = _totals([task.test for task in tasks])
         self.num_probed = count * len(tasks)
         self._always: dict[Source, tuple[int, int]] = {}
 
@@ -327,13 +326,19 @@ class _Reads:
         return supervised, sum(len(example.tokens) for _, example in examples)
 
 
+def _totals(splits: Sequence[data.Examples | None]) -> tuple[int, int]:
+    """Examples, and supervised tokens, of the splits that there are."""
+    present = [split for split in splits if split is not None]
+    return sum(map(len, present)), sum(int(split.num_supervised.sum()) for split in present)
+
+
 def _cost_of_probes(
     config: Any, update: Update, reads: _Reads, drawn: _Drawn, *, num_updates: int
 ) -> tuple[int, float]:
-    """Supervised tokens that probes and validation read, and the cost of all mixture updates in training steps."""
+    """Supervised tokens that probes, validation and test read, and the cost of all mixture updates in steps."""
     validate_every = getattr(config, "validate_every", 0)
     validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
-    probe_tokens, cost = validations * reads.validation_tokens, 0.0
+    probe_tokens, cost = validations * reads.validation_tokens + reads.test_tokens, 0.0
     # (9) of MoS measures the base model on the pool before the first step.
     reads_pool = any(each.source == "pool" for each in update.passes)
     update_every = getattr(config, "mixture_update_every", 0)
@@ -371,11 +376,11 @@ def _task_plans(
 
 
 def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processes: int) -> tuple[Shape, Shape]:
-    """Upper bounds of the micro-batches of a step, and of those of probes and validation.
+    """Upper bounds of the micro-batches of a step, and of those of probes, validation and test.
 
     They assume that all examples have the length of the longest, and the supervised share of the most supervised task.
     """
-    splits = [split for task in tasks for split in (task.train, task.validation) if split is not None]
+    splits = [split for task in tasks for split in task.splits]
     longest = max(int(split.lengths.max()) for split in splits) - 1
     supervised = max(int(s.num_supervised.sum()) / int((s.lengths - 1).sum()) for s in splits)
     fitting = max(1, config.micro_batch_tokens // longest)
@@ -385,7 +390,7 @@ def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processe
         rows = min(fitting, most)
         return Shape(rows, longest, math.ceil(rows * longest * supervised), several=most > rows)
 
-    return shape(config.batch_size), shape(max(reads.num_validation, reads.num_probed))
+    return shape(config.batch_size), shape(max(reads.num_validation, reads.num_test, reads.num_probed))
 
 
 def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> list[str]:
@@ -400,7 +405,7 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
         warnings.append(f"the mixture would not be updated: {when}")
     if plan.probe_tokens > plan.budget_tokens:
         warnings.append(
-            f"probes and validation would read {plan.probe_tokens:,} supervised tokens, more than the budget of "
+            f"probes, validation and test would read {plan.probe_tokens:,} supervised tokens, more than the budget of "
             f"{plan.budget_tokens:,}"
         )
     if reward is not None and not hasattr(reward, "gradients"):

@@ -66,7 +66,7 @@ def check_finite(
         values: losses, or a gradient.
         tasks: in the order of the mixture.
         step: of the run.
-        of: "training" or "validation", for the error.
+        of: "training", "validation" or "test", for the error.
 
     Raises:
         ValueError: it names the step, the task and the example.

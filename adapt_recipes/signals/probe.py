@@ -33,16 +33,16 @@ class Probe:
         self.model, self.ledger, self.tasks = model, ledger, tasks
         self.task_names = [task.name for task in tasks]
 
-    def losses(self, batches: Batches) -> Tensor:
-        """Mean loss per task, of validation examples.
+    def losses(self, batches: Batches, *, split: Literal["validation", "test"] = "validation") -> Tensor:
+        """Mean loss per task, of examples of a split.
 
         Returns:
-            (num_tasks,) float64, nats per supervised token; NaN for a task without a validation split.
+            (num_tasks,) float64, nats per supervised token; NaN for a task without that split.
         """
         self.ledger.probe(batches)
         losses = passes.task_losses(self.model, batches, len(self.tasks))
-        measured = losses[[task.validation is not None for task in self.tasks]]
-        check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.ledger.steps)
+        measured = losses[[getattr(task, split) is not None for task in self.tasks]]
+        check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.ledger.steps, of=split)
         return losses
 
     def gradient(
