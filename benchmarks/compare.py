@@ -7,9 +7,10 @@
 An override before the first config applies to all configs, one after a config to that config only. The name of a row is
 that of its config, or its override of ``strategy``.
 
-The others are compared with the first config: "tokens to its loss" are the supervised tokens after which the worst
-excess loss of a validation is first at or below the final one of the first config, for the same seed. Excess is the
-loss above the lowest possible one: ln 16 for the toy tasks' noise, else 0. Finished runs are not run again, so an
+Losses are those of the test split if all runs have one (``tasks.test_examples=N``), else of validation; the columns say
+which. The others are compared with the first config: "tokens to its loss" are the supervised tokens after which the
+worst excess loss of a validation is first at or below the final one of the first config, for the same seed. Excess is
+the loss above the lowest possible one: ln 16 for the toy tasks' noise, else 0. Finished runs are not run again, so an
 interrupted comparison can be continued.
 """
 
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 # Below, so that it runs without an installation as well.
 from adapt_recipes.cli import recipe_file, recipe_of  # noqa: E402
-from adapt_recipes.report.read import Run, mean_over_tasks, read_run, worst_over_tasks  # noqa: E402
+from adapt_recipes.report.read import Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks  # noqa: E402
 from adapt_recipes.report.tables import spread, tokens_to_reach  # noqa: E402
 
 ENTROPIES = {"noise": math.log(16)}
@@ -78,9 +79,10 @@ def run(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
 def above_entropy(run: Run) -> Run:
     """The run with every loss counted from the lowest that its task can have."""
     lowest = np.array([ENTROPIES.get(task, 0.0) for task in run.tasks])
-    losses = dict(zip(run.tasks, (run.final_losses - lowest).tolist(), strict=True))
+    losses = {"validation_losses": run.final_losses, "test_losses": run.test_losses}
+    excess = {key: dict(zip(run.tasks, (values - lowest).tolist(), strict=True)) for key, values in losses.items()}
     validations = run.validations._replace(losses=run.validations.losses - lowest)
-    return replace(run, summary=run.summary | {"validation_losses": losses}, validations=validations)
+    return replace(run, summary=run.summary | excess, validations=validations)
 
 
 def line(name: str, runs: Sequence[Run], baselines: Sequence[Run]) -> list[str]:
@@ -95,8 +97,8 @@ def line(name: str, runs: Sequence[Run], baselines: Sequence[Run]) -> list[str]:
 
     return [
         name,
-        cell([float(worst_over_tasks(run.final_losses)) for run in runs], 3),
-        cell([float(mean_over_tasks(run.final_losses)) for run in runs], 3),
+        cell([float(worst_over_tasks(run.result_losses)) for run in runs], 3),
+        cell([float(mean_over_tasks(run.result_losses)) for run in runs], 3),
         cell(reached, 0),
         of_summary(lambda s: s["task_tokens"].get("noise", 0) / s["budget_tokens"], 2),
         of_summary(lambda s: s["steps"], 0),
@@ -137,11 +139,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # All configs with the same seed in turn, so that changes of the machine's load affect all of them.
         for each in table:
             run(each.config, seed, folders[each.name][i], each.overrides)
-    columns = ["", "worst excess", "mean excess", "tokens to its loss", "noise share", "steps", "updates"]
-    columns += ["probe tokens", "seconds", "of them updates"]
+    read = iter(on_one_split([above_entropy(read_run(folder)) for name in names for folder in folders[name]]))
+    runs = {name: [next(read) for _ in folders[name]] for name in names}
+    split = runs[names[0]][0].split
+    columns = ["", f"worst {split} excess", f"mean {split} excess", "tokens to its loss", "noise share", "steps"]
+    columns += ["updates", "probe tokens", "seconds", "of them updates"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
-    runs = {name: [above_entropy(read_run(folder)) for folder in folders[name]] for name in names}
     for name in names:
         print("| " + " | ".join(line(name, runs[name], runs[names[0]])) + " |")
 

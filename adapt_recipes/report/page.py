@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from adapt_recipes.files import atomic_file
 from adapt_recipes.report.figures import NAMED, Chart, charts, to_plotly, to_png
-from adapt_recipes.report.read import Run, mean_over_tasks, read_run, worst_over_tasks
+from adapt_recipes.report.read import Array, Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks
 from adapt_recipes.report.tables import (
     COUNTERS,
     Group,
@@ -85,7 +85,10 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
     """
     # Groups, and notes for the reader.
     runs, notes = on_shared_tasks(runs)
+    runs = on_one_split(runs)
     groups = group_runs(runs)
+    if len(runs) > 1 and runs[0].split == "validation" and any(_is_measured(run.test_losses) for run in runs):
+        notes.append("Not every run has a test loss of every task, so they are compared by their validation losses.")
     notes += [f"{_called(run, runs)} {run.ended}." for run in runs if run.ended and len(runs) > 1]
     notes += [f"{_called(run, runs)}: {note}." for run in runs for note in run.notes]
     if len(groups) > NAMED:
@@ -166,14 +169,19 @@ def _headline(run: Run) -> list[str]:
     text = [f"The run spent {spent}." if not run.ended else f"The run {run.ended}. It spent {spent}."]
     before, after = run.initial_losses, run.final_losses
     if len(run.worst) or run.summary:
-        task = f" ({run.tasks[int(np.nanargmax(after))]})" if np.isfinite(after).any() else ""
+        task = _worst_task(run, after)
         worst = [_loss(float(worst_over_tasks(losses))) for losses in (before, after)]
         mean = [_loss(float(mean_over_tasks(losses))) for losses in (before, after)]
         text.append(
             f"The worst validation loss went from {worst[0]} to {worst[1]} nats{task}, the mean from {mean[0]} to "
             f"{mean[1]}."
         )
-    read = f"probes and validations read {_count(counts['probe_tokens'])} supervised tokens in addition"
+    if _is_measured(test := run.test_losses):
+        text.append(
+            f"On the test split the worst loss is {_loss(float(worst_over_tasks(test)))} nats{_worst_task(run, test)}, "
+            f"the mean {_loss(float(mean_over_tasks(test)))}."
+        )
+    read = f"probes, validations and test read {_count(counts['probe_tokens'])} supervised tokens in addition"
     if counts["mixture_updates"] > 0:
         share = 100 * counts["mixture_seconds"] / counts["seconds"]
         text.append(f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time; {read}.")
@@ -184,17 +192,25 @@ def _headline(run: Run) -> list[str]:
     return text
 
 
+def _is_measured(losses: Array) -> bool:
+    return bool(np.isfinite(losses).any())
+
+
+def _worst_task(run: Run, losses: Array) -> str:
+    return f" ({run.tasks[int(np.nanargmax(losses))]})" if _is_measured(losses) else ""
+
+
 def _comparison(groups: Sequence[Group]) -> list[str]:
     """A summary of several runs."""
     finished = [group for group in groups if group.is_finished]
     if not finished:
         return [f"None of the {sum(len(group.runs) for group in groups)} runs is finished."]
-    best, worst = finished[0], final_worst(finished[0])
+    best, worst, split = finished[0], final_worst(finished[0]), finished[0].split
     if len(finished) == 1:
-        return [f"{best.name} ends with a worst validation loss of {_range(worst)} nats{_over(best)}."]
+        return [f"{best.name} ends with a worst {split} loss of {_range(worst)} nats{_over(best)}."]
     second, others = finished[1], final_worst(finished[1])
     text = [
-        f"{best.name} has the best worst-task loss of {len(finished)} strategies: {_range(worst)} nats"
+        f"{best.name} has the best worst-task {split} loss of {len(finished)} strategies: {_range(worst)} nats"
         f"{_over(best)}. Next is {second.name}, with {_range(others)}{_over(second)}."
     ]
     if len(best.runs) == 1 or len(second.runs) == 1:
@@ -205,12 +221,12 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
     if not math.isnan(reached.mean):
         budget = spread(run.spent for run in second.runs).mean
         text.append(
-            f"It reaches the worst loss {second.name} ends with after {reached.mean:,.0f} supervised tokens, "
-            f"{reached.mean / budget:.0%} of the {budget:,.0f} tokens {second.name} used."
+            f"It reaches the worst validation loss {second.name} ends with after {reached.mean:,.0f} supervised "
+            f"tokens, {reached.mean / budget:.0%} of the {budget:,.0f} tokens {second.name} used."
         )
     results = task_results(groups)
     won = sum(result.winner == 0 for result in results)
-    text.append(f"It has the lowest loss on {won} of {_number(len(results), 'task')}.")
+    text.append(f"It has the lowest {split} loss on {won} of {_number(len(results), 'task')}.")
     return text
 
 
@@ -286,7 +302,8 @@ def _cell(values: float | Spread, say: Callable[[float], str] = _loss, *, is_bes
 
 def _task_table(run: Run) -> Table:
     first, last, tokens = run.mixtures.probabilities[0], run.final_probabilities, run.task_tokens
-    before, after = run.initial_losses, run.final_losses
+    before, after, test = run.initial_losses, run.final_losses, run.test_losses
+    has_test = _is_measured(test)
     rows = [
         [
             _name(task),
@@ -297,10 +314,12 @@ def _task_table(run: Run) -> Table:
             _cell(before[i]),
             _cell(after[i]),
             _cell(after[i] - before[i]),
+            *([_cell(test[i])] if has_test else []),
         ]
         for i, task in enumerate(run.tasks)
     ]
     columns = ["task", "start p", "final p", "tokens", "share", "start loss", "final loss", "change"]
+    columns += ["test loss"] if has_test else []
     caption = (
         "Each task's probability, supervised tokens and validation loss (nats per supervised token). To see whether "
         "the mixture helped, compare with another run: tune report RUN OTHER_RUN."
@@ -355,9 +374,9 @@ def _strategy_table(
         "mixture time",
     ]
     caption = (
-        f"{_of_seeds(several)}Validation losses at the end, in nats per supervised token: the highest of any task, and "
-        "the unweighted mean. Supervised tokens are spent on training; probe tokens are read by probes and validations "
-        "in addition. Click a heading to sort."
+        f"{_of_seeds(several)}{groups[0].split.capitalize()} losses at the end, in nats per supervised token: the "
+        "highest of any task, and the unweighted mean. Supervised tokens are spent on training; probe tokens are read "
+        "by probes, validations and test in addition. Click a heading to sort."
     )
     return Table("strategies", "Strategies", caption, columns, rows)
 
@@ -365,11 +384,11 @@ def _strategy_table(
 def _reach_table(groups: Sequence[Group], *, several: bool) -> Table:
     caption = (
         f"{_of_seeds(several)}Supervised tokens that the strategy of the row spent until its worst validation loss was "
-        "first at or below the final worst loss of the strategy of the column"
+        "first at or below the final one of the strategy of the column"
     )
     return Table(
         "tokens_to_reach",
-        "Supervised tokens to reach another strategy's final worst loss",
+        "Supervised tokens to reach another strategy's final worst validation loss",
         caption + (", for the same seed where both have it." if several else "."),
         ["strategy", *(group.name for group in groups)],
         [[_name(group.name), *(_reached(group, target) for target in groups)] for group in groups],
@@ -377,7 +396,7 @@ def _reach_table(groups: Sequence[Group], *, several: bool) -> Table:
 
 
 def _result_table(groups: Sequence[Group], results: Sequence[TaskResult], *, several: bool, has_winners: bool) -> Table:
-    caption = f"{_of_seeds(several)}Each task's validation loss at the end."
+    caption = f"{_of_seeds(several)}Each task's {groups[0].split} loss at the end."
     if has_winners:
         clear = "; it is clear if every strategy has several seeds and its worst seed is below the others' best seed."
         caption += f" The lowest of finished runs is marked{clear if several else '.'}"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
@@ -89,6 +89,8 @@ class Run:
     steps: Steps
     mixtures: Mixtures
     validations: Validations
+    split: Literal["validation", "test"] = "validation"
+    """of ``result_losses``; see ``on_one_split``"""
 
     @property
     def strategy(self) -> str:
@@ -139,10 +141,20 @@ class Run:
         """(tasks,): the losses of the last validation; NaN if there is none."""
         return self._in_summary("validation_losses", self.validations.losses[-1:])
 
+    @property
+    def test_losses(self) -> Array:
+        """(tasks,): the losses on the test split, measured at the end; NaN if there is none."""
+        return self._in_summary("test_losses", np.empty(0))
+
+    @property
+    def result_losses(self) -> Array:
+        """(tasks,): the losses at the end by which runs are compared, on ``split``."""
+        return self.test_losses if self.split == "test" else self.final_losses
+
     def _in_summary(self, key: str, of_log: Array, otherwise: float = math.nan) -> Array:
         """One value per task from the summary, or without a summary from the log."""
-        if key in self.summary:
-            return _array([self.summary[key].get(task) for task in self.tasks])
+        if by_task := self.summary.get(key):
+            return _array([by_task.get(task) for task in self.tasks])
         return of_log[0] if len(of_log) else np.full(len(self.tasks), float(otherwise))
 
     @property
@@ -165,6 +177,19 @@ class Run:
             mixtures=self.mixtures._replace(probabilities=self.mixtures.probabilities[:, columns]),
             validations=self.validations._replace(losses=self.validations.losses[:, columns]),
         )
+
+
+def on_one_split(runs: Sequence[Run]) -> list[Run]:
+    """The runs with the ``split`` by which to compare them.
+
+    The test split if all runs have a test loss of every task that has a validation loss, else validation.
+    """
+
+    def is_tested(run: Run) -> bool:
+        tested = np.isfinite(run.test_losses)
+        return bool(tested.any() and tested[np.isfinite(run.final_losses)].all())
+
+    return [replace(run, split="test" if all(map(is_tested, runs)) else "validation") for run in runs]
 
 
 def read_run(folder: Path) -> Run:

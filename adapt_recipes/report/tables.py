@@ -30,13 +30,13 @@ COUNTERS = {
     "unique_supervised_tokens": "those of examples seen for the first time",
     "tokens": "tokens read in training steps, including prompts, excluding padding",
     "computed_tokens": "the same, including padding",
-    "probe_tokens": "supervised tokens read by probes and validations in addition",
-    "probe_total_tokens": "tokens read by probes and validations in addition, excluding padding",
+    "probe_tokens": "supervised tokens read by probes, validations and test in addition",
+    "probe_total_tokens": "tokens read by probes, validations and test in addition, excluding padding",
     "steps": "optimizer steps",
     "mixture_updates": "updates of the probabilities",
     "seconds": "wall-clock time, excluding down time",
     "mixture_seconds": "time of mixture updates",
-    "validation_seconds": "time of validations",
+    "validation_seconds": "time of validations and test",
 }
 
 
@@ -50,6 +50,11 @@ class Group:
     @property
     def is_finished(self) -> bool:
         return bool(self.runs[0].summary)
+
+    @property
+    def split(self) -> str:
+        """The split by which the runs are compared, the same in all groups: test or validation."""
+        return self.runs[0].split
 
     @property
     def seeds(self) -> str:
@@ -146,13 +151,13 @@ def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 
 def final_worst(group: Group) -> Spread:
-    """The worst loss over tasks, at the last validation of each run."""
-    return spread(float(worst_over_tasks(run.final_losses)) for run in group.runs)
+    """The worst loss over tasks at the end of each run, on the split by which the runs are compared."""
+    return spread(float(worst_over_tasks(run.result_losses)) for run in group.runs)
 
 
 def final_mean(group: Group) -> Spread:
-    """The mean loss over tasks, at the last validation of each run."""
-    return spread(float(mean_over_tasks(run.final_losses)) for run in group.runs)
+    """The mean loss over tasks at the end of each run, on the split by which the runs are compared."""
+    return spread(float(mean_over_tasks(run.result_losses)) for run in group.runs)
 
 
 def _last(values: Array) -> float:
@@ -171,7 +176,7 @@ def tokens_to_reach(run: Run, worst: float) -> float:
 
 
 def all_tokens_to_reach(group: Group, target: Group) -> list[float]:
-    """Supervised tokens after which the runs of a group reach the final worst loss of the runs of another.
+    """Supervised tokens after which the runs of a group reach the final worst validation loss of those of another.
 
     Runs with the same seed are compared; if no seed is in both groups, all pairs are.
     """
@@ -196,7 +201,7 @@ def task_results(groups: Sequence[Group]) -> list[TaskResult]:
     """The final losses of each task, and the winner among finished groups if there are at least two."""
     results = []
     for i, task in enumerate(groups[0].runs[0].tasks):
-        losses = [spread(float(run.final_losses[i]) for run in group.runs) for group in groups]
+        losses = [spread(float(run.result_losses[i]) for run in group.runs) for group in groups]
         ranked = sorted(
             (j for j, group in enumerate(groups) if group.is_finished), key=lambda j: _nan_last(losses[j].mean)
         )
