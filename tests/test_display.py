@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ from adapt_recipes.display import Display
 from adapt_recipes.events import Summary
 
 
-def task(name: str, *, validated: bool = True) -> Task:
+def task(name: str, *, validated: bool = True, tested: bool = False) -> Task:
     """20 examples of one supervised token each."""
     tokens, supervised = torch.zeros(40, dtype=torch.int32), torch.tensor([False, True] * 20)
     examples = Examples(tokens, supervised, torch.arange(0, 41, 2), torch.arange(20))
-    return Task(name, examples, examples if validated else None, num_dropped=3)
+    return Task(name, examples, examples if validated else None, num_dropped=3, test=examples if tested else None)
 
 
 def console(*, width: int = 120, height: int = 24, terminal: bool = False) -> Console:
@@ -153,6 +154,31 @@ def test_names_in_the_tables_give_way_and_numbers_do_not(width: int, tmp_path: P
     assert [row.split()[-5:] for row in rows] == [["20", "3", "20", "20", f"{each:.3f}"] for each in p.tolist()]
 
 
+SUMMARY = Summary(
+    strategy="uniform",
+    seed=0,
+    budget_tokens=30,
+    supervised_tokens=30,
+    tokens=60,
+    computed_tokens=90,
+    unique_supervised_tokens=30,
+    probe_tokens=40,
+    probe_total_tokens=120,
+    task_tokens={"one": 10, "two": 20},
+    probabilities={"one": 0.25, "two": 0.75},
+    validation_losses={"one": 1.0, "two": float("nan")},
+    initial_validation_losses={"one": 2.0, "two": float("nan")},
+    worst_validation_loss=1.0,
+    mean_validation_loss=1.0,
+    seconds=3.21,
+    mixture_seconds=0.0,
+    validation_seconds=0.0,
+    steps=6,
+    mixture_updates=0,
+    data_fingerprint="0",
+)
+
+
 def test_the_plan_and_the_results(tmp_path: Path) -> None:
     out = console(width=80)
     display = Display([task("one"), task("two", validated=False)], budget_tokens=30, log_every=0, console=out)
@@ -162,31 +188,24 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["task"] == ["examples", "dropped", "sup.", "tokens", "held", "out", "p"], "the words of a plan"
     assert rows["one"] == ["20", "3", "20", "20", "0.250"] and rows["two"] == ["20", "3", "20", "-", "0.750"]
-    summary = Summary(
-        strategy="uniform",
-        seed=0,
-        budget_tokens=30,
-        supervised_tokens=30,
-        tokens=60,
-        computed_tokens=90,
-        unique_supervised_tokens=30,
-        probe_tokens=40,
-        probe_total_tokens=120,
-        task_tokens={"one": 10, "two": 20},
-        probabilities={"one": 0.25, "two": 0.75},
-        validation_losses={"one": 1.0, "two": float("nan")},
-        initial_validation_losses={"one": 2.0, "two": float("nan")},
-        worst_validation_loss=1.0,
-        mean_validation_loss=1.0,
-        seconds=3.21,
-        mixture_seconds=0.0,
-        validation_seconds=0.0,
-        steps=6,
-        mixture_updates=0,
-        data_fingerprint="0",
-    )
-    display.results(summary, folder=tmp_path)
+    display.results(SUMMARY, folder=tmp_path)
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["one"] == ["0.250", "10", "33.3%", "2.000", "1.000"]
     assert rows["two"] == ["0.750", "20", "66.7%", "-", "-"]
-    assert "probes and validation read 40 more" in shown(out) and str(tmp_path) in shown(out)
+    assert "uniform: validation loss worst 1.0000, mean 1.0000\n" in shown(out)
+    assert "probes, validation and test read 40 more" in shown(out) and str(tmp_path) in shown(out)
+
+
+def test_the_plan_and_the_results_with_a_test_split(tmp_path: Path) -> None:
+    out = console(width=80)
+    display = Display([task("one"), task("two", tested=True)], budget_tokens=30, log_every=0, console=out)
+    display.plan(torch.full((2,), 0.5, dtype=torch.float64), ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
+    assert rows["task"][-4:] == ["held", "out", "test", "p"]
+    assert rows["one"][-3:] == ["20", "-", "0.500"] and rows["two"][-3:] == ["20", "20", "0.500"]
+    measured = {"test_losses": {"one": 3.0, "two": float("nan")}, "worst_test_loss": 3.0, "mean_test_loss": 3.0}
+    display.results(replace(SUMMARY, **measured), folder=tmp_path)
+    rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
+    assert rows["task"][-2:] == ["test", "loss"]
+    assert rows["one"][-2:] == ["1.000", "3.000"] and rows["two"][-2:] == ["-", "-"]
+    assert "uniform: validation loss worst 1.0000, mean 1.0000; test loss worst 3.0000, mean 3.0000\n" in shown(out)

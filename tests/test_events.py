@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from adapt_recipes import events
 from adapt_recipes.events import (
     CheckpointEvent,
     EndEvent,
@@ -47,6 +48,10 @@ LINES: list[tuple[Any, dict[str, Any]]] = [
     (
         ValidationEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": 2.0}),
         {"event": "validation", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": 2.0}},
+    ),
+    (
+        events.TestEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": None}),
+        {"event": "test", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": None}},
     ),
     (CheckpointEvent(step=3), {"event": "checkpoint", "step": 3}),
     (ResumeEvent(step=3, supervised_tokens=8), {"event": "resume", "step": 3, "supervised_tokens": 8}),

@@ -106,6 +106,7 @@ EVEN = [
     ("config", "recipe", "overrides"),
     [
         ("uniform", None, ["budget.epochs=2.3", "validate_every=4"]),
+        ("uniform", None, ["budget.epochs=1.2", "tasks.test_examples=5"]),
         pytest.param("proportional", None, ["budget.tokens=99", "validate_every=0"], marks=pytest.mark.slow),
         pytest.param("temperature", None, ["budget.fraction=0.9", "seed=3"], marks=pytest.mark.slow),
         ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.epochs=1.5"]),
@@ -321,7 +322,7 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"mixture: {plan.mixture_updates} updates; costs as much as about {plan.mixture_cost_steps:.1f} steps" in out
     assert out.startswith("adapt_full_finetune: strategy adapt, on cpu in fp32\n")
     assert f"read about {plan.probe_tokens} supervised tokens more" in out
-    assert "starting probabilities" in out and "\nwarning: probes and validation would read" in out
+    assert "starting probabilities" in out and "\nwarning: probes, validation and test would read" in out
     for name, task in plan.tasks.items():
         (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == [name])
         assert row[1:4] == [str(task.examples), "0", str(task.supervised_tokens)]
@@ -394,7 +395,7 @@ def test_what_is_said_of_a_plan() -> None:
         "memory of the process: 5.0 GB (parameters 1.0 GB, gradients 1.0 GB, optimizer 2.0 GB, activations 1.0 GB, "
         "mixture 0.0 MB), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         "mixture: fixed",
-        "probes and validation read 1,000 supervised tokens more",
+        "probes, validation and test read 1,000 supervised tokens more",
         "warning: task 'dialogue generation, many turn' would be read 10.2 times over, more than 4",
     ]
     learned = {"exact": False, "mixture_updates": 1, "mixture_cost_steps": 1.0, "steps": 1, "budget_tokens": 6154}
@@ -528,7 +529,7 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
             "task 'c' would never be read: its p is 0",
             "task 'd' would never be read: its p is 0",
         ]),
-        ("uniform", both(EVEN, ["budget.tokens=60"]), ["probes and validation would read 108 supervised tokens"]),
+        ("uniform", both(EVEN, ["budget.tokens=60"]), ["probes, validation and test would read 108 supervised tokens"]),
         ("exp3", [*EVEN, "mixture_update_every=99"], ["the mixture would not be updated: every 99 steps of 12"]),
         ("exp3", [*EVEN, "mixture_update_every=0"], ["the mixture would not be updated: never (mixture_update_every)"]),
         ("hbo", [*EVEN, "reward=planned_reward.Mine"], ["reward: Mine has no attribute `gradients`"]),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from adapt_recipes import events
 from adapt_recipes.events import (
     CheckpointEvent,
     EndEvent,
@@ -126,6 +127,7 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
         "initial_validation_losses": {"one": 2.5, "two": None},
     }
     assert written == asdict(SUMMARY) | unmeasured
+    assert written["test_losses"] is written["worst_test_loss"] is written["mean_test_loss"] is None, "no test split"
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -179,7 +181,9 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
     log = RunLog(tmp_path, metric_logger=logger)
     shares = {"step": 3, "supervised_tokens": 8, "probe_tokens": 4, "mixture_seconds": 0.5}
     log.write(MixtureEvent(**shares, probabilities={"one": 0.25, "two": 0.75}, signals={"z": 1.0}))
-    log.write(ValidationEvent(step=4, supervised_tokens=9, losses={"one": 1.0, "two": 2.0, "unmeasured": math.nan}))
+    measured = {"one": 1.0, "two": 2.0, "unmeasured": math.nan}
+    log.write(ValidationEvent(step=4, supervised_tokens=9, losses=measured))
+    log.write(events.TestEvent(step=5, supervised_tokens=9, losses=measured))
     for event in (
         CheckpointEvent(step=5),
         ResumeEvent(step=5, supervised_tokens=9),
@@ -190,7 +194,8 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
     totals = {name: value for name, value in shares.items() if name != "step"}
     losses = {"validation_loss/one": 1.0, "validation_loss/two": 2.0}
     losses |= {"worst_validation_loss": 2.0, "mean_validation_loss": 1.5}
-    assert logger.lines == [(3, {"p/one": 0.25, "p/two": 0.75} | totals), (4, losses)]
+    of_test = {name.replace("validation", "test"): value for name, value in losses.items()}
+    assert logger.lines == [(3, {"p/one": 0.25, "p/two": 0.75} | totals), (4, losses), (5, of_test)]
 
 
 def test_a_silent_stand_in_takes_every_call() -> None:

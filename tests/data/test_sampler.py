@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adapt_recipes import data as tasks_data
 from adapt_recipes.data import (
     IGNORE_INDEX,
     Examples,
@@ -145,6 +148,14 @@ def test_probe_examples() -> None:
     assert firsts != [int(example.tokens[0]) for _, example in random_examples(tasks, 8, seed=1, update=0)]
     assert [i for i, _ in validation_examples(tasks)] == [0] * 50
     assert [i for i, _ in validation_examples(tasks, 3)] == [0] * 3
+
+
+def test_the_test_split_is_all_of_it() -> None:
+    tasks = [task("a", [1] * 5), replace(task("b", [2] * 4), test=task("c", [3, 1]).train), task("d", [1])]
+    rows = tasks_data.test_examples(tasks)
+    assert [i for i, _ in rows] == [1, 1]
+    assert [int((example.labels != IGNORE_INDEX).sum()) for _, example in rows] == [3, 1]
+    assert tasks_data.test_examples(tasks[::2]) == []
 
 
 def test_the_pool_is_the_same_at_every_update() -> None:

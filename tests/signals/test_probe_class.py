@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ EXAMPLES = {name: tiny_examples(counts, seed=seed) for seed, (name, counts) in e
 BATCHES = {name: batched(examples) for name, examples in EXAMPLES.items()}
 WEIGHTS = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=torch.float64)
 NOTHING = Examples(torch.zeros(0), torch.zeros(0), torch.zeros(1), torch.zeros(0))
+EXAMPLE = Example(torch.tensor([1, 2, 3]), torch.tensor([IGNORE_INDEX, 3, 4]))
 STEP = 7
 
 
@@ -64,6 +66,24 @@ def test_losses_are_those_of_the_passes_and_are_counted() -> None:
     torch.testing.assert_close(losses, expected, rtol=0, atol=0, equal_nan=True)
     probe.losses(BATCHES["validation"])
     assert read(probe) == tokens("validation", "validation"), "each time"
+
+
+def with_test_split(probe: Probe, *names: str) -> Probe:
+    """With a test split in these tasks."""
+    probe.tasks = [replace(task, test=NOTHING if task.name in names else None) for task in probe.tasks]
+    return probe
+
+
+def test_losses_of_the_test_split_are_checked_for_the_tasks_that_have_it() -> None:
+    """c has no validation split, and a no test split."""
+    probe, batches = with_test_split(make_probe(), *"bcd"), batched([(1, EXAMPLE), (2, EXAMPLE), (3, EXAMPLE)])
+    losses = probe.losses(batches, split="test")
+    assert losses.isnan().tolist() == [True, False, False, False]
+    assert read(probe) == (3 * 2, 3 * 3)
+    with pytest.raises(ValueError, match="is not finite"):
+        probe.losses(batches)
+    with pytest.raises(ValueError, match="is not finite"):
+        probe.losses(batched([(1, EXAMPLE), (3, EXAMPLE)]), split="test")
 
 
 def test_a_gradient_is_that_of_the_passes_and_is_counted() -> None:
@@ -118,9 +138,8 @@ def broken(probe: Probe, token: int) -> Probe:
 
 def with_token(token: int) -> list[MicroBatch]:
     """Two examples of task b, the second of which has the token."""
-    good = Example(torch.tensor([1, 2, 3]), torch.tensor([IGNORE_INDEX, 3, 4]))
     bad = Example(torch.tensor([1, token, 3]), torch.tensor([IGNORE_INDEX, 3, 4]))
-    return batched([(1, good), (1, bad)])
+    return batched([(1, EXAMPLE), (1, bad)])
 
 
 FATAL = 40
@@ -130,6 +149,10 @@ FATAL = 40
     ("measure", "said"),
     [
         (lambda probe, batches: probe.losses(batches), "the loss of validation example 1 of task 'b'"),
+        (
+            lambda probe, batches: with_test_split(probe, "b").losses(batches, split="test"),
+            "the loss of test example 1 of task 'b'",
+        ),
         (
             lambda probe, batches: probe.gradient(batches, WEIGHTS, of="validation"),
             "the loss of validation example 1 of task 'b'",
@@ -145,7 +168,7 @@ FATAL = 40
             "the gradient of training examples of task 'b'",
         ),
     ],
-    ids=["losses", "gradient", "gradient of training", "dots"],
+    ids=["losses", "test losses", "gradient", "gradient of training", "dots"],
 )
 def test_what_is_not_finite_ends_in_one_line(measure: Any, said: str) -> None:
     """It names the step, the task and, where there is one, the example."""
