@@ -161,9 +161,15 @@ def test_metric_loggers_of_torchtune(run: Runner) -> None:
 
 
 @pytest.mark.parametrize("config", ["tiny_uniform", "tiny_adapt_planned", "tiny_mos_diff"])
-def test_every_recipe_logs_what_the_page_lists(run: Runner, config: str) -> None:
+def test_every_recipe_logs_what_the_page_lists(run: Runner, tmp_path: Path, config: str) -> None:
     disk = "torchtune.training.metric_logging.DiskLogger"
-    done = run(config, f"metric_logger={{_component_: {disk}, log_dir: logs, filename: metrics.txt}}")
+    logger = f"metric_logger={{_component_: {disk}, log_dir: logs, filename: metrics.txt}}"
+    (tmp_path / "tasks").mkdir()
+    for task in ("one", "two"):
+        lines = [f'{{"prompt": "{task}{i}", "response": "{i % 10}"}}\n' for i in range(80)]
+        (tmp_path / "tasks" / f"{task}.jsonl").write_text("".join(lines))
+    source = "{_component_: adapt_recipes.data.jsonl_tasks, path: tasks, validation_examples: 8, test_examples: 8}"
+    done = run(config, logger, f"tasks={source}")
     text = (done.folder.parent / "logs" / "metrics.txt").read_text()
     names = {word.rpartition(":")[0] for line in text.splitlines() for word in line.split(" | ")[1].split()}
     table = (ROOT / "docs" / "watching.md").read_text().partition("| name |")[2]
@@ -172,6 +178,7 @@ def test_every_recipe_logs_what_the_page_lists(run: Runner, config: str) -> None
     assert names == {name.replace("TASK", task) for name in listed for task in tasks}
     last = json.loads((done.folder / "summary.json").read_text())
     assert f"worst_validation_loss:{last['worst_validation_loss']} " in text
+    assert f"worst_test_loss:{last['worst_test_loss']} " in text
 
 
 @pytest.mark.slow
