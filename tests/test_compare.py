@@ -24,20 +24,24 @@ def compare() -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_comparison(
-    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], split: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["budget.tokens=320", "validate_every=2", "tasks.noise=true", "tiny_uniform", "tiny_adapt_planned"]
     words += ["mixture_update_every=2", "tiny_dro", "strategy=mild", "mixture.sharpness=0.1"]
+    if split == "test":
+        words.insert(0, "tasks.test_examples=1")
     for _ in range(2):  # the second time everything is finished
         compare.main(["--out", str(tmp_path / "out"), "--seeds", "7", *words])
         lines = capsys.readouterr().out.splitlines()
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
         assert [row[0] for row in cells] == ["", "tiny_uniform", "tiny_adapt_planned", "mild"]
         summary = json.loads((tmp_path / "out" / "tiny_uniform_7" / "summary.json").read_text())
-        losses = summary["validation_losses"]
+        assert cells[0][1:3] == [f"worst {split} excess", f"mean {split} excess"]
+        losses = summary[f"{split}_losses"]
         worst = max(loss - (math.log(16) if name == "noise" else 0) for name, loss in losses.items())
         assert cells[1][1] == f"{worst:.3f}" and cells[1][4] == "0.12" and cells[1][7] == str(summary["probe_tokens"])
         assert 0 < int(cells[1][3]) <= 320, "it reaches its own loss at the latest at the end"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from adapt_recipes.events import EndEvent, MixtureEvent, StepEvent, Summary, ValidationEvent
+from adapt_recipes.events import EndEvent, MixtureEvent, StepEvent, Summary, TestEvent, ValidationEvent
 from adapt_recipes.runlog import RunLog, write_resolved, write_summary
 
 Loss = Callable[[int, float], float]
@@ -25,6 +25,7 @@ def write_run(
     update_every: int = 5,
     validate_every: int = 10,
     loss: Loss | None = None,
+    test: Sequence[float] | None = None,
     finished: bool = True,
     resolved: dict[str, Any] | None = None,
 ) -> Path:
@@ -33,6 +34,7 @@ def write_run(
     Args:
         update_every: 0 is a fixed mixture.
         loss: of a task by its index, at a share of the run in [0, 1]; NaN for a task that is not measured.
+        test: the test loss of each task, NaN for one that is not measured; None: there is no test split.
         finished: false leaves the log where a kill after its last step would.
         resolved: keys of the config besides the usual ones.
     """
@@ -93,8 +95,12 @@ def write_run(
     if finished:
         if steps % validate_every:
             validate(steps)
+        test_losses = by_task(test) if test else None
+        if test_losses:
+            log.write(TestEvent(step=steps, supervised_tokens=int(spent.sum()), losses=test_losses))
         log.write(EndEvent(reason="finished", step=steps, seconds=seconds))
         measured = [value for value in losses.values() if value == value]
+        tested = [value for value in test or () if value == value]
         summary = Summary(
             strategy=strategy,
             seed=seed,
@@ -109,6 +115,9 @@ def write_run(
             initial_validation_losses=first,
             worst_validation_loss=max(measured),
             mean_validation_loss=sum(measured) / len(measured),
+            test_losses=test_losses,
+            worst_test_loss=max(tested) if tested else None,
+            mean_test_loss=sum(tested) / len(tested) if tested else None,
             seconds=seconds,
             mixture_seconds=mixture_seconds,
             validation_seconds=validation_seconds,

@@ -85,8 +85,8 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
         f"The run spent {summary['supervised_tokens']:,} supervised tokens in 20 steps and {summary['seconds']:.1f} s.",
         f"The worst validation loss went from {loss(max(first))} to {loss(summary['worst_validation_loss'])} nats "
         f"({worst_task}), the mean from {loss(sum(first) / 3)} to {loss(summary['mean_validation_loss'])}.",
-        f"3 mixture updates took {summary['mixture_seconds'] / summary['seconds']:.1%} of the time; probes and "
-        f"validations read {summary['probe_tokens']} supervised tokens in addition.",
+        f"3 mixture updates took {summary['mixture_seconds'] / summary['seconds']:.1%} of the time; probes, "
+        f"validations and test read {summary['probe_tokens']} supervised tokens in addition.",
     ]:
         assert said in page.text
     p = [update["probabilities"] for update in events(folder, "mixture")]
@@ -213,12 +213,12 @@ def test_a_comparison(folders: dict[str, list[Path]]) -> None:
     assert "2 ways to mix 3 tasks" in page.text
     # From 4 to 0.3 at a constant pace, it is above 2 after half of the tokens and below at the next validation.
     for said in [
-        "adapt has the best worst-task loss of 2 strategies: 0.3250 (0.3000 to 0.3500) nats over 2 "
+        "adapt has the best worst-task validation loss of 2 strategies: 0.3250 (0.3000 to 0.3500) nats over 2 "
         "seeds. Next is uniform, with 2.0250 (2.0000 to 2.0500) over 2 seeds.",
         "Their ranges do not overlap.",
-        "It reaches the worst loss uniform ends with after 960 supervised tokens, 75% of the 1,280 tokens uniform "
-        "used.",
-        "It has the lowest loss on 2 of 3 tasks.",
+        "It reaches the worst validation loss uniform ends with after 960 supervised tokens, 75% of the 1,280 tokens "
+        "uniform used.",
+        "It has the lowest validation loss on 2 of 3 tasks.",
     ]:
         assert said in page.text
     strategies = page.tables["strategies"][1:]
@@ -242,6 +242,72 @@ def test_a_comparison(folders: dict[str, list[Path]]) -> None:
     settings = page.rows("settings")
     assert settings == {"strategy": ["adapt", "uniform"]}
     assert page.text.count("/resolved.yaml") == 4
+
+
+@pytest.fixture(scope="module")
+def tested_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two strategies: validation ranks a before b, and the test b before a."""
+    home, ends = tmp_path_factory.mktemp("tested"), {"a": ([1.0, 2.0], [6.0, 7.0]), "b": ([3.0, 4.0], [3.5, 4.5])}
+    return [
+        write_run(
+            home / name,
+            strategy=name,
+            tasks=("one", "two"),
+            loss=lambda task, share, end=end: 9 - (9 - end[task]) * share,
+            test=test,
+        )
+        for name, (end, test) in ends.items()
+    ]
+
+
+def test_a_page_on_one_run_with_a_test_split(tested_folders: list[Path]) -> None:
+    page = page_of(tested_folders[0])
+    assert (
+        "The worst validation loss went from 9.0000 to 2.0000 nats (two), the mean from 9.0000 to 1.5000." in page.text
+    )
+    assert "On the test split the worst loss is 7.0000 nats (two), the mean 6.5000." in page.text
+    assert page.tables["tasks"][0][-1] == "test loss"
+    assert {task: row[-3:] for task, row in page.rows("tasks").items()} == {
+        "one": ["1.0000", "-8.0000", "6.0000"],
+        "two": ["2.0000", "-7.0000", "7.0000"],
+    }
+
+
+def test_a_comparison_by_test_losses(tested_folders: list[Path]) -> None:
+    page = page_of(*tested_folders)
+    for said in [
+        "b has the best worst-task test loss of 2 strategies: 4.5000 nats. Next is a, with 7.0000.",
+        "It has the lowest test loss on 2 of 2 tasks.",
+        "Test losses at the end, in nats per supervised token",
+        "Each task's test loss at the end.",
+        "until its worst validation loss was first at or below the final one",
+    ]:
+        assert said in page.text, said
+    assert "compared by their validation losses" not in page.text
+    assert {name: row[:2] for name, row in page.rows("strategies").items()} == {
+        "b": ["4.5000", "4.0000"],
+        "a": ["7.0000", "6.5000"],
+    }
+    assert page.rows("winners") == {"one": ["b", "3.5000", "6.0000"], "two": ["b", "4.5000", "7.0000"]}
+    # The course of training is that of validation: b never gets to where a ends.
+    assert page.rows("tokens_to_reach")["b"] == ["1,280", "never"]
+
+
+def test_a_comparison_with_a_run_without_a_test_split_is_by_validation(
+    tested_folders: list[Path], tmp_path: Path
+) -> None:
+    page = page_of(
+        *tested_folders, write_run(tmp_path / "c", strategy="c", tasks=("one", "two"), loss=lambda t, s: 5.0)
+    )
+    for said in [
+        "Not every run has a test loss of every task, so they are compared by their validation losses.",
+        "a has the best worst-task validation loss of 3 strategies: 2.0000 nats. Next is b, with 4.0000.",
+        "It has the lowest validation loss on 2 of 2 tasks.",
+        "Validation losses at the end, in nats per supervised token",
+        "Each task's validation loss at the end.",
+    ]:
+        assert said in page.text, said
+    assert list(page.rows("strategies")) == ["a", "b", "c"] and "7.0000" not in page.text
 
 
 def test_some_seeds_reach_a_loss_and_others_do_not(tmp_path: Path) -> None:

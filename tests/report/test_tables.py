@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_runs import events, write_run
 
-from adapt_recipes.report.read import Run, read_run
+from adapt_recipes.report.read import Run, on_one_split, read_run
 from adapt_recipes.report.tables import (
     COUNTERS,
     Group,
@@ -179,6 +181,80 @@ def test_unfinished_runs_win_nothing_and_come_last(tmp_path: Path) -> None:
     assert [group.name for group in groups] == ["worse", "worst", "best, unfinished"]
     assert [result.winner for result in task_results(groups)] == [0, 0]
     assert [result.winner for result in task_results(groups[::2])] == [None, None], "nobody wins alone"
+
+
+# ---- by test losses
+
+
+def with_test(home: Path, name: str, validation: list[float], test: list[float] | None, **keys: Any) -> Run:
+    """A run with these losses at all times, and at its end."""
+    folder = write_run(
+        home / name, strategy=name, tasks=("one", "two"), loss=lambda task, share: validation[task], test=test, **keys
+    )
+    return read_run(folder)
+
+
+def test_runs_are_compared_by_their_test_losses(tmp_path: Path) -> None:
+    """The run that is best in validation is worst in the test."""
+    runs = on_one_split(
+        [with_test(tmp_path, "a", [1.0, 2.0], [6.0, 7.0]), with_test(tmp_path, "b", [3.0, 4.0], [3.5, 4.5])]
+    )
+    groups = group_runs(runs)
+    assert [group.name for group in groups] == ["b", "a"] and {group.split for group in groups} == {"test"}
+    assert [final_worst(group).mean for group in groups] == [4.5, 7.0]
+    assert [final_mean(group).mean for group in groups] == [4.0, 6.5]
+    assert [(result.winner, [loss.mean for loss in result.losses]) for result in task_results(groups)] == [
+        (0, [3.5, 6.0]),
+        (0, [4.5, 7.0]),
+    ]
+    by_validation = group_runs([replace(run, split="validation") for run in runs])
+    assert [group.name for group in by_validation] == ["a", "b"]
+    assert [result.winner for result in task_results(by_validation)] == [0, 0]
+
+
+def test_tokens_to_reach_are_of_validation_whatever_the_test_says(tmp_path: Path) -> None:
+    """The target too: the loss of one split at the end says nothing about that of another on the way."""
+    runs = on_one_split(
+        [with_test(tmp_path, "a", [1.0, 2.0], [6.0, 7.0]), with_test(tmp_path, "b", [3.0, 4.0], [3.5, 4.5])]
+    )
+    a, b = (Group(run.strategy, (run,)) for run in runs)
+    assert all_tokens_to_reach(a, b) == [0] and math.isnan(all_tokens_to_reach(b, a)[0])
+
+
+@pytest.mark.parametrize(
+    ("test", "keys", "split"),
+    [
+        ([5.0, 5.0], {}, "test"),
+        (None, {}, "validation"),
+        ([5.0, math.nan], {}, "validation"),
+        ([5.0, 5.0], {"finished": False}, "validation"),
+    ],
+    ids=["all", "no test", "not every task", "unfinished"],
+)
+def test_by_test_losses_only_if_all_have_them(
+    tmp_path: Path, test: list[float] | None, keys: dict[str, Any], split: str
+) -> None:
+    runs = [with_test(tmp_path, "a", [1.0, 2.0], [6.0, 7.0]), with_test(tmp_path, "b", [3.0, 4.0], test, **keys)]
+    assert {run.split for run in on_one_split(runs)} == {split}
+    best = {"test": "b", "validation": "a"}[split]
+    assert group_runs(on_one_split(runs))[0].name == best
+
+
+def test_a_task_that_is_not_validated_needs_no_test(tmp_path: Path) -> None:
+    nan = math.nan
+    runs = [with_test(tmp_path, "a", [1.0, nan], [6.0, nan]), with_test(tmp_path, "b", [3.0, nan], [3.5, nan])]
+    groups = group_runs(on_one_split(runs))
+    assert groups[0].split == "test" and final_worst(groups[0]) == final_mean(groups[0]) == (3.5, 3.5, 3.5)
+
+
+def test_shared_tasks_are_enough(tmp_path: Path) -> None:
+    """What only one of them has is left out, tested or not."""
+    one = read_run(write_run(tmp_path / "a", strategy="a", tasks=("x", "y"), test=[1.0, math.nan]))
+    other = read_run(write_run(tmp_path / "b", strategy="b", tasks=("x", "z"), test=[2.0, 3.0]))
+    shared, _ = on_shared_tasks([one, other])
+    assert [run.split for run in on_one_split(shared)] == ["test"] * 2
+    assert [run.split for run in on_one_split([one, other])] == ["validation"] * 2
+    assert [run.result_losses.tolist() for run in on_one_split(shared)] == [[1.0], [2.0]]
 
 
 # ---- groups
