@@ -51,6 +51,45 @@ def test_a_comparison(
     assert "finished already" in (tmp_path / "out" / "tiny_uniform_7.txt").read_text()
 
 
+def write_finished(folder: Path, validation: dict[str, float], test: dict[str, float] | None) -> None:
+    """What the table reads of a run."""
+    folder.mkdir(parents=True)
+    zeros = dict.fromkeys(("supervised_tokens", "probe_tokens", "mixture_seconds", "step"), 0)
+    share = dict.fromkeys(validation, 0.5)
+    lines = [{"event": "mixture", **zeros, "probabilities": share}]
+    lines += [{"event": "validation", "supervised_tokens": spent, "losses": validation} for spent in (40, 80)]
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    counts = {"budget_tokens": 80, "supervised_tokens": 80, "steps": 8, "mixture_updates": 0, "probe_tokens": 12}
+    losses = {"validation_losses": validation, "test_losses": test}
+    times = {"seconds": 2.0, "mixture_seconds": 0.5}
+    summary = {**counts, "task_tokens": dict.fromkeys(validation, 40), **losses, **times}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_the_table_is_of_test_losses_if_all_runs_have_them(
+    compare: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    has_test: bool,
+) -> None:
+    """The lowest possible loss of noise is subtracted from them as well; tokens to a loss stay those of validation."""
+    monkeypatch.setattr(compare, "run", lambda *_: None)
+    noise = math.log(16)
+    write_finished(tmp_path / "tiny_uniform_0", {"a": 2.0, "noise": 1 + noise}, {"a": 5.0, "noise": 4 + noise})
+    test = {"a": 1.0, "noise": 2 + noise} if has_test else None
+    write_finished(tmp_path / "tiny_dro_0", {"a": 3.0, "noise": 1.5 + noise}, test)
+    compare.main(["--out", str(tmp_path), "--seeds", "0", "tiny_uniform", "tiny_dro"])
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:]] for line in capsys.readouterr().out.splitlines()]
+    split = "test" if has_test else "validation"
+    assert header[1:4] == [f"worst {split} excess", f"mean {split} excess", "tokens to its loss"]
+    expected = [["5.000", "4.500", "40"], ["2.000", "1.500", "never"]]
+    if not has_test:
+        expected = [["2.000", "1.500", "40"], ["3.000", "2.250", "never"]]
+    assert [row[1:4] for row in rows] == expected
+
+
 def test_overrides_are_for_all_or_for_one(compare: ModuleType) -> None:
     first, second, third = compare.rows(["a=1", "one", "two", "b=2", "two", "strategy=x", "c=3"])
     assert first == ("one", ["a=1"]) and second == ("two", ["a=1", "b=2"])

@@ -129,6 +129,26 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
     assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
 
 
+def test_the_test_split_is_part_of_the_estimate(folder: Path) -> None:
+    """Its longest example may be the longest of all, and its size that of the largest micro-batch that is only read."""
+    (folder / "tested.py").write_text(
+        "from adapt_recipes.data import RawTask\n"
+        "def row(prompt):\n"
+        "    return [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': 'x'}]\n"
+        "def tasks(length, number):\n"
+        "    rows = [row(f'{i:02}') for i in range(20)]\n"
+        "    return [RawTask('a', rows, rows[:2], test=[row('y' * length)] * number)]\n"
+    )
+
+    def memory(length: int, number: int, *overrides: str) -> Memory:
+        source = ["tasks=tested.tasks", f"tasks.length={length}", f"tasks.number={number}", "budget.tokens=20"]
+        return make_plan(config_of("uniform", *source, *overrides)).memory_bytes
+
+    assert memory(40, 1).activations > 2 * memory(2, 1).activations
+    alone = "batch_size=1"
+    assert memory(2, 200, alone).total > memory(2, 1, alone).total
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["tokens", "dataset"])
 def test_a_run_knows_about_how_many_steps_it_makes(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
