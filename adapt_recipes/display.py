@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from rich.text import Text
 from torch import Tensor
 
 from adapt_recipes.budget import Ledger
-from adapt_recipes.data import Examples, Task
+from adapt_recipes.data import Examples, LeftOut, Task
 from adapt_recipes.events import Summary
 
+# A terminal with fewer columns has no room for all numbers beside the names of tasks.
+WIDE = 100
 # A refresh takes a few milliseconds.
 REFRESHES_PER_SECOND = 1
 # Mixture updates over which the direction of a probability is shown.
@@ -137,19 +139,22 @@ class Display:
         With ``one_task`` each step has examples of one task, and ``probabilities`` are the chances of the tasks.
         """
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
+        columns, cells = left_out_columns([task.left_out for task in self._tasks], width=self.console.width)
         has_test = any(task.test is not None for task in self._tasks)
-        table = task_table("examples", "dropped", "sup. tokens", "held out", *["test"] * has_test, "p")
+        table = task_table("examples", *columns, "sup. tokens", "held out", *["test"] * has_test, "p")
         for task, p, tokens in zip(self._tasks, probabilities.tolist(), available, strict=True):
             held_out = [_size(task.validation), *[_size(task.test)] * has_test]
             table.add_row(
                 task_name(task.name),
                 f"{len(task.train):,}",
-                f"{task.num_dropped:,}",
+                *(f"{number:,}" for number in cells(task.left_out)),
                 f"{tokens:,}",
                 *held_out,
                 f"{p:.3f}",
             )
         self.console.print(table)
+        for line in unused_keys([task.left_out for task in self._tasks]):
+            self.say(line)
         lengths = probabilities.new_tensor(
             [tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)]
         )
@@ -245,6 +250,26 @@ def task_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def left_out_columns(of_tasks: Sequence[LeftOut], *, width: int) -> tuple[list[str], Callable[[LeftOut], list[int]]]:
+    """Columns of a ``task_table`` about what is not trained on, and a function that computes a task's cells.
+
+    After the examples that are dropped come those for each reason that occurs besides their length, if there is room.
+    """
+    reasons = {"bad rows": "bad_rows", "no label": "unlabeled", "leaks": "leaked_examples", "context": "leaked_answers"}
+    occur = {title: key for title, key in reasons.items() if any(getattr(each, key) for each in of_tasks)}
+    shown = occur if width >= WIDE else {}
+    return ["dropped", *shown], lambda each: [each.examples, *(getattr(each, key) for key in shown.values())]
+
+
+def unused_keys(of_tasks: Sequence[LeftOut]) -> list[str]:
+    """A line about the keys of rows that are not used, under the table of tasks; none if there are no such keys."""
+    counts: Counter[str] = Counter()
+    for each in of_tasks:
+        counts.update(each.unused_keys)
+    named = ", ".join(f"{key} ({count(number, 'row')})" for key, number in counts.most_common())
+    return [f"keys that are not used: {named}"] if counts else []
 
 
 def task_name(name: str) -> Text:

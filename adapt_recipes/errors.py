@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from os.path import commonprefix
 
@@ -27,15 +27,20 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
         learning_rate); else all allowed words.
     """
     allowed = list(allowed)
-    close = (
-        [name for name in allowed if name.lower() == word.lower()]
-        or get_close_matches(word, [name for name in allowed if _one_typo_apart(word, name)], n=1, cutoff=0.1)
-        or get_close_matches(word, allowed, n=1)
-        or [name for name in allowed if name == "".join(part[:1] for part in word.split("_"))]
-    )
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    if close := closest(word, allowed):
+        return f"; did you mean '{close}'?"
     return f"; allowed: {', '.join(allowed)}" if allowed else "; none is allowed here"
+
+
+def closest(word: str, others: Sequence[str]) -> str | None:
+    """The one of ``others`` whose spelling is similar to that of ``word``, or that is its abbreviation."""
+    close = (
+        [name for name in others if name.lower() == word.lower()]
+        or get_close_matches(word, [name for name in others if _one_typo_apart(word, name)], n=1, cutoff=0.1)
+        or get_close_matches(word, others, n=1)
+        or [name for name in others if name == "".join(part[:1] for part in word.split("_"))]
+    )
+    return close[0] if close else None
 
 
 def _one_typo_apart(one: str, other: str) -> bool:

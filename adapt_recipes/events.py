@@ -13,6 +13,16 @@ ByTask = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataEvent:
+    """What of the rows is not trained on; the first line of the log of a run that leaves something out."""
+
+    event: ClassVar[str] = "data"
+    step: int
+    left_out: ByTask
+    """the fields of ``data.LeftOut``"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepEvent:
     """An optimizer step. All but ``loss``, ``lr``, ``grad_norm`` and ``task_losses`` are totals since the run began."""
 
@@ -108,7 +118,17 @@ class EndEvent:
     message: str | None = None
 
 
-Event = StepEvent | MixtureEvent | ValidationEvent | TestEvent | CheckpointEvent | ResumeEvent | NoteEvent | EndEvent
+Event = (
+    DataEvent
+    | StepEvent
+    | MixtureEvent
+    | ValidationEvent
+    | TestEvent
+    | CheckpointEvent
+    | ResumeEvent
+    | NoteEvent
+    | EndEvent
+)
 
 
 def to_line(event: Event) -> dict[str, Any]:
@@ -153,5 +173,7 @@ class Summary:
     """of validations and of the test"""
     steps: int
     mixture_updates: int
+    left_out: ByTask
+    """what of each task's rows is not trained on: the fields of ``data.LeftOut``"""
     data_fingerprint: str
     """a hash of the tasks as the run read them"""

@@ -17,6 +17,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -30,6 +31,7 @@ from adapt_recipes.config import FREE_AT_RESUME, TrainConfig, to_dict
 from adapt_recipes.display import Display
 from adapt_recipes.events import (
     CheckpointEvent,
+    DataEvent,
     EndEvent,
     MixtureEvent,
     NoteEvent,
@@ -220,6 +222,9 @@ class Run:
                 budget_tokens=ledger.budget_tokens,
             )
             self._open.callback(self._log.close)
+        self._left_out = {task.name: asdict(task.left_out) for task in tasks}
+        if saved is None and any(task.left_out != data.LeftOut() for task in tasks):
+            self._log.write(DataEvent(step=0, left_out=self._left_out))
         self.checkpoints.clean()
         self._saved_at = ledger.steps
         self._show_plan(tasks)
@@ -435,6 +440,7 @@ class Run:
             validation_seconds=self._phase_seconds["validation"],
             steps=ledger.steps,
             mixture_updates=self.num_updates,
+            left_out=self._left_out,
             data_fingerprint=self._fingerprint["data"],
         )
         self.checkpoints.wait()

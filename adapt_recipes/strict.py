@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from adapt_recipes.errors import nearest
+from adapt_recipes.errors import closest, nearest
 from adapt_recipes.output import never_fatal
 from adapt_recipes.stop import exit_on_signals
 
@@ -59,6 +60,7 @@ class Renamed(NamedTuple):
 # a key of the recipe's own beside None.
 RENAMED: dict[tuple[str | None, str], Renamed] = {
     (None, "budget.passes"): Renamed("budget.epochs"),
+    ("adapt_recipes.data.natural_instructions", "group_by"): Renamed("task_per"),
     ("adapt_recipes.mixture.Adapt", "averaging"): Renamed("ema_decay"),
     ("adapt_recipes.mixture.AdaptPlanned", "loss_averaging"): Renamed("ema_decay"),
     ("adapt_recipes.mixture.AdaptPlanned", "fast_memory"): Renamed("fast_discount"),
@@ -142,15 +144,24 @@ class Component(BaseModel):
             nested = {name: node.build() for name, node in self.nested(key).items()}
             return locate(self.component)(**self.arguments | nested, **injected)
         except ValueError as error:
-            message = str(error)
+            message = _with_key(key, self.component, str(error))
             if message.startswith((f"{key}.", f"{key}:")):
-                raise
+                raise ValueError(message) from error
             # A message about an argument begins with its name.
             about_argument = message.startswith(tuple(f"{name}:" for name in self.arguments))
             raise ValueError(f"{key}{'.' if about_argument else ': '}{message}") from error
         except Exception as error:
             reason = f"{_named(error)} (ADAPT_TRACEBACK=1 shows where)"
             raise ValueError(f"{key}: {self.component} cannot be built: {reason}") from error
+
+
+def _with_key(key: str, component: str, message: str) -> str:
+    """A message of a nested component that does not know its place: ``tasks.path`` becomes ``tasks.math.path``."""
+    root, dot, _ = key.partition(".")
+    if not dot or message.startswith(f"{key}."):
+        return message
+    names = "|".join(map(re.escape, _parameters(locate(component)) or ()))
+    return re.sub(rf"(?<![\w./]){re.escape(root)}\.(?=({names})\b)", f"{key}.", message) if names else message
 
 
 def locate(path: str) -> Any:
@@ -441,10 +452,8 @@ def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None
     nested = node.nested(key)
     for name, argument in nested.items():
         _check_arguments(f"{key}.{name}", argument, ())
-    try:
-        parameters = inspect.signature(component).parameters
-    except (ValueError, TypeError):
-        # Some built-in callables have no signature.
+    parameters = _parameters(component)
+    if parameters is None:
         return
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -478,6 +487,29 @@ def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None
         # A default may contradict its annotation: `x: int = None` is common.
         if name in hints and name in named and name not in nested and value is not named[name].default:
             _check_type(f"{key}.{name}", value, hints[name])
+
+    # What goes into **kwargs, where a misspelled key is one whose value does not fit.
+    rest = next((name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD), "")
+    for name, value in node.arguments.items():
+        if rest not in hints or name in named or name in nested:
+            continue
+        try:
+            _check_type(f"{key}.{name}", value, hints[rest])
+        except ValueError as error:
+            if close := closest(name, [*allowed, *nested]):
+                unknown = f"unknown key '{key}.{name}' for {node.component}; did you mean '{close}'?"
+                raise ValueError(unknown) from error
+            if isinstance(value, dict):
+                raise ValueError(f"missing key '{key}.{name}._component_'") from error
+            raise
+
+
+def _parameters(component: Any) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a class or function by name; None: some built-in ones have no signature."""
+    try:
+        return inspect.signature(component).parameters
+    except (ValueError, TypeError):
+        return None
 
 
 def _remark(renamed: Renamed) -> str:

@@ -114,10 +114,11 @@ def equal_tasks(path: str, *, num_tasks: int, num_examples: int, max_bytes: int)
         num_examples: for training, and as many for validation, of all tasks together.
         max_bytes: longer examples are skipped, so that none is dropped later.
     """
-    from adapt_recipes.data import RawTask, natural_instructions
+    from adapt_recipes.data import Conversation, RawTask, natural_instructions
 
-    pool = {c[0]["content"]: c for task in natural_instructions(path) for c in task.conversations}
-    short = [c for c in pool.values() if sum(len(message["content"].encode()) for message in c) <= max_bytes]
+    read = [c for task in natural_instructions(path) for c in task.conversations if isinstance(c, Conversation)]
+    pool = {c.messages[0]["content"]: c for c in read}
+    short = [c for c in pool.values() if sum(len(each["content"].encode()) for each in c.messages) <= max_bytes]
     if len(short) < 2 * num_examples or num_examples % num_tasks:
         raise ValueError(
             f"{num_examples} examples, twice, for {num_tasks} tasks: there are {len(short)} of up to {max_bytes} bytes"

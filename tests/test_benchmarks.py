@@ -60,7 +60,7 @@ def test_equal_tasks_deal_out_the_same_examples(tmp_path: Path) -> None:
     common.instructions(tmp_path)
 
     def prompts(tasks: list[RawTask]) -> set[str]:
-        return {each[0]["content"] for task in tasks for each in task.conversations}
+        return {each.messages[0]["content"] for task in tasks for each in task.conversations}
 
     few, many = (common.equal_tasks(tmp_path, num_tasks=n, num_examples=20, max_bytes=300) for n in (2, 20))
     assert (len(few), len(many)) == (2, 20) and prompts(few) == prompts(many)

@@ -159,6 +159,50 @@ def test_an_error_about_an_argument_names_its_key(file: Path) -> None:
         node.build()
 
 
+def nested_tasks(path: str) -> list[str]:
+    """A component that names its arguments as those of ``tasks``, wherever it stands, and a file like one."""
+    raise ValueError(f"tasks.path: {path} has no data/tasks.path; see tasks.size, tasks.path")
+
+
+def test_a_nested_component_need_not_know_its_key() -> None:
+    node = Component(_component_="builtins.dict", math={"_component_": "test_config.nested_tasks", "path": "x"})
+    node._key = "tasks"
+    with pytest.raises(
+        ValueError, match="^tasks.math.path: x has no data/tasks.path; see tasks.size, tasks.math.path$"
+    ):
+        node.build()
+    # Two levels down, and where it is not nested.
+    node = Component(_component_="builtins.dict", all=node.arguments | {"_component_": "builtins.dict"})
+    node._key = "tasks"
+    with pytest.raises(ValueError, match="^tasks.all.math.path: x has .* tasks.all.math.path$"):
+        node.build()
+    node = Component(_component_="test_config.nested_tasks", path="x")
+    node._key = "tasks"
+    with pytest.raises(ValueError, match="^tasks.path: x has no data/tasks.path; see tasks.size, tasks.path$"):
+        node.build()
+
+
+def collect(first: int = 0, **sizes: list[int]) -> dict[str, Any]:
+    return {"first": first} | sizes
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("part.frist=3", "^unknown key 'part.frist' for test_config.collect; did you mean 'first'[?]$"),
+        ("part.innre.size=3", "^unknown key 'part.innre' for test_config.collect; did you mean 'inner'[?]$"),
+        ("~part.inner._component_", "^missing key 'part.inner._component_'$"),
+        ("part.other=3", "^part.other: has to be a list, not 3$"),
+    ],
+)
+def test_what_goes_into_kwargs_is_checked(file: Path, override: str, message: str) -> None:
+    """Before anything is built, which may take long."""
+    part = "part={_component_: test_config.collect, inner: {_component_: test_config.build, size: 1}, rest: [1]}"
+    assert load(Schema, file, [part]).part.build() == {"first": 0, "inner": (1, 0.1, None, None), "rest": [1]}
+    with pytest.raises(ValueError, match=message):
+        load(Schema, file, [part, override])
+
+
 def test_arguments_missing_are_named_in_their_order(file: Path) -> None:
     for _ in range(3):
         with pytest.raises(ValueError, match="^missing key 'part.vocab_size'"):

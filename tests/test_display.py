@@ -15,7 +15,7 @@ from tiers import slow_but
 from adapt_recipes import cli
 from adapt_recipes.budget import Ledger
 from adapt_recipes.config import load
-from adapt_recipes.data import Examples, Task
+from adapt_recipes.data import Examples, LeftOut, Task
 from adapt_recipes.display import Display
 from adapt_recipes.events import Summary
 
@@ -24,7 +24,9 @@ def task(name: str, *, validated: bool = True, tested: bool = False) -> Task:
     """20 examples of one supervised token each."""
     tokens, supervised = torch.zeros(40, dtype=torch.int32), torch.tensor([False, True] * 20)
     examples = Examples(tokens, supervised, torch.arange(0, 41, 2), torch.arange(20))
-    return Task(name, examples, examples if validated else None, num_dropped=3, test=examples if tested else None)
+    return Task(
+        name, examples, examples if validated else None, left_out=LeftOut(too_long=3), test=examples if tested else None
+    )
 
 
 def console(*, width: int = 120, height: int = 24, terminal: bool = False) -> Console:
@@ -175,6 +177,7 @@ SUMMARY = Summary(
     validation_seconds=0.0,
     steps=6,
     mixture_updates=0,
+    left_out={},
     data_fingerprint="0",
 )
 

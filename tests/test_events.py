@@ -10,6 +10,7 @@ import pytest
 from adapt_recipes import events
 from adapt_recipes.events import (
     CheckpointEvent,
+    DataEvent,
     EndEvent,
     Event,
     MixtureEvent,
@@ -42,6 +43,10 @@ MIXTURE = {
 SIGNALS = {"validation_losses": {"b": 1.0, "a": 2.0}, "objective": 1.5}
 
 LINES: list[tuple[Any, dict[str, Any]]] = [
+    (
+        DataEvent(step=0, left_out={"a": {"too_long": 1}}),
+        {"event": "data", "step": 0, "left_out": {"a": {"too_long": 1}}},
+    ),
     (StepEvent(**STEP), {"event": "step"} | STEP),
     (MixtureEvent(**MIXTURE), {"event": "mixture"} | MIXTURE),
     (MixtureEvent(**MIXTURE, signals=SIGNALS), {"event": "mixture"} | MIXTURE | SIGNALS),

@@ -23,6 +23,7 @@ from tiers import slow_but
 
 from adapt_recipes import cli
 from adapt_recipes.config import load
+from adapt_recipes.data import LeftOut
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning import Plan, make_plan, show
 from adapt_recipes.planning.memory import Memory
@@ -34,7 +35,7 @@ KEYS = """
     tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
     mixture_updates mixture_cost_steps probe_tokens exact warnings
 """
-TASK_KEYS = "examples dropped supervised_tokens share mean_supervised_tokens mean_tokens probability epochs"
+TASK_KEYS = "examples dropped left_out supervised_tokens share mean_supervised_tokens mean_tokens probability epochs"
 COMMON = [
     "~tasks.noise",
     "tasks=adapt_recipes.data.jsonl_tasks",
@@ -362,7 +363,9 @@ def long_plan(**changes: Any) -> Plan:
     """Of tasks with names of 30 characters and counts of seven digits."""
     numbers = {"share": 1.0, "mean_supervised_tokens": 1234.5, "mean_tokens": 2345.6, "probability": 1.0}
     counts = {"examples": 1_234_567, "dropped": 2_345_678, "supervised_tokens": 345_678_901}
-    tasks = {name[:30]: TaskPlan(**counts, **numbers, epochs=10.25) for name in LONG}
+    tasks = {
+        name[:30]: TaskPlan(**counts, left_out=LeftOut(too_long=2_345_678), **numbers, epochs=10.25) for name in LONG
+    }
     few = Memory(parameters=10**9, gradients=10**9, optimizer=2 * 10**9, activations=10**9, mixture=0)
     plan = Plan(
         tasks=tasks,
@@ -457,7 +460,8 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         "~tokenizer.path",
         "tasks=adapt_recipes.data.jsonl_tasks",
     ]
-    overrides += ["~tasks.types", "tasks.path=even", "tasks.validation_examples=2", "max_seq_len=64"]
+    overrides += ["~tasks.types", "tasks.path=even", "max_seq_len=64"]
+    overrides += ["tasks.validation_examples=2", "tasks.test_examples=2"]
     program = "import re, sys; sys.argv[0] = 'tune'; import tune_cli_ext; tune_cli_ext.hook()\n"
     program += "from torchtune._cli.tune import main; main()\n"
     # Not `ru_maxrss`, which begins with what this process has.

@@ -41,11 +41,15 @@ def test_an_argument_of_a_component(file: Path, component: str, old: str) -> Non
     found = locate(component)
     names = inspect.signature(found).parameters
     assert renamed.key in names and old not in names
-    for path in (component, f"{found.__module__}.{found.__name__}"):
+    # The function of natural_instructions hides its module.
+    paths = {component, f"{found.__module__}.{found.__name__}" if inspect.isclass(found) else component}
+    for path in paths:
         if ".mixture." in path:
             node, given = "mixture", [f"mixture={path}"]
         else:  # no key of all recipes takes a reward
-            node, given = "lr_schedule", [f"lr_schedule={{_component_: {path}, task_names: [], model: null}}"]
+            needs = [n for n in ("task_names", "model", "path") if n in names and names[n].default is names[n].empty]
+            needed = ", ".join(f"{name}: null" for name in needs)
+            node, given = "lr_schedule", [f"lr_schedule={{_component_: {path}, {needed}}}"]
         remark = f", {renamed.remark}" if renamed.remark else ""
         said = refusal(file, *given, f"{node}.{old}=0.5")
         assert said == f"unknown key '{node}.{old}': it is '{node}.{renamed.key}' now{remark}"

@@ -47,6 +47,7 @@ SUMMARY = Summary(
     validation_seconds=0.5,
     steps=6,
     mixture_updates=0,
+    left_out={},
     data_fingerprint="0",
 )
 

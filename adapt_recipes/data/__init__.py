@@ -3,7 +3,8 @@
 from adapt_recipes.data.batching import MicroBatch, build_batches, micro_batches
 from adapt_recipes.data.byte_tokenizer import ByteTokenizer
 from adapt_recipes.data.chat import ChatTokenizer
-from adapt_recipes.data.examples import IGNORE_INDEX, Example, Examples, RawTask, Task
+from adapt_recipes.data.combine import task_per_source
+from adapt_recipes.data.examples import IGNORE_INDEX, Conversation, Example, Examples, LeftOut, RawTask, Task
 from adapt_recipes.data.hf import hf_tasks
 from adapt_recipes.data.jsonl import jsonl_tasks
 from adapt_recipes.data.load import TasksConfig, build_tasks, fingerprint, load_tasks, max_token
@@ -25,8 +26,10 @@ __all__ = [
     "IGNORE_INDEX",
     "ByteTokenizer",
     "ChatTokenizer",
+    "Conversation",
     "Example",
     "Examples",
+    "LeftOut",
     "MicroBatch",
     "RawTask",
     "Task",
@@ -47,6 +50,7 @@ __all__ = [
     "prepare_tasks",
     "random_examples",
     "sample_one_hot",
+    "task_per_source",
     "test_examples",
     "toy_tasks",
     "validation_examples",

@@ -12,16 +12,17 @@ from adapt_recipes.data.examples import Conversation
 
 _END = "<|end|>"
 _END_ID = 256
+_UNSUPPORTED = {"tool_calls", "reasoning_content"}
 
 
 class ByteTokenizer:
     """The UTF-8 bytes of all messages (ids 0 to 255), and an end token (256) after every answer.
 
-    It has the interface of ``ChatTokenizer``.
+    It has the interface of ``ChatTokenizer``, and takes no tools and no thoughts.
 
     Args:
-        supervise_end: put a supervised end token after every answer. False: there is no end token, for answers of a
-            fixed length.
+        supervise_end: put an end token after every answer, which counts with it. False: there is no end token, for
+            answers of a fixed length.
     """
 
     vocab_size = 257
@@ -33,23 +34,32 @@ class ByteTokenizer:
         self.end_ids: tuple[int, ...] = self.eos_ids if supervise_end else ()
         self.fingerprint = f"bytes-{'end' if supervise_end else 'no-end'}"
 
-    def encode(self, messages: Conversation) -> tuple[list[int], list[bool]]:
-        """Token ids, and for each whether it is supervised; two lists of the same length.
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and the span (first, last + 1) of the tokens of each of ``conversation.supervised``.
 
         Raises:
-            ValueError: the text contains the name of the end token, which transformers would read as the end token.
+            ValueError: the conversation has more than text; or the text contains the name of the end token, which
+                transformers would read as the end token.
         """
+        messages = conversation.messages
+        fields = {key for message in messages for key, value in message.items() if value} & _UNSUPPORTED
+        fields |= {"tools"} if conversation.tools else set()
+        if fields or any(message["role"] == "tool" for message in messages):
+            what = f"{min(fields)!r}" if fields else "the role 'tool'"
+            raise ValueError(f"the byte tokenizer takes text alone, not {what}")
+        if any(not isinstance(message["content"], str) for message in messages):
+            raise ValueError("the byte tokenizer takes text alone, not a message without content")
         if _END in "".join(message["content"] for message in messages):
             raise ValueError(f"the text contains {_END}, the name of the end token")
         tokens: list[int] = []
-        supervised: list[bool] = []
+        spans = []
         for message in messages:
-            is_answer = message["role"] == "assistant"
+            first = len(tokens)
             tokens += message["content"].encode()
-            if is_answer and self._supervise_end:
+            if message["role"] == "assistant" and self._supervise_end:
                 tokens.append(_END_ID)
-            supervised += [is_answer] * (len(tokens) - len(supervised))
-        return tokens, supervised
+            spans.append((first, len(tokens)))
+        return tokens, [spans[index] for index in conversation.supervised]
 
     def save(self, folder: str | Path) -> None:
         """Writes a tokenizer and a chat template with which transformers computes the same ids."""

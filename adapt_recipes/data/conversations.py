@@ -1,16 +1,20 @@
-"""Checks conversations, and computes hashes that identify a conversation and its prompt."""
+"""Checks conversations, and computes hashes that identify a conversation, its prompt and its answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
-from adapt_recipes.data.examples import Conversation
-from adapt_recipes.errors import nearest
+from adapt_recipes.data.examples import Conversation, Message
+
+# Roles that may follow a role. A system message may only be the first; a tool's turn needs a call.
+_NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+_NEXT_OF_CALL = ("tool", "user")
+_NEXT_OF_TOOL = ("tool", "assistant")
 
 
 def text_of(value: Any, what: str) -> str:
@@ -25,45 +29,59 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
-def checked_conversation(messages: Any) -> Conversation:
-    """A conversation of roles and contents alone: an optional system message, then user, assistant, user, ...
+def checked_conversation(conversation: Any) -> Conversation:
+    """A conversation that a source made, or a list of messages as one, whose turns are in order.
 
     Raises:
-        ValueError: it names the message. The caller adds file and line with ``error_prefix``.
+        ValueError: it names the message. The caller adds where the conversation is from.
     """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages must be a list of {role, content} with at least a user's and an assistant's message")
-    conversation: Conversation = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"message {index} must have the keys role and content")
-        role, content = message["role"], text_of(message["content"], f"the content of message {index}")
-        turn = len(conversation) - (conversation[0]["role"] == "system" if conversation else 0)
-        expected = ("user", "assistant")[turn % 2]
-        if role != expected and not (role == "system" and index == 0):
-            raise ValueError(f"message {index} has the role {role!r}, expected {expected!r} (system only at the start)")
-        if role == "assistant" and not content.strip():
-            raise ValueError(f"message {index}: the assistant's answer is empty")
-        conversation.append({"role": role, "content": content})
-    if conversation[-1]["role"] != "assistant":
-        raise ValueError(f"the last message must be the assistant's, not the {conversation[-1]['role']}'s")
+    if not isinstance(conversation, Conversation):
+        if not isinstance(conversation, list):
+            raise ValueError(f"must be a Conversation or a list of messages, not {type(conversation).__name__}")
+        conversation = Conversation(conversation, supervised=answers(conversation))
+    check_turns(conversation.messages)
     return conversation
 
 
-def conversation_of(
-    record: Any, *, messages: str = "messages", prompt: str = "prompt", response: str = "response"
-) -> Conversation:
-    """The conversation in a record that has either messages, or a prompt and its response, under the given keys."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"must be an object with the key {messages!r}, or {prompt!r} and {response!r}")
-    if messages in record:
-        return checked_conversation(record[messages])
-    for key in (prompt, response):
-        if key not in record:
-            hint = nearest(key, map(str, record)) if record else ""
-            raise ValueError(f"neither the key {messages!r} nor both {prompt!r} and {response!r}: no {key!r}{hint}")
-    user, answer = text_of(record[prompt], repr(prompt)), text_of(record[response], repr(response))
-    return checked_conversation([{"role": "user", "content": user}, {"role": "assistant", "content": answer}])
+def answers(messages: Sequence[Any]) -> tuple[int, ...]:
+    """Indices of the assistant's messages."""
+    return tuple(i for i, each in enumerate(messages) if isinstance(each, Mapping) and each.get("role") == "assistant")
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Refuses messages that are not an optional system message, then user, assistant, ..., assistant.
+
+    Raises:
+        ValueError: it names the message.
+    """
+    if not messages:
+        raise ValueError("there must be at least a user's and an assistant's message")
+    allowed = _NEXT[None]
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise ValueError(f"message {index} must have the keys role and content")
+        role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+        if role not in allowed:
+            # A system message may be missing.
+            expected = " or ".join(repr(each) for each in allowed if each != "system")
+            raise ValueError(f"message {index} has the role {role!r}, expected {expected} (system only at the start)")
+        if content is not None or not calls:
+            text_of(content, f"the content of message {index}")
+        if role == "assistant" and not calls and not str(content).strip():
+            raise ValueError(f"message {index}: the assistant's answer is empty")
+        allowed = _NEXT_OF_TOOL if role == "tool" else _NEXT_OF_CALL if calls else _NEXT[role]
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last message must be the assistant's, not the {messages[-1]['role']}'s")
+
+
+def merge_system(conversation: Conversation) -> Conversation:
+    """The system message, an empty line and the first user's message, as one message of the user."""
+    first, *rest = conversation.messages
+    if first["role"] != "system":
+        return conversation
+    user = rest[0] | {"content": f"{first['content']}\n\n{rest[0]['content']}"}
+    supervised = tuple(index - 1 for index in conversation.supervised)
+    return replace(conversation, messages=[user, *rest[1:]], supervised=supervised)
 
 
 @contextmanager
@@ -75,18 +93,31 @@ def error_prefix(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
-def content_hash(conversation: Conversation) -> int:
+def content_hash(messages: Sequence[Message], tools: Sequence[Any] | None = None) -> int:
     """A 63-bit hash of the messages, the same on every machine and for every tokenizer.
 
-    ``content_hash(conversation[:-1])`` is the hash of the prompt: everything before the last answer.
+    ``content_hash(messages[:-1], tools)`` is the hash of the prompt: everything before the last answer.
     """
-    text = json.dumps([[message["role"], message["content"]] for message in conversation])
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
+    parts: list[Any] = []
+    for message in messages:
+        other = {key: value for key, value in sorted(message.items()) if key not in ("role", "content")}
+        parts.append([message["role"], message.get("content"), *([other] if other else [])])
+    return _hash([*parts, tools] if tools else parts)
 
 
-def folder_of(path: str | Path) -> Path:
-    """``path`` with ``~`` expanded, which has to be a folder."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"tasks.path: no folder {folder}")
-    return folder
+def answer_hashes(messages: Sequence[Message], answer: int) -> tuple[int, int]:
+    """Two 63-bit hashes of the message at index ``answer``, which tell where else it would be a leak.
+
+    Returns:
+        The hash of the pair, the last user's message and the answer, without the white space around them. And the hash
+        of the whole, everything up to the answer; for the first answer of a conversation it is the pair's.
+    """
+    question = next(each["content"] for each in reversed(messages[:answer]) if each["role"] == "user")
+    content, calls = messages[answer].get("content") or "", messages[answer].get("tool_calls")
+    pair = _hash([question.strip(), content.strip(), *([calls] if calls else [])])
+    is_first = all(each["role"] != "assistant" for each in messages[:answer])
+    return pair, pair if is_first else content_hash(messages[: answer + 1])
+
+
+def _hash(value: Any) -> int:
+    return int.from_bytes(blake2b(json.dumps(value).encode(), digest_size=8).digest()) >> 1

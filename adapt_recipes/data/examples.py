@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# {"role": ..., "content": ...}, as in chat templates.
-Message = dict[str, str]
-Conversation = list[Message]
+# As a chat template takes it: role and content; tool_calls, tool_call_id, name and reasoning_content where the row has
+# them.
+Message = dict[str, Any]
+
+
+class BadRow(NamedTuple):
+    """A row of a source that is no example.
+
+    Attributes:
+        source: of the row, up to its number: ``data/chat.jsonl, line``.
+        number: of the row in its source.
+        reason: what is wrong with it.
+    """
+
+    source: str
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.number}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One example as text.
+
+    Attributes:
+        messages: an optional system message, then user, assistant, user, ..., assistant. Turns of the role ``tool`` may
+            follow an answer with ``tool_calls``.
+        supervised: indices of the assistant's messages that count in the loss; the others are context.
+        tools: functions that the model may call, as JSON schemas; None: there are none.
+        origin: source and number of the row, as in ``BadRow``; None: it has none, because a program made it.
+    """
+
+    messages: list[Message]
+    supervised: tuple[int, ...]
+    tools: list[dict[str, Any]] | None = None
+    origin: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -22,17 +57,23 @@ class RawTask:
 
     Attributes:
         name: of the task, in the mixture and in every log.
-        conversations: one per example; the last message is the assistant's.
+        conversations: one per example: a ``Conversation``, or a list of messages whose answers all count.
         validation: the validation split if the source has its own; None: it is split off by the hash of the prompt.
+        test: the test split if the source has its own.
         entropy: the lowest loss that any model can reach, in nats per supervised token, if it is known.
-        test: the test split if the source has its own; None: ``tasks.test_examples`` are split off likewise.
+        memorized: training rows may be validation rows as well, because the task is to memorize them.
+        bad_rows: rows of the source that are no examples.
+        unused_keys: for each key of the rows that is not used, the number of rows that have it.
     """
 
     name: str
-    conversations: list[Conversation]
-    validation: list[Conversation] | None = None
+    conversations: Sequence[Conversation | list[Message]]
+    validation: Sequence[Conversation | list[Message]] | None = None
+    test: Sequence[Conversation | list[Message]] | None = None
     entropy: float | None = None
-    test: list[Conversation] | None = None
+    memorized: bool = False
+    bad_rows: Sequence[BadRow] = ()
+    unused_keys: Mapping[str, int] = field(default_factory=dict)
 
 
 class Example(NamedTuple):
@@ -98,6 +139,33 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What of a task's rows is not trained on, and why.
+
+    Attributes:
+        too_long: examples with more than ``max_seq_len`` tokens.
+        bad_rows: rows that are no examples (``on_bad_rows: skip``).
+        unlabeled: examples whose answers all have the weight 0.
+        leaked_answers: answers of training examples that are context only, because a task validates or tests on the
+            same last user message with the same answer.
+        leaked_examples: training examples in which that left no answer to train on.
+        unused_keys: for each key of the rows that is not used, the number of rows that have it.
+    """
+
+    too_long: int = 0
+    bad_rows: int = 0
+    unlabeled: int = 0
+    leaked_answers: int = 0
+    leaked_examples: int = 0
+    unused_keys: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> int:
+        """Rows of the source that are in no split."""
+        return self.too_long + self.bad_rows + self.unlabeled + self.leaked_examples
+
+
+@dataclass(frozen=True)
 class Task:
     """One task, tokenized and split.
 
@@ -105,19 +173,20 @@ class Task:
         name: of the task, in the mixture and in every log.
         train: the training split.
         validation: the split for the objective and the results; None: the task is in neither.
+        test: the split that is measured once, after the run; None: there is none.
         entropy: see ``RawTask``.
-        num_dropped: examples dropped because they are longer than ``max_seq_len``.
-        test: the split that a run measures once, after it has ended; None: there is none.
+        left_out: what is not trained on.
     """
 
     name: str
     train: Examples
     validation: Examples | None
-    entropy: float | None = None
-    num_dropped: int = 0
     test: Examples | None = None
+    entropy: float | None = None
+    left_out: LeftOut = LeftOut()
 
     @property
-    def splits(self) -> list[Examples]:
-        """The splits that the task has: training, validation, test."""
-        return [split for split in (self.train, self.validation, self.test) if split is not None]
+    def splits(self) -> dict[str, Examples]:
+        """The splits that the task has, by name: train, validation, test."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}

@@ -2,78 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 
-from adapt_recipes.data.conversations import conversation_of, error_prefix, folder_of
-from adapt_recipes.data.examples import Conversation, RawTask
-from adapt_recipes.errors import nearest
+from adapt_recipes.data.examples import RawTask
+from adapt_recipes.data.raw_tasks import TasksReader, check_task_per
+from adapt_recipes.data.rows import SPLITS, Split, arrow_rows, folder_of
+from adapt_recipes.errors import nearest, warn
+
+Splits = Mapping[str, datasets.Dataset]
 
 
 def hf_tasks(
     path: str | Path,
     *,
-    task_per: Literal["split", "configuration"] = "split",
+    task_per: Literal["split", "configuration", "column"] = "split",
+    column: str | None = None,
     names: list[str] | None = None,
     configuration: str | None = None,
     split: str = "train",
     validation_split: str | None = None,
-    messages: str = "messages",
-    prompt: str = "prompt",
-    response: str = "response",
+    test_split: str | None = None,
+    data_files: str | list[str] | None = None,
+    format: str | None = None,
+    messages: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
 ) -> list[RawTask]:
-    """One task per split, or one per configuration, of a dataset.
+    """One task per split, per configuration, or per value of a column of a dataset.
+
+    A split named validation (or valid, val, dev) is the validation split, and one named test the test split, unless the
+    arguments say otherwise. One with such a word in its name (test_sft) is not trained on unless ``names`` has it. A
+    warning names the splits that are not read. Rows are in any of ``formats.FORMATS``.
 
     Args:
         path: a folder written by ``save_to_disk``, or a folder of such folders, its configurations (both are read
             without network); or an argument of ``datasets.load_dataset``: a name on the hub, a folder of data files.
-        task_per: whether a task is a split or a configuration.
+        task_per: whether a task is a split, a configuration, or a value of ``column``.
+        column: the column whose values are the tasks, in alphabetical order.
         names: which splits or configurations, in which order; None: all, in the order of the dataset.
-        configuration: with ``task_per="split"``: the configuration whose splits are the tasks.
-        split: with ``task_per="configuration"``: the split of each to train on.
-        validation_split: with ``task_per="configuration"``: the split of each to validate on; None: split off.
-        messages: the column of the conversations, lists of ``{role, content}``.
-        prompt: the column of the user's message, if there is no column ``messages``.
-        response: the column of the assistant's message, if there is no column ``messages``.
+        configuration: which one, unless it is the task.
+        split: the one to train on, unless it is the task.
+        validation_split: the one to validate on; None: the one named so; without one it is split off.
+        test_split: the one to test on; None: the one named so.
+        data_files: of the dataset, in place of all of them.
+        format: of all rows; None: each split's is recognized by the keys of its rows.
+        messages: the column of the conversations, in place of the format's.
+        prompt: the column of the user's message, in place of the format's.
+        response: the column of the answer, in place of the format's.
 
     Raises:
-        ValueError: the dataset cannot be loaded; a split, configuration or column is unknown; a row is no conversation
-            (it names split and row).
+        ValueError: the dataset cannot be loaded, a split is empty, or an argument is not allowed or names a split,
+            configuration or column that is not there.
     """
-    if task_per not in ("split", "configuration"):
-        allowed = nearest(str(task_per), ("split", "configuration"))
-        raise ValueError(f"tasks.task_per: {task_per!r} is not allowed{allowed}")
-    if task_per == "split" and validation_split is not None:
-        raise ValueError(
-            "tasks.validation_split is for task_per: configuration; with task_per: split every split is a task"
-        )
+    check_task_per(task_per, ("split", "configuration", "column"), column)
+    if names is not None and (not names or len(set(names)) < len(names)):
+        raise ValueError("tasks.names: name at least one, and each only once")
+    if task_per == "split" and split != "train":
+        raise ValueError("tasks.split is not for task_per: split; tasks.names chooses among them")
     if task_per == "configuration" and configuration is not None:
-        raise ValueError("tasks.configuration is for task_per: split; tasks.names chooses among configurations")
-
+        raise ValueError("tasks.configuration is not for task_per: configuration; tasks.names chooses among them")
+    if task_per == "column" and names is not None:
+        raise ValueError("tasks.names is not for task_per: column; every value of the column is a task")
     # This cannot be a name on the hub, where a missing one takes long to report.
     if str(path).startswith((".", "/", "~")):
         folder_of(path)
+    named = {"column": column, "messages": messages, "prompt": prompt, "response": response}
+    reader = TasksReader(column=column, format=format, messages=messages, prompt=prompt, response=response)
 
-    def conversations(splits: dict[str, Any], name: str, where: str) -> list[Conversation]:
+    def read(splits: Splits, where: str, *, task: str, name: str, split: Split) -> None:
         if name not in splits:
             raise ValueError(f"{where}: no split {name!r}{nearest(name, splits)}")
-        with error_prefix(f"{where}, split {name!r}"):
-            return _conversations(splits[name], messages, prompt, response)
+        rows = splits[name]
+        for key, wanted in named.items():
+            if wanted is not None and len(rows) and wanted not in rows.column_names:
+                advice = nearest(wanted, rows.column_names)
+                raise ValueError(f"tasks.{key}: {where}, split {name!r} has no column {wanted!r}{advice}")
+        # Arrow's own values: nothing is decoded, such as an image.
+        tables = rows.with_format("arrow").iter(batch_size=1000)
+        reader.read(arrow_rows(tables), source=f"{where}, split {name!r}, row", split=split, task=task)
 
-    # A task per split, or per configuration.
-    if task_per == "split":
-        splits = _splits(path, configuration)
-        return [RawTask(name, conversations(splits, name, str(path))) for name in names or splits]
-    tasks = []
-    for name in names or _configurations(path):
-        splits, where = _splits(path, name), f"{path}, configuration {name!r}"
-        validation = conversations(splits, validation_split, where) if validation_split else None
-        tasks.append(RawTask(name, conversations(splits, split, where), validation))
-    return tasks
+    # The datasets, and which splits are trained on.
+    if task_per == "configuration":
+        loaded = {
+            f"{path}, configuration {name!r}": (_splits(path, name, data_files), {name: split})
+            for name in _chosen(names, path)
+        }
+    else:
+        splits = _splits(path, configuration, data_files)
+        others = [name for name in splits if name in (validation_split, test_split) or _is_to_hold_out(name)]
+        trained = [split] if task_per == "column" else names or [name for name in splits if name not in others]
+        if not trained:
+            raise ValueError(f"{path}: no split to train on; name one in tasks.names: {', '.join(splits)}")
+        loaded = {str(path): (splits, {name: name for name in trained})}
+
+    for where, (splits, tasks) in loaded.items():
+        held_out = _held_out(where, splits, tasks.values(), validation_split, test_split)
+        if len(tasks) > 1:
+            if validation_split is not None or test_split is not None:
+                raise ValueError(
+                    "tasks.validation_split and tasks.test_split are for one task, or one per configuration"
+                )
+            held_out = {}
+        unread = [name for name in splits if name not in (*tasks.values(), *held_out.values())]
+        if unread and (names is None or task_per == "configuration"):
+            warn(f"tasks.path: {where}: not read: split {', '.join(map(repr, unread))}")
+        for task, name in tasks.items():
+            read(splits, where, task=task, name=name, split="train")
+            for other, name in held_out.items():
+                read(splits, where, task=task, name=name, split=other)
+    return reader.raw_tasks()
+
+
+def _is_to_hold_out(split: str) -> bool:
+    """Whether a word of the name says that a split is not to train on."""
+    return not SPLITS.keys().isdisjoint(re.split(r"[\W_]", split.lower()))
+
+
+def _held_out(
+    where: str, splits: Splits, trained: Collection[str], validation_split: str | None, test_split: str | None
+) -> dict[Split, str]:
+    """The validation and the test split: the one named, or else the one called so."""
+    held_out: dict[Split, str] = {}
+    named: dict[Split, str | None] = {"validation": validation_split, "test": test_split}
+    for split, name in named.items():
+        if name is None:
+            taken = {*trained, *held_out.values(), test_split}
+            called_so = (each for each in SPLITS if SPLITS[each] == split and each in splits and each not in taken)
+            name = next(called_so, None)
+        elif name in (*trained, *held_out.values()):
+            raise ValueError(f"tasks.{split}_split: {where}: the split {name!r} has another use")
+        if name is not None:
+            held_out[split] = name
+    return held_out
 
 
 def _is_saved(folder: Path) -> bool:
@@ -81,24 +148,59 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _configurations(path: str | Path) -> list[str]:
-    folder = Path(path).expanduser()
-    saved = sorted(each.name for each in folder.iterdir() if _is_saved(each)) if folder.is_dir() else []
-    if saved:
-        return saved
+def _saved_configurations(folder: Path) -> list[str]:
+    """The folders in ``folder`` that ``save_to_disk`` wrote, if it did not write ``folder`` itself."""
+    if _is_saved(folder) or not folder.is_dir():
+        return []
+    return sorted(each.name for each in folder.iterdir() if _is_saved(each))
+
+
+def _chosen(names: list[str] | None, path: str | Path) -> list[str]:
+    """The configurations to read: ``names``, or all."""
+    saved = _saved_configurations(Path(path).expanduser())
+    for name in names or ():
+        if saved and name not in saved:
+            raise ValueError(f"tasks.names: {path} has no configuration {name!r}{nearest(name, saved)}")
+    if names is not None or saved:
+        return names or saved
     with _loading(path):
         return list(datasets.get_dataset_config_names(str(path)))
 
 
-def _splits(path: str | Path, configuration: str | None) -> dict[str, datasets.Dataset]:
+def _splits(
+    path: str | Path, configuration: str | None, data_files: str | list[str] | None
+) -> dict[str, datasets.Dataset]:
     """The splits of a dataset by name. A dataset saved with a single split without a name has it under ``train``."""
-    folder = Path(path).expanduser() / (configuration or "")
+    folder = Path(path).expanduser()
+    if saved := _saved_configurations(folder):
+        if configuration is None:
+            advice = "name one in tasks.configuration, or set task_per: configuration"
+            raise ValueError(f"tasks.path: {path} has the configurations {', '.join(saved)}; {advice}")
+        if configuration not in saved:
+            raise ValueError(
+                f"tasks.configuration: {path} has no configuration {configuration!r}{nearest(configuration, saved)}"
+            )
+        folder = folder / configuration
+    elif configuration is not None and _is_saved(folder):
+        raise ValueError(f"tasks.configuration: {path} was written by save_to_disk, without configurations; remove it")
+    if _is_saved(folder) and data_files is not None:
+        raise ValueError(f"tasks.data_files: {folder} was written by save_to_disk, and has no data files to choose")
     with _loading(path, configuration):
+        if (folder / "dataset_dict.json").is_file():
+            names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            return {name: _saved_split(folder / name) for name in names}
         if _is_saved(folder):
-            loaded = datasets.load_from_disk(str(folder))
-        else:
-            loaded = datasets.load_dataset(str(path), configuration)
+            return {"train": _saved_split(folder)}
+        chosen = {} if data_files is None else {"data_files": data_files}
+        loaded = datasets.load_dataset(str(folder), configuration, **chosen)
         return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _saved_split(folder: Path) -> datasets.Dataset:
+    """A split on disk; ``datasets`` writes one without rows that it cannot read."""
+    if not json.loads((folder / "state.json").read_text())["_data_files"]:
+        return datasets.Dataset.from_dict({})
+    return datasets.Dataset.load_from_disk(str(folder))
 
 
 @contextmanager
@@ -107,21 +209,6 @@ def _loading(path: str | Path, configuration: str | None = None) -> Iterator[Non
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())
         named = f"{path}, configuration {configuration!r}" if configuration else f"{path}"
         raise ValueError(f"tasks.path: cannot load the dataset {named}: {reason}") from error
-
-
-def _conversations(dataset: datasets.Dataset, messages: str, prompt: str, response: str) -> list[Conversation]:
-    if not len(dataset):
-        raise ValueError("the split is empty")
-    columns = [messages] if messages in dataset.column_names else [prompt, response]
-    for column in columns:
-        if column not in dataset.column_names:
-            hint = nearest(column, dataset.column_names)
-            raise ValueError(f"neither a column {messages!r} nor both {prompt!r} and {response!r}: no {column!r}{hint}")
-    conversations = []
-    for index, row in enumerate(dataset.select_columns(columns)):
-        with error_prefix(f"row {index}"):
-            conversations.append(conversation_of(row, messages=messages, prompt=prompt, response=response))
-    return conversations

@@ -6,12 +6,13 @@ import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from adapt_recipes.data.examples import Task
 from adapt_recipes.data.prepare import prepare_tasks
+from adapt_recipes.data.tokenize import Reading
 from adapt_recipes.strict import FREE_AT_RESUME, Component
 from adapt_recipes.training.process_group import raise_on_all_ranks
 
@@ -28,6 +29,12 @@ class TasksConfig(Component):
     """use at most this many examples of each task"""
     no_validation: list[str] = []
     """tasks to train on, but to leave out of the objective and of the results"""
+    supervise: Literal["all", "last"] = "all"
+    """train on all answers of a conversation, or on the last alone"""
+    system: Literal["merge_into_user"] | None = None
+    """put the system message in front of the first user's, for a chat template without a system role"""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """whether a row that is no example is an error, or is left out and counted"""
     cache_dir: Annotated[str | None, FREE_AT_RESUME] = None
     """folder of the cache of tokenized tasks; default: $XDG_CACHE_HOME/adapt_recipes, or ~/.cache/adapt_recipes"""
 
@@ -57,6 +64,8 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         test_examples=config.test_examples,
         max_examples_per_task=config.max_examples_per_task,
         no_validation=config.no_validation,
+        reading=Reading(config.supervise, config.system),
+        on_bad_rows=config.on_bad_rows,
         cache_dir=config.cache_folder,
     )
     if all(task.validation is None for task in tasks):
@@ -82,7 +91,7 @@ def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) 
 
 def max_token(tasks: Sequence[Task]) -> int:
     """The highest token id that any of the tasks holds; 0 where there are no tasks."""
-    return max((int(split.tokens.max()) for task in tasks for split in task.splits), default=0)
+    return max((int(split.tokens.max()) for task in tasks for split in task.splits.values()), default=0)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
@@ -90,7 +99,7 @@ def fingerprint(tasks: Sequence[Task]) -> str:
     digest = blake2b(digest_size=16)
     for task in tasks:
         digest.update(task.name.encode() + b"\0")
-        for split in task.splits:
+        for split in task.splits.values():
             if split is task.test:
                 # Without a test split the hash is that of earlier versions.
                 digest.update(b"test\0")

@@ -1,37 +1,40 @@
-"""Tokenizes tasks, drops examples that are too long, and splits off the validation examples.
+"""Tokenizes tasks, drops what cannot be used, and splits off the examples to validate and to test on.
 
 The result does not depend on the number of workers, the order of the tasks, or the state of the cache. The steps:
 
-1. Every conversation is tokenized, or read from the cache, whose entries depend on the conversations and the tokenizer
-   alone.
-2. Examples longer than ``max_seq_len`` are dropped and counted, never cut.
+1. Every conversation is tokenized, or read from the cache. Bad rows end the run, or are skipped and counted.
+2. Examples longer than ``max_seq_len``, or without an answer to learn, are dropped and counted, never cut.
 3. If a task has more than ``max_examples_per_task`` examples, those with the smallest hash of the whole conversation
    are kept.
 4. Every task that is in the objective and has no validation split of its own holds out ``validation_examples`` of its
    prompts: those with the smallest hash. A prompt is everything before the last answer, as roles and texts, so its hash
-   depends neither on the tokenizer nor on a seed.
-5. A task that is split here validates on every example whose prompt is held out by any task, that is, on
-   ``validation_examples`` prompts or more. No task trains on a prompt on which another task validates: a task that is
-   not in the objective, or has its own validation split, loses such examples.
+   depends neither on the tokenizer nor on a seed. All examples with such a prompt are validated on.
+5. In the same way it holds out the next ``test_examples`` prompts, without those that have an answer on which any task
+   validates.
+6. No leaks: a pair of a user's message and its answer that any task validates or tests on is not supervised in
+   training, in whatever turn of whatever conversation of whatever task; nor in a test if any task validates on it. The
+   answer becomes context. An example without another answer is dropped. Both are counted. If this left nothing of a
+   task, because its conversations all end alike ("Thanks!", "You're welcome."), pairs from later turns are leaks in
+   this task only after the same turns, and a warning says so.
 
-A task's own validation split is used unchanged except for step 2, and its prompts are held out from all *other* tasks.
-Inside the task the split of the source is kept: rows that are meant to be memorized stay in both splits.
-
-Of what is left to train on, every task in the objective then holds out the ``test_examples`` prompts with the smallest
-hash for the test, unless it has its own test split.
+Splits that a source brings are used unchanged but for steps 1, 2 and 6. Tasks to memorize (``RawTask.memorized``) are
+the exception: they train, and may test, on what they validate on.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
-from adapt_recipes.data.examples import Examples, RawTask, Task
-from adapt_recipes.data.tokenize import ConversationTokenizer, Tokenized, tokenize
-from adapt_recipes.errors import nearest
+from adapt_recipes.data.examples import BadRow, Conversation, Examples, LeftOut, RawTask, Task
+from adapt_recipes.data.raw_tasks import Split, bad_rows_error
+from adapt_recipes.data.tokenize import AS_WRITTEN, ConversationTokenizer, Reading, Tokenized, tokenize
+from adapt_recipes.errors import nearest, warn
 
 
 def prepare_tasks(
@@ -43,6 +46,8 @@ def prepare_tasks(
     test_examples: int = 0,
     max_examples_per_task: int | None = None,
     no_validation: Collection[str] = (),
+    reading: Reading = AS_WRITTEN,
+    on_bad_rows: Literal["refuse", "skip"] = "refuse",
     num_workers: int | None = None,
     cache_dir: str | Path,
 ) -> list[Task]:
@@ -53,138 +58,259 @@ def prepare_tasks(
         tokenizer: see ``ConversationTokenizer``.
         max_seq_len: rendered tokens that an example may have at most.
         validation_examples: prompts that a task holds out, at least 1.
-        test_examples: prompts that a task holds out for the test after the run; 0: none.
-        max_examples_per_task: bound on a task's training and validation examples together (not counting a validation
-            split of its own); None: all.
-        no_validation: names of tasks that are not in the objective: their ``validation`` is None.
+        test_examples: prompts that a task holds out for a test; 0: none.
+        max_examples_per_task: bound on a task's examples of all splits together (not counting splits of its own);
+            None: all.
+        no_validation: names of tasks that are not in the objective: they have neither validation nor test.
+        reading: what is supervised, and where the system message goes.
+        on_bad_rows: whether a bad row is an error, or is left out and counted.
         num_workers: processes that tokenize; None: one per usable core.
         cache_dir: folder of the cache.
 
     Raises:
-        ValueError: a task name is unknown or duplicated; a conversation is malformed or has no supervised token (it
-            names task and example); a task has no example that is short enough, or too few prompts to hold some out.
+        ValueError: a task name is unknown or duplicated; there are bad rows (it names the first, and their number); a
+            task has no example that can be used, or too few prompts to hold some out.
     """
-    names = [task.name for task in raw_tasks]
-    _check_names(names, no_validation)
-    for key, value in (("validation_examples", validation_examples), ("max_examples_per_task", max_examples_per_task)):
-        if value is not None and value < 1:
-            raise ValueError(f"tasks.{key}: {value} is not allowed; at least 1")
+    _check_names([task.name for task in raw_tasks], no_validation)
+    _check_bad_rows([row for task in raw_tasks for row in task.bad_rows], on_bad_rows)
 
-    # Step 1: tokenize the conversations, and the tasks' own validation splits.
-    objective = [task for task in raw_tasks if task.name not in no_validation]
-    sources = {_label(task.name): task.conversations for task in raw_tasks}
-    own_splits = {task.name: task.validation for task in objective if task.validation is not None}
-    sources |= {_label(name, "validation example"): conversations for name, conversations in own_splits.items()}
-    sources |= {_label(task.name, "test example"): task.test for task in objective if task.test is not None}
-    tokenized = tokenize(sources, tokenizer, num_workers=num_workers, cache_dir=Path(cache_dir).expanduser())
+    # Steps 1 to 3. By task and split; a task that is not in the objective has one split.
+    sources: dict[tuple[str, Split], Sequence[Conversation | list[dict[str, str]]]] = {}
+    for task in raw_tasks:
+        sources[task.name, "train"] = task.conversations
+        if task.name not in no_validation:
+            sources |= {(task.name, "validation"): task.validation} if task.validation is not None else {}
+            sources |= {(task.name, "test"): task.test} if task.test is not None else {}
+    tokenized = tokenize(
+        sources, tokenizer, reading=reading, num_workers=num_workers, cache_dir=Path(cache_dir).expanduser()
+    )
+    bad = {key: _bad_rows(key, sources[key], each) for key, each in tokenized.items()}
+    _check_bad_rows([row for rows in bad.values() for row in rows], on_bad_rows)
+    for task in raw_tasks:
+        skipped = [*task.bad_rows, *bad[task.name, "train"]]
+        if skipped and len(bad[task.name, "train"]) == len(task.conversations):
+            raise ValueError(f"task {task.name!r}: no row is an example: {bad_rows_error(skipped)}")
+    splits = {key: _Rows.usable(key, each, max_seq_len) for key, each in tokenized.items()}
+    for task in raw_tasks:
+        splits[task.name, "train"].limit(max_examples_per_task)
 
-    # Steps 2 and 3: drop examples that are too long or too many. By task.
-    available: dict[str, Examples] = {}
-    own_validation: dict[str, Examples] = {}
-    num_dropped: dict[str, int] = {}
-    for name in names:
-        available[name], num_dropped[name] = _fitting(_label(name), tokenized, max_seq_len, max_examples_per_task)
-        if name in own_splits:
-            own_validation[name], dropped = _fitting(_label(name, "validation example"), tokenized, max_seq_len, None)
-            num_dropped[name] += dropped
+    # Step 4: hold out prompts to validate on.
+    objective = [task.name for task in raw_tasks if task.name not in no_validation]
+    for name in objective:
+        if (name, "validation") not in splits:
+            prompts = _smallest_prompts(name, splits[name, "train"], validation_examples, "validation_examples")
+            splits[name, "validation"] = splits[name, "train"].take(prompts)
+    validated = _HeldOut.union([_NOTHING, *(splits[name, "validation"].answers for name in objective)])
 
-    # Steps 4 and 5: hold out prompts, and split.
-    validators = _validators([task.name for task in objective], available, own_validation, validation_examples)
+    # Step 5: hold out prompts to test on, out of those on which nobody validates.
+    memorized = {task.name for task in raw_tasks if task.memorized}
+    for name in objective if test_examples else ():
+        if (name, "test") not in splits:
+            without = None if name in memorized else validated.pairs
+            prompts = _smallest_prompts(name, splits[name, "train"], test_examples, "test_examples", without)
+            splits[name, "test"] = splits[name, "train"].take(prompts)
+    tested = [splits[name, "test"].answers for name in objective if (name, "test") in splits]
+
+    # Step 6: no leaks.
+    held_out = _HeldOut.union([validated, *tested])
     tasks = []
     for task in raw_tasks:
-        train, held_out = _split(task.name, available[task.name], own_validation.get(task.name), validators)
-        validation = None if task.name in no_validation else own_validation.get(task.name, held_out)
-        test = None
-        if task.test is not None and task in objective:
-            test, dropped = _fitting(_label(task.name, "test example"), tokenized, max_seq_len, None)
-            num_dropped[task.name] += dropped
-        elif test_examples and task in objective:
-            train, test = _split_test(task.name, train, test_examples)
-        tasks.append(Task(task.name, train, validation, task.entropy, num_dropped[task.name], test))
+        rows = {
+            split: splits[task.name, split] for split in ("train", "validation", "test") if (task.name, split) in splits
+        }
+        train, answers, examples = rows["train"], 0, 0
+        if task.name not in memorized:
+            if own := [split for split in ("validation", "test") if getattr(task, split) is not None and split in rows]:
+                _warn_about_own_splits(task.name, train, [rows[split] for split in own])
+            if "test" in rows:
+                rows["test"].hide(validated, task.name)
+            answers, examples = train.hide(held_out, task.name)
+        for split in rows:
+            if not rows[split].kept.any():
+                raise ValueError(
+                    f"task {task.name!r}: no {split} example is left, because other splits hold out all of its answers"
+                )
+        left_out = LeftOut(
+            too_long=sum(each.too_long for each in rows.values()),
+            bad_rows=len(task.bad_rows) + sum(len(bad.get((task.name, split), ())) for split in rows),
+            unlabeled=sum(each.unlabeled for each in rows.values()),
+            leaked_answers=answers,
+            leaked_examples=examples,
+            unused_keys=dict(task.unused_keys),
+        )
+        selected = {split: each.examples() for split, each in rows.items()}
+        tasks.append(
+            Task(
+                task.name,
+                selected["train"],
+                selected.get("validation"),
+                selected.get("test"),
+                entropy=task.entropy,
+                left_out=left_out,
+            )
+        )
     return tasks
+
+
+class _HeldOut(NamedTuple):
+    """Hashes of answers (see ``answer_hashes``), ascending where they are looked up."""
+
+    pairs: np.ndarray
+    wholes: np.ndarray
+
+    @classmethod
+    def union(cls, each: Iterable[_HeldOut]) -> _HeldOut:
+        pairs, wholes = zip(*each, strict=True)
+        return cls(np.unique(np.concatenate(pairs)), np.unique(np.concatenate(wholes)))
+
+
+_NOTHING = _HeldOut(*np.zeros((2, 0), dtype=np.int64))
+
+
+class _Rows:
+    """The examples of one split of one task, while it is decided which of them are used.
+
+    Attributes:
+        kept: (num_examples,) bool, those in the split.
+        hidden: (num_answers,) bool, answers that are context.
+        too_long, unlabeled: numbers of examples that are not kept for that.
+    """
+
+    def __init__(self, tokenized: Tokenized, kept: np.ndarray, *, too_long: int = 0, unlabeled: int = 0) -> None:
+        self._tokenized = tokenized
+        self.kept = kept
+        self.too_long, self.unlabeled = too_long, unlabeled
+        answers = tokenized.answers.numpy()
+        self._example_of, self._pair_of, self._whole_of = answers[:, 0], answers[:, 3], answers[:, 4]
+        self.hidden = np.zeros(len(answers), dtype=bool)
+
+    @classmethod
+    def usable(cls, key: tuple[str, Split], tokenized: Tokenized, max_seq_len: int) -> _Rows:
+        """The examples with an answer to learn that are short enough."""
+        name, split = key
+        lengths = tokenized.examples.lengths.numpy()
+        if not len(lengths):
+            raise ValueError(f"task {name!r}: there is no {split} example")
+        labeled = np.bincount(tokenized.answers[:, 0].numpy(), minlength=len(lengths)) > 0
+        kept = labeled & (lengths <= max_seq_len)
+        if not labeled.any():
+            raise ValueError(f"task {name!r}: all {len(lengths)} {split} examples have the weight 0")
+        if not kept.any():
+            shortest = int(lengths[labeled].min())
+            raise ValueError(
+                f"task {name!r}: all {int(labeled.sum())} {split} examples are longer than max_seq_len={max_seq_len}; "
+                f"the shortest has {shortest}"
+            )
+        return cls(tokenized, kept, too_long=int((labeled & ~kept).sum()), unlabeled=int((~labeled).sum()))
+
+    @property
+    def answers(self) -> _HeldOut:
+        """The hashes of all answers to learn."""
+        used = self.kept[self._example_of]
+        return _HeldOut(self._pair_of[used], self._whole_of[used])
+
+    def limit(self, at_most: int | None) -> None:
+        """Keeps the examples with the smallest hash of the whole conversation."""
+        indices = self.kept.nonzero()[0]
+        smallest = self._tokenized.content_hashes.numpy()[indices].argsort(kind="stable")[:at_most]
+        self.kept = np.zeros_like(self.kept)
+        self.kept[indices[smallest]] = True
+
+    def prompts(self, without: np.ndarray | None = None) -> np.ndarray:
+        """The hashes of all prompts, ascending, without those that have one of the pairs ``without``."""
+        prompts = self._tokenized.prompt_hashes.numpy()
+        found = np.unique(prompts[self.kept])
+        if without is None:
+            return found
+        excluded = prompts[self._example_of[self.kept[self._example_of] & _in(self._pair_of, without)]]
+        return found[~np.isin(found, excluded)]
+
+    def take(self, prompts: np.ndarray) -> _Rows:
+        """Moves the examples with these prompts to another split."""
+        taken = self.kept & np.isin(self._tokenized.prompt_hashes.numpy(), prompts)
+        self.kept = self.kept & ~taken
+        return _Rows(self._tokenized, taken)
+
+    def hide(self, held_out: _HeldOut, name: str) -> tuple[int, int]:
+        """Makes answers that are held out context; returns their number, and that of examples without another."""
+        used = self.kept[self._example_of]
+        leaks = used & _in(self._pair_of, held_out.pairs)
+        if leaks.sum() == used.sum():
+            leaks = used & (_in(self._pair_of, held_out.wholes) | _in(self._whole_of, held_out.wholes))
+            if leaks.sum() < used.sum():
+                warn(
+                    f"task {name!r}: all its conversations end in the same question and answer as held-out ones; these "
+                    "are trained on after other turns"
+                )
+        self.hidden |= leaks
+        labeled = np.bincount(self._example_of[~self.hidden], minlength=len(self.kept)) > 0
+        num_examples = int((self.kept & ~labeled).sum())
+        self.kept = self.kept & labeled
+        return int((leaks & self.kept[self._example_of]).sum()), num_examples
+
+    def examples(self) -> Examples:
+        examples = self._tokenized.examples
+        if self.hidden.any():
+            supervised = examples.supervised.clone()
+            for first, end in self._tokenized.answers[torch.from_numpy(self.hidden), 1:3].tolist():
+                supervised[first:end] = False
+            examples = Examples(examples.tokens, supervised, examples.offsets, examples.prompt_hashes)
+        return examples.select(torch.from_numpy(self.kept.nonzero()[0]))
 
 
 def _check_names(names: Sequence[str], no_validation: Collection[str]) -> None:
     if not names:
         raise ValueError("tasks: there is no task")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"tasks: two tasks have the name {twice[0]!r}")
+    name, number = Counter(names).most_common(1)[0]
+    if number > 1:
+        raise ValueError(f"tasks: two tasks have the name {name!r}")
     for name in no_validation:
         if name not in names:
             raise ValueError(f"tasks.no_validation: no task {name!r}{nearest(name, names)}")
 
 
-def _validators(
-    objective: Sequence[str],  # names of tasks
-    available: Mapping[str, Examples],
-    own_validation: Mapping[str, Examples],
-    validation_examples: int,
-) -> Counter[int]:
-    """For the hash of every prompt that a task holds out, the number of tasks that validate on it."""
-    held_out: set[int] = set()
-    for name in objective:
-        if name in own_validation:
-            held_out.update(own_validation[name].prompt_hashes.tolist())
-        else:
-            held_out.update(_smallest_prompts(name, available[name], validation_examples))
-    validators: Counter[int] = Counter()
-    for name in objective:
-        validators.update(held_out.intersection(own_validation.get(name, available[name]).prompt_hashes.tolist()))
-    return validators
+def _check_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
+    if bad_rows and on_bad_rows == "refuse":
+        advice = "" if len(bad_rows) == 1 else "; tasks.on_bad_rows: skip leaves them out"
+        raise ValueError(bad_rows_error(bad_rows) + advice)
 
 
-def _split(
-    name: str, examples: Examples, own_validation: Examples | None, validators: Counter[int]
-) -> tuple[Examples, Examples]:
-    """The training examples of a task, and those with held-out prompts."""
-    # A prompt in the task's own validation split is held out only if another task validates on it as well.
-    own = set() if own_validation is None else set(own_validation.prompt_hashes.tolist())
-    is_held = torch.tensor([validators[prompt] > (prompt in own) for prompt in examples.prompt_hashes.tolist()])
-    if is_held.all():
+def _bad_rows(key: tuple[str, Split], conversations: Sequence[object], tokenized: Tokenized) -> list[BadRow]:
+    """The conversations that are no examples, by where they are from."""
+    name, split = key
+    unnamed = f"task {name!r}, {'' if split == 'train' else split + ' '}example"
+    rows = []
+    for i, index in enumerate(tokenized.bad_rows.tolist()):
+        source, number = getattr(conversations[index], "origin", None) or (unnamed, index)
+        rows.append(BadRow(source, number, tokenized.reasons[i] if i < len(tokenized.reasons) else ""))
+    return rows
+
+
+def _smallest_prompts(name: str, rows: _Rows, number: int, key: str, without: np.ndarray | None = None) -> np.ndarray:
+    """The hashes of the prompts that task ``name`` holds out."""
+    prompts, num_left = rows.prompts(without), len(rows.prompts())
+    if len(prompts) < number or num_left <= number:
+        free = "" if without is None else " that no task validates on"
         raise ValueError(
-            f"task {name!r}: no example is left to train on, because other tasks validate on all of its prompts"
+            f"tasks.{key}: {number} is too many for task {name!r}, which has {len(prompts)} different prompts{free} "
+            "and must train on at least one; lower it, or list the task in tasks.no_validation"
         )
-    return examples.select((~is_held).nonzero().flatten()), examples.select(is_held.nonzero().flatten())
+    return prompts[:number]
 
 
-def _split_test(name: str, examples: Examples, test_examples: int) -> tuple[Examples, Examples]:
-    """The training examples of a task that are left, and those of its test split."""
-    prompts = sorted(set(examples.prompt_hashes.tolist()))
-    if len(prompts) <= test_examples:
-        raise ValueError(
-            f"tasks.test_examples: {test_examples} is too many for task {name!r}, which has {len(prompts)} different "
-            "prompts left and must train on at least one; lower it, or list the task in tasks.no_validation"
+def _warn_about_own_splits(name: str, train: _Rows, others: Sequence[_Rows]) -> None:
+    """Says how many answers of a source's training split are in its other splits as well."""
+    answers = train.answers.pairs
+    if shared := int(_in(answers, _HeldOut.union(each.answers for each in others).pairs).sum()):
+        warn(
+            f"task {name!r}: {shared:,} of its {len(answers):,} training answers are in the validation or test "
+            "split of its source as well; they are not trained on"
         )
-    is_test = torch.isin(examples.prompt_hashes, torch.tensor(prompts[:test_examples]))
-    return examples.select((~is_test).nonzero().flatten()), examples.select(is_test.nonzero().flatten())
 
 
-def _label(name: str, kind: str = "example") -> str:
-    """The name of an example of a task in an error; its number follows."""
-    return f"task {name!r}, {kind}"
-
-
-def _fitting(
-    where: str, tokenized: dict[str, Tokenized], max_seq_len: int, at_most: int | None
-) -> tuple[Examples, int]:
-    """The examples that are short enough (the ``at_most`` with the smallest hash), and how many are too long."""
-    examples, hashes = tokenized[where].examples, tokenized[where].content_hashes
-    indices = (examples.lengths <= max_seq_len).nonzero().flatten()
-    if not len(indices):
-        shortest = int(examples.lengths.min())
-        raise ValueError(
-            f"{where}s: all {len(examples)} are longer than max_seq_len={max_seq_len}; the shortest has {shortest}"
-        )
-    smallest = hashes[indices].argsort(stable=True)[:at_most]
-    return examples.select(indices[smallest.sort().values]), len(examples) - len(indices)
-
-
-def _smallest_prompts(name: str, examples: Examples, validation_examples: int) -> list[int]:
-    """The hashes of the prompts that task ``name`` holds out for validation."""
-    prompts = sorted(set(examples.prompt_hashes.tolist()))
-    if len(prompts) <= validation_examples:
-        raise ValueError(
-            f"tasks.validation_examples: {validation_examples} is too many for task {name!r}, which has {len(prompts)} "
-            "different prompts and must train on at least one; lower it, or list the task in tasks.no_validation"
-        )
-    return prompts[:validation_examples]
+def _in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Which of the values are among others that are sorted: ``np.isin`` without sorting them for every task."""
+    if not len(ascending):
+        return np.zeros(len(values), dtype=bool)
+    positions = np.searchsorted(ascending, values).clip(max=len(ascending) - 1)
+    return ascending[positions] == values

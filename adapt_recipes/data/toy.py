@@ -6,7 +6,7 @@ import math
 import random
 from string import ascii_lowercase, digits
 
-from adapt_recipes.data.examples import Conversation, RawTask
+from adapt_recipes.data.examples import Message, RawTask
 
 NUM_FACTS = (2, 8, 32, 64, 128, 256, 512)
 # The large tables need many rows: with 1,500 rows for 512 facts some facts never occur in training, and every mixture
@@ -23,8 +23,8 @@ def toy_tasks(*, noise: bool = False, seed: int = 0, num_validation_rows: int = 
     """Seven random tables of 2 to 512 facts, and optionally a task of random labels, which cannot be learned.
 
     A prompt is three bytes: the table's letter and one of 1024 keys. Its answer is one of 16 letters. The task is to
-    memorize, so training and validation rows come from the same table; the split by prompt of other sources does not
-    apply. The noise task draws a new random label for every row.
+    memorize, so training and validation rows come from the same table, and what is validated on is trained on: the
+    exception to the rule that docs/data.md states. The noise task draws a new random label for every row.
 
     The names carry the number of facts (``facts_512``, ``noise``). The true entropies are 0, and ln 16 for noise.
 
@@ -42,15 +42,15 @@ def toy_tasks(*, noise: bool = False, seed: int = 0, num_validation_rows: int = 
         train = [_row(letter, *rng.choice(table)) for _ in range(num_rows)]
         rng.shuffle(table)
         validation = [_row(letter, *table[i % num_facts]) for i in range(num_validation_rows)]
-        tasks.append(RawTask(f"facts_{num_facts}", train, validation, entropy=0.0))
+        tasks.append(RawTask(f"facts_{num_facts}", train, validation, entropy=0.0, memorized=True))
     if noise:
         train, validation = (
             [_row("N", rng.choice(keys), rng.choice(ANSWERS)) for _ in range(num_rows)]
             for num_rows in (NUM_NOISE_ROWS, num_validation_rows)
         )
-        tasks.append(RawTask("noise", train, validation, entropy=math.log(len(ANSWERS))))
+        tasks.append(RawTask("noise", train, validation, entropy=math.log(len(ANSWERS)), memorized=True))
     return tasks
 
 
-def _row(letter: str, key: str, answer: str) -> Conversation:
+def _row(letter: str, key: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": letter + key}, {"role": "assistant", "content": answer}]

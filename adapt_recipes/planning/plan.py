@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapt_recipes import data, models
 from adapt_recipes.config import TrainConfig, to_dict
-from adapt_recipes.display import count, of_available, task_name, task_table
+from adapt_recipes.display import WIDE, count, left_out_columns, of_available, task_name, task_table, unused_keys
 from adapt_recipes.mixture.interface import check_mixture
 from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import Pass, Source, Update, update_of
@@ -24,8 +24,7 @@ from adapt_recipes.training import precision
 
 # Of a task; further epochs are worth less and less (Muennighoff et al., arXiv 2305.16264).
 MANY_EPOCHS = 4
-# A terminal with fewer columns has no room for all numbers beside the names. These follow from the others.
-WIDE = 100
+# These follow from the others.
 WIDE_ONLY = ("share", "sup./ex.", "tok./ex.")
 WARNING_STYLE = "yellow"
 
@@ -36,7 +35,8 @@ class TaskPlan:
 
     Attributes:
         examples: of the training split.
-        dropped: examples that are too long.
+        dropped: examples that are in no split, for the reasons in ``left_out``.
+        left_out: what is not trained on.
         supervised_tokens: of ``examples``.
         share: of all tasks' supervised tokens.
         mean_supervised_tokens, mean_tokens: of an example; ``tokens`` are all tokens that the model reads.
@@ -46,6 +46,7 @@ class TaskPlan:
 
     examples: int
     dropped: int
+    left_out: data.LeftOut
     supervised_tokens: int
     share: float
     mean_supervised_tokens: float
@@ -164,14 +165,19 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
 
     # The table of tasks.
     columns = _COLUMNS if console.width >= WIDE else {k: v for k, v in _COLUMNS.items() if k not in WIDE_ONLY}
-    table = task_table(*columns)
+    left_out = [task.left_out for task in plan.tasks.values()]
+    reasons, numbers = left_out_columns(left_out, width=console.width)
+    table = task_table("examples", *reasons, *columns)
     for name, task in plan.tasks.items():
-        table.add_row(task_name(name), *(cell(task) for cell in columns.values()))
+        counts = [f"{number:,}" for number in (task.examples, *numbers(task.left_out))]
+        table.add_row(task_name(name), *counts, *(cell(task) for cell in columns.values()))
     recipe, device = type(config).__module__, config.device or "the best device there is"
     console.print(
         f"{recipe}: strategy {config.strategy}, on {device} in {config.dtype}", markup=False, soft_wrap=soft_wrap
     )
     console.print(table)
+    for line in unused_keys(left_out):
+        console.print(line, markup=False, soft_wrap=soft_wrap)
     if any(map(_is_odd, plan.tasks.values())):
         console.print(f"! read more than {MANY_EPOCHS} times, or never", style=WARNING_STYLE)
 
@@ -204,8 +210,6 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
 
 
 _COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
-    "examples": lambda task: f"{task.examples:,}",
-    "dropped": lambda task: f"{task.dropped:,}",
     "sup. tokens": lambda task: f"{task.supervised_tokens:,}",
     "share": lambda task: f"{task.share:.1%}",
     "sup./ex.": lambda task: f"{task.mean_supervised_tokens:,.1f}",
@@ -361,7 +365,8 @@ def _task_plans(
     return {
         task.name: TaskPlan(
             examples=len(task.train),
-            dropped=task.num_dropped,
+            dropped=task.left_out.examples,
+            left_out=task.left_out,
             supervised_tokens=tokens,
             share=tokens / total,
             mean_supervised_tokens=tokens / len(task.train),
@@ -380,7 +385,7 @@ def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processe
 
     They assume that all examples have the length of the longest, and the supervised share of the most supervised task.
     """
-    splits = [split for task in tasks for split in task.splits]
+    splits = [split for task in tasks for split in task.splits.values()]
     longest = max(int(split.lengths.max()) for split in splits) - 1
     supervised = max(int(s.num_supervised.sum()) / int((s.lengths - 1).sum()) for s in splits)
     fitting = max(1, config.micro_batch_tokens // longest)

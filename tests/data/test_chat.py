@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adapt_recipes.data import ByteTokenizer, ChatTokenizer
 from adapt_recipes.data.chat_template import TODAY
+from adapt_recipes.data.examples import Conversation
 
 # Qwen 1.5's own.
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
@@ -92,6 +93,19 @@ def messages(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
+def conversation(turns: list[dict[str, Any]], *, last: bool = False, tools: Any = None) -> Conversation:
+    """All answers of the turns are supervised, or the last alone."""
+    answers = tuple(i for i, message in enumerate(turns) if message["role"] == "assistant")
+    return Conversation(turns, answers[-1:] if last else answers, tools)
+
+
+def encode(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> tuple[list[int], list[bool]]:
+    """Token ids, and for each whether it is in a span."""
+    ids, spans = tokenizer.encode(conversation(turns, **options))
+    assert all(0 <= first < end <= len(ids) for first, end in spans)
+    return ids, [any(first <= i < end for first, end in spans) for i in range(len(ids))]
+
+
 CONVERSATIONS = [
     messages("the cat?", "the dog."),
     messages("the cat?", "the dog", "and?", "\n\nthe cat sat\n", "", " 😀", system="été"),
@@ -157,7 +171,7 @@ class Pair(NamedTuple):
 
     Attributes:
         end: ends an answer.
-        shown: what the template makes of an answer.
+        shown: what the template writes between its generation prompt and the end of an answer.
     """
 
     ours: ChatTokenizer
@@ -165,35 +179,30 @@ class Pair(NamedTuple):
     end: str
     shown: Callable[[str], str] = str
 
-    def reference(self, conversation: list[dict[str, str]], **options: Any) -> list[int]:
+    def reference(self, turns: Sequence[dict[str, Any]], **options: Any) -> Any:
+        options = {"return_dict": False} | options
         with mock.patch.object(transformers.utils.chat_template_utils, "datetime", FixedDay):
-            return self.theirs.apply_chat_template(conversation, return_dict=False, enable_thinking=False, **options)
+            return self.theirs.apply_chat_template(turns, **options)
 
     def text(self, ids: list[int]) -> str:
         return normalize("NFC", self.theirs.decode(ids, clean_up_tokenization_spaces=False))
 
-    def check(self, conversation: list[dict[str, str]]) -> None:
+    def check(self, turns: list[dict[str, Any]], *, last: bool = False) -> None:
         """The ids are transformers'; supervised are the answers and their ends, behind what a model is asked with."""
-        ids, supervised = self.ours.encode(conversation)
-        assert ids == self.reference(conversation)
-        last = 0
-        for index, message in enumerate(conversation):
-            if message["role"] != "assistant":
-                continue
-            first = supervised.index(True, last)
-            last = [*supervised, False].index(False, first)
-            text, expected = self.text(ids[first:last]), normalize("NFC", self.shown(message["content"]) + self.end)
+        example = conversation(turns, last=last)
+        ids, spans = self.ours.encode(example)
+        assert ids == self.reference(turns)
+        assert len(spans) == len(example.supervised)
+        for index, (first, end) in zip(example.supervised, spans, strict=True):
+            text, expected = self.text(ids[first:end]), normalize("NFC", self.shown(turns[index]["content"]) + self.end)
             assert text.endswith(expected)
             # More than that only where the header's last white space is in one token with the answer's first letters.
             if more := text.removesuffix(expected):
                 assert not more.strip() and len(self.text(ids[first : first + 1])) > len(more)
-            prompt = self.reference(conversation[:index], add_generation_prompt=True)
-            asked = self.text(prompt)
-            # The template may write white space before an answer which is not in the prompt.
-            assert (self.text(ids[:first]) + more).removeprefix(asked).strip() == ""
-            if self.text(ids[:first]) == asked:
+            prompt = self.reference(turns[:index], add_generation_prompt=True)
+            assert self.text(ids[:first]) + more == self.text(prompt)
+            if not more:
                 assert ids[:first] == prompt
-        assert not any(supervised[last:])
 
 
 PAIRS: dict[str, tuple[str, str, str, Callable[[str], str]]] = {
@@ -201,7 +210,7 @@ PAIRS: dict[str, tuple[str, str, str, Callable[[str], str]]] = {
     "qwen1_5": ("qwen", CHATML, "<|im_end|>", str),
     "llama3": ("llama", LLAMA3, "<|eot_id|>", str.strip),
     "gemma3": ("gemma", GEMMA, "<end_of_turn>", str.strip),
-    "inst": ("gpt2", INST, "</s>", str),
+    "inst": ("gpt2", INST, "</s>", lambda answer: " " + answer),
 }
 
 
@@ -212,9 +221,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder), end, shown)
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_ids_are_transformers_and_only_answers_count(pair: Pair, conversation: list[dict[str, str]]) -> None:
-    pair.check(conversation)
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_ids_are_transformers_and_only_answers_count(pair: Pair, turns: list[dict[str, str]]) -> None:
+    pair.check(turns)
 
 
 # White space of all sorts, characters of two code points, of several bytes, that join others, names of special tokens.
@@ -230,15 +239,15 @@ ANY_CONVERSATION = st.builds(
 )
 
 
-@given(conversation=ANY_CONVERSATION)
-def test_any_text(pair: Pair, conversation: list[dict[str, str]]) -> None:
-    pair.check(conversation)
+@given(turns=ANY_CONVERSATION, last=st.booleans())
+def test_any_text(pair: Pair, turns: list[dict[str, str]], last: bool) -> None:
+    pair.check(turns, last=last)
 
 
 def test_a_token_merged_across_the_start_counts_and_the_new_line_after_the_end_does_not(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(make_folder(tmp_path, CHATML))
     reference = AutoTokenizer.from_pretrained(tmp_path)
-    ids, supervised = tokenizer.encode(messages("a", "\n\nthe"))
+    ids, supervised = encode(tokenizer, messages("a", "\n\nthe"))
     pieces = [reference.decode([token]) for token in ids]
     assert pieces[-5:] == ["\n\n", "\n", "the", "<|im_end|>", "\n"], "the header ends with the first of three new lines"
     assert supervised == [False] * (len(ids) - 5) + [True, True, True, True, False]
@@ -256,45 +265,83 @@ def test_a_header_that_swallows_white_space_does_not_count(tmp_path: Path) -> No
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     reference = AutoTokenizer.from_pretrained(tmp_path)
-    ids, supervised = ChatTokenizer(tmp_path).encode(messages("a", "  the", "b", "cat"))
+    ids, supervised = encode(ChatTokenizer(tmp_path), messages("a", "  the", "b", "cat"))
     assert supervised_text(reference, ids, supervised) == "the<|im_end|>cat<|im_end|>"
 
 
 @pytest.fixture
 def thinking(tmp_path: Path) -> Pair:
     folder = make_folder(tmp_path, THINKING, "qwen")
-    return Pair(ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder), "<|im_end|>", lambda a: a.lstrip("\n"))
+    shown = lambda answer: "<think>\n\n</think>\n\n" + answer.lstrip("\n")  # noqa: E731
+    return Pair(ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder), "<|im_end|>", shown)
 
 
 @pytest.mark.parametrize("answer", ["the cat.", "think.", "\n.", " 😀"])
-def test_an_empty_block_of_thoughts_does_not_count(thinking: Pair, answer: str) -> None:
+def test_an_empty_block_of_thoughts_counts_because_the_model_is_asked_before_it(thinking: Pair, answer: str) -> None:
     thinking.check(messages("a", answer))
+    turns = messages("a", "b", "c", answer)
+    thinking.check(turns, last=True)
     with pytest.raises(
-        ValueError, match="^the chat template is not prefix-stable: .*; keep one answer per conversation$"
+        ValueError,
+        match="^the chat template is not prefix-stable: .*; set tasks.supervise: last to train on the last answer of "
+        "each conversation$",
     ):
-        thinking.ours.encode(messages("a", "b", "c", answer))
+        encode(thinking.ours, turns)
+    # Answers that are context only may be rendered in any way.
+    ids, spans = thinking.ours.encode(Conversation(turns, supervised=()))
+    assert ids == thinking.reference(turns) and spans == []
 
 
 def test_an_answers_own_thoughts_count(thinking: Pair) -> None:
     for answer in ("<think>\nthe cat\n</think>\n\nsat.", "<think>\n\n</think>\n\nsat."):
-        conversation = messages("a", answer, system="the")
-        ids, supervised = thinking.ours.encode(conversation)
-        assert ids == thinking.reference(conversation)
+        turns = messages("a", answer, system="the")
+        ids, supervised = encode(thinking.ours, turns)
+        assert ids == thinking.reference(turns)
         assert supervised_text(thinking.theirs, ids, supervised) == answer + "<|im_end|>"
-    with pytest.raises(ValueError, match="^the chat template does not render an answer as it is written$"):
-        thinking.ours.encode(messages("a", "the cat</think>sat."))
+    missing = "^the chat template does not render an answer as it is written: the text 'the mat' is missing$"
+    with pytest.raises(ValueError, match=missing):
+        encode(thinking.ours, messages("a", "<think>the cat</think><think>the mat</think>sat."))
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked", "counts"),
+    [
+        # Both new lines are one token, in which the answer begins.
+        ("the cat.", "<think>", "\n\n</think>\n\nthe cat.<|im_end|>"),
+        ("<think>\nthe\n</think>\n\ncat", "<think>\n", "the\n</think>\n\ncat<|im_end|>"),
+        ("<think>the</think>cat", "<think>\n", "the\n</think>\n\ncat<|im_end|>"),
+    ],
+)
+def test_a_prompt_that_ends_inside_a_block_of_thoughts(tmp_path: Path, answer: str, asked: str, counts: str) -> None:
+    """The model has to learn to close the block that the prompt opens."""
+    template = THINKING.replace(" and loop.last", "").split("{%- if add_generation_prompt %}")[0]
+    template += "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+    make_folder(tmp_path, template, "qwen")
+    with_tokens = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    with_tokens.add_tokens([AddedToken(name, normalized=False) for name in ("<think>", "</think>")])
+    with_tokens.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, theirs = ChatTokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for turns in (messages("a", answer), messages("a", answer, "b", answer)):
+        ids, spans = tokenizer.encode(conversation(turns))
+        assert ids == theirs.apply_chat_template(turns, return_dict=False)
+        for first, end in spans:
+            assert theirs.decode(ids[:first]).endswith("<|im_start|>assistant\n" + asked)
+            assert theirs.decode(ids[first:end]) == counts
 
 
 def test_a_system_message_is_merged_or_refused_as_the_template_says(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(make_folder(tmp_path / "a", GEMMA, "gemma"))
     merged = messages("be brief\n\nthe cat?", "the dog.")
-    assert tokenizer.encode(messages("the cat?", "the dog.", system="be brief")) == tokenizer.encode(merged)
+    assert encode(tokenizer, messages("the cat?", "the dog.", system="be brief")) == encode(tokenizer, merged)
     refusing = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}" + GEMMA
     tokenizer = ChatTokenizer(make_folder(tmp_path / "b", refusing, "gemma"))
     bos = AutoTokenizer.from_pretrained(tmp_path / "b").bos_token_id
-    assert tokenizer.encode(merged)[0].count(bos) == 1
-    with pytest.raises(ValueError, match="^the chat template refuses the conversation: System role not supported$"):
-        tokenizer.encode(messages("the cat?", "the dog.", system="be brief"))
+    assert encode(tokenizer, merged)[0].count(bos) == 1
+    with pytest.raises(
+        ValueError,
+        match="^the chat template refuses the conversation: System role not supported; .*: merge_into_user$",
+    ):
+        encode(tokenizer, messages("the cat?", "the dog.", system="be brief"))
 
 
 def test_a_template_from_a_file(tmp_path: Path) -> None:
@@ -324,20 +371,26 @@ def test_an_answer_of_which_the_tokenizer_leaves_nothing(tmp_path: Path) -> None
     tokenizer.normalizer = normalizers.Replace("\u200b", "")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="ends an answer without a special token"):
-        ChatTokenizer(tmp_path).encode(messages("the", "\u200b"))
+        encode(ChatTokenizer(tmp_path), messages("the", "\u200b"))
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no roles here') }}", "^the chat template refuses the conversation: no roles here$"),
+        ("{{ raise_exception('no\n roles here') }}", "^the chat template refuses the conversation: no roles here$"),
+        ("{{ messages[0].nothing.at_all }}", "^the chat template refuses the conversation: 'dict object' has no"),
+        ("{{ 1 / 0 }}", "^the chat template refuses the conversation: division by zero$"),
         ("{{ messages[0].content + 1 }}", "^the chat template refuses the conversation: "),
-        ("{{ messages[-1].content | upper }}</s>", "^the chat template does not render an answer as it is written$"),
-        ("{{ messages[0].content }}</s>", "^the chat template does not render an answer as it is written$"),
+        (
+            "{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}",
+            "as it is written: the text 'cat' is missing$",
+        ),
+        ("{% for m in messages %}{{ m.role }}</s>{% endfor %}", "as it is written: the text 'cat' is miss"),
+        ("{{ messages[-1].content }}</s>", "not prefix-stable: it renders an answer differently when another turn"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an answer without a special token"),
         (
             "{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'A:' if add_generation_prompt }}",
-            "not prefix-stable",
+            "^the chat template is not prefix-stable: an answer does not follow the text of its generation prompt, ",
         ),
         ("{% for m in messages %}{{ m.content }}{% if loop.last %}</s>{% endif %}{% endfor %}", "is not prefix-stable"),
     ],
@@ -345,7 +398,7 @@ def test_an_answer_of_which_the_tokenizer_leaves_nothing(tmp_path: Path) -> None
 def test_templates_that_cannot_be_masked(tmp_path: Path, template: str, message: str) -> None:
     tokenizer = ChatTokenizer(make_folder(tmp_path, template))
     with pytest.raises(ValueError, match=message) as error:
-        tokenizer.encode(messages("the", "cat", "sat", "mat"))
+        encode(tokenizer, messages("the", "cat", "sat", "mat"))
     assert "\n" not in str(error.value)
 
 
@@ -357,9 +410,8 @@ def test_attributes_fingerprint_and_pickle(tmp_path: Path) -> None:
     (tmp_path / "a" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5, reference.eos_token_id]}))
     assert ChatTokenizer(tmp_path / "a").eos_ids == (reference.eos_token_id, 1, 5)
     again = pickle.loads(pickle.dumps(tokenizer))
-    assert again.fingerprint == tokenizer.fingerprint and again.encode(CONVERSATIONS[0]) == tokenizer.encode(
-        CONVERSATIONS[0]
-    )
+    assert again.fingerprint == tokenizer.fingerprint
+    assert encode(again, CONVERSATIONS[0]) == encode(tokenizer, CONVERSATIONS[0])
     others = [make_folder(tmp_path / "b", LLAMA3), make_folder(tmp_path / "c", CHATML, bos_token="<|im_start|>")]
     assert len({tokenizer.fingerprint, *(ChatTokenizer(other).fingerprint for other in others)}) == 3
 
@@ -425,13 +477,13 @@ def test_the_end_of_an_answer_that_needs_a_system_message_or_more(tmp_path: Path
 
 
 def test_templates_inside_the_config_and_special_tokens_as_objects(tmp_path: Path) -> None:
-    expected = ChatTokenizer(make_folder(tmp_path, INST)).encode(CONVERSATIONS[0])
+    expected = encode(ChatTokenizer(make_folder(tmp_path, INST)), CONVERSATIONS[0])
     (tmp_path / "chat_template.jinja").unlink()
     file = tmp_path / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"bos_token": {"content": "<s>", "lstrip": False}}
     for template in (INST, [{"name": "tool_use", "template": "x"}, {"name": "default", "template": INST}]):
         file.write_text(json.dumps(config | {"chat_template": template}))
-        assert ChatTokenizer(tmp_path).encode(CONVERSATIONS[0]) == expected
+        assert encode(ChatTokenizer(tmp_path), CONVERSATIONS[0]) == expected
     for template in ([{"name": "tool_use", "template": "x"}], None):
         file.write_text(json.dumps(config | {"chat_template": template}))
         with pytest.raises(ValueError, match=r"^tokenizer.path: .* has no chat template \(no default one\)"):
@@ -439,7 +491,7 @@ def test_templates_inside_the_config_and_special_tokens_as_objects(tmp_path: Pat
     del config["bos_token"]
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
     file.write_text(json.dumps(config | {"chat_template": INST}))
-    assert ChatTokenizer(tmp_path).encode(CONVERSATIONS[0]) == expected
+    assert encode(ChatTokenizer(tmp_path), CONVERSATIONS[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -472,25 +524,28 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("supervise_end", [True, False])
-@pytest.mark.parametrize("conversation", [CONVERSATIONS[0], CONVERSATIONS[1], messages("<0x41>\x00", "\u2028é")])
-def test_bytes(tmp_path: Path, supervise_end: bool, conversation: list[dict[str, str]]) -> None:
+@pytest.mark.parametrize("turns", [CONVERSATIONS[0], CONVERSATIONS[1], messages("<0x41>\x00", "\u2028é")])
+def test_bytes(tmp_path: Path, supervise_end: bool, turns: list[dict[str, str]]) -> None:
     tokenizer = ByteTokenizer(supervise_end=supervise_end)
-    ids, supervised = tokenizer.encode(conversation)
+    example = conversation(turns)
+    ids, spans = tokenizer.encode(example)
     tokenizer.save(tmp_path / "model")
     reference = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert ids == reference.apply_chat_template(conversation, tokenize=True, return_dict=False)
+    assert ids == reference.apply_chat_template(turns, tokenize=True, return_dict=False)
     assert len(reference) == tokenizer.vocab_size == 257
     assert (reference.eos_token_id,) == tokenizer.eos_ids and reference.pad_token_id == tokenizer.pad_id
     assert tokenizer.end_ids == (256,) * supervise_end
     end = "<|end|>" * supervise_end
-    answers = [message["content"] for message in conversation if message["role"] == "assistant"]
-    assert supervised_text(reference, ids, supervised) == "".join(answer + end for answer in answers)
+    assert [reference.decode(ids[first:last]) for first, last in spans] == [
+        turns[index]["content"] + end for index in example.supervised
+    ]
+    assert tokenizer.encode(conversation(turns, last=True)) == (ids, spans[-1:])
     assert (256 in ids) == supervise_end
     if supervise_end:
-        assert ChatTokenizer(tmp_path / "model").encode(conversation) == (ids, supervised)
+        assert ChatTokenizer(tmp_path / "model").encode(example) == (ids, spans)
 
 
 def test_bytes_refuse_the_end_tokens_name() -> None:
     assert ByteTokenizer().fingerprint != ByteTokenizer(supervise_end=False).fingerprint
     with pytest.raises(ValueError, match="^the text contains <|end|>, the name of the end token$"):
-        ByteTokenizer().encode(messages("<|en", "d|>"))
+        encode(ByteTokenizer(), messages("<|en", "d|>"))

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 from adapt_recipes.data import ByteTokenizer, toy_tasks
+from adapt_recipes.data.conversations import checked_conversation
 from adapt_recipes.data.toy import NUM_FACTS, NUM_TRAIN_ROWS
 
 
@@ -40,5 +41,6 @@ def test_the_seed_determines_them() -> None:
 
 
 def test_one_supervised_token_a_row() -> None:
-    tokens, supervised = ByteTokenizer(supervise_end=False).encode(toy_tasks()[0].conversations[0])
-    assert len(tokens) == 4 and supervised == [False, False, False, True]
+    row = checked_conversation(toy_tasks()[0].conversations[0])
+    tokens, spans = ByteTokenizer(supervise_end=False).encode(row)
+    assert len(tokens) == 4 and spans == [(3, 4)]

@@ -6,8 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
+import yaml
 from running import CONFIGS, Run, Runs, finished, learns
+from standins import write_mos_datasets
 
 Runner = Callable[..., Run]
 
@@ -22,6 +25,17 @@ def empty_folder(
     before = list(sys.path)
     yield
     sys.path[:] = before
+
+
+@pytest.fixture(scope="session")
+def mos_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The datasets of the MoS configs. Where this is the current folder, their names on the hub are paths of it."""
+    home = tmp_path_factory.mktemp("mos_datasets")
+    tasks = yaml.safe_load(CONFIGS["gemma_2b_uniform_3ep"].read_text())["tasks"]
+    write_mos_datasets(home / "hub", tasks["nlp"]["names"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+        yield home / "hub"
 
 
 @pytest.fixture(scope="module")

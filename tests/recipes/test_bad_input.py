@@ -402,8 +402,8 @@ def tasks(train: str, validation: str):
             for i, letter in enumerate(letters)
         ]
 
-    return [RawTask("easy", conversations(32 * "A"), conversations(4 * "A")),
-            RawTask("hard", conversations(train), conversations(validation))]
+    return [RawTask("easy", conversations(32 * "A"), conversations(4 * "A"), memorized=True),
+            RawTask("hard", conversations(train), conversations(validation), memorized=True)]
 """
 
 
@@ -473,12 +473,12 @@ GOOD = [(f"q{i}", "a") for i in range(8)]
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "tasks: tasks/b.jsonl: the file is empty"),
-        ([*GOOD, "{"], "tasks: tasks/b.jsonl, line 9: not valid JSON"),
-        ([*GOOD, '{"prompt": "q", "respons": "a"}'], "tasks: tasks/b.jsonl, line 9: neither the key 'messages' nor"),
-        ([*GOOD, ("q", " ")], "tasks: tasks/b.jsonl, line 9: message 1: the assistant's answer is empty"),
+        ([], "tasks: tasks/b.jsonl is empty"),
+        ([*GOOD, "{"], "tasks/b.jsonl, line 9: not valid JSON"),
+        ([*GOOD, '{"prompt": "q", "respons": "a"}'], "tasks/b.jsonl, line 9: no 'response', which"),
+        ([*GOOD, ("q", " ")], "tasks/b.jsonl, line 9: message 1: the assistant's answer is empty"),
         (GOOD[:2], "tasks.validation_examples: 2 is too many for task 'b', which has 2 different prompts"),
-        ([("q" * 20, "a")], "task 'b', examples: all 1 are longer than max_seq_len=16; the shortest has 21"),
+        ([("q" * 20, "a")], "task 'b': all 1 train examples are longer than max_seq_len=16; the shortest has 21"),
     ],
 )
 def test_a_task_file(refusal: Refusal, rows: list[Any], message: str) -> None:
@@ -487,7 +487,7 @@ def test_a_task_file(refusal: Refusal, rows: list[Any], message: str) -> None:
 
 def test_no_task_file(refusal: Refusal) -> None:
     tasks = write_tasks()
-    assert refusal(*tasks) == "tasks.path: no files tasks/*.jsonl"
+    assert refusal(*tasks) == "tasks.path: tasks has no file that ends in .jsonl, .jsonl.gz, .json, .json.gz, .parquet"
     Path("tasks").rmdir()
     assert refusal(*tasks) == "tasks.path: no folder tasks"
 
@@ -506,12 +506,54 @@ def test_a_type_that_no_task_has(refusal: Refusal) -> None:
 
 
 def test_some_examples_that_are_too_long_are_counted(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = write_tasks(a=[*GOOD, *(("q" * length, "a") for length in (15, 16, 17))], b=[*GOOD, ("other", "a")])
+    rows = write_tasks(
+        a=[*GOOD, *(("q" * length, "a") for length in (15, 16, 17))], b=[(f"p{i}", "a") for i in range(8)]
+    )
     assert start(*rows, "batch_size=4", "budget.epochs=1", "probe.examples=2") == 0
     plan = capsys.readouterr().out.partition("budget:")[0].splitlines()
     heads = next(line.split() for line in plan if "dropped" in line)
     assert heads[:3] == ["task", "examples", "dropped"]
     assert [line.split()[2] for line in plan if line.split()[:1] in (["a"], ["b"])] == ["2", "0"]
+
+
+def test_what_is_left_out_is_in_the_table_the_log_and_the_summary(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad rows that are skipped, rows without an answer to learn, leaks, and keys that nobody reads."""
+    monkeypatch.setenv("COLUMNS", "150")
+    extra = json.dumps({"prompt": "own", "response": "a", "weight": 0, "id": 1})
+    leak = json.dumps({"messages": [*turns("q0", "a"), *turns("own", "b")]})
+    rows = write_tasks(a=GOOD, b=[*((f"p{i}", "a") for i in range(8)), "{", extra, leak, ("q1", "a"), ("q2", "a")])
+    rows += ["tasks.validation_examples=7", "tasks.no_validation=[b]", "batch_size=4", "budget.epochs=1"]
+    assert (
+        start(
+            *rows,
+            "tasks.on_bad_rows=skip",
+        )
+        == 0
+    )
+    plan = capsys.readouterr().out.partition("budget:")[0].splitlines()
+    (head,) = (line.split() for line in plan if "dropped" in line)
+    (row,) = (line.split() for line in plan if line.split()[:1] == ["b"])
+    left_out = json.loads(Path("out/summary.json").read_text())["left_out"]
+    assert head[2:9] == ["dropped", "bad", "rows", "no", "label", "leaks", "context"]
+    b = left_out["b"]
+    reasons = [b[key] for key in ("bad_rows", "unlabeled", "leaked_examples", "leaked_answers")]
+    assert row[2:7] == [str(b["bad_rows"] + b["unlabeled"] + b["leaked_examples"]), *map(str, reasons)]
+    assert (b["bad_rows"], b["unlabeled"], b["unused_keys"]) == (1, 1, {"id": 1})
+    assert b["leaked_examples"] + b["leaked_answers"] >= 2, "of seven held-out pairs out of eight"
+    assert left_out["a"] == dict.fromkeys(b, 0) | {"unused_keys": {}}
+    first = json.loads(Path("out/log.jsonl").read_text().splitlines()[0])
+    assert first == {"event": "data", "step": 0, "left_out": left_out}
+    assert "keys that are not used: id (1 row)" in plan
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def turns(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [message("user", prompt), message("assistant", answer)]
 
 
 # ---- model folders

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import re
 import runpy
 import shlex
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 import yaml
 from conftest import Runner
 from running import CONFIGS, ROOT, Run, finished, load_recipe, recipe_of
-from standins import write_natural_instructions, write_tokenizer
+from standins import SHAREGPT_BAD_ROWS, write_natural_instructions, write_tokenizer
 from tiers import slow_but
 from transformers import (
     AutoModelForCausalLM,
@@ -54,7 +53,8 @@ WRITTEN: dict[str, str] = {name: text for study in STUDIES.values() for name, te
 GRID = [name.removesuffix(".yaml") for name in WRITTEN]
 VALUES = {name: yaml.safe_load(content) for name, content in zip(GRID, WRITTEN.values(), strict=True)}
 TYPES = VALUES[GRID[0]]["tasks"]["types"]
-DATASETS = ["dialogue", "math", "medical", "nlp"]  # in the order of their files
+DATASETS = ["math", "medical", "dialogue", "nlp"]
+P3_CONFIGURATIONS = VALUES["gemma_2b_uniform_3ep"]["tasks"]["nlp"]["names"]
 # What an update costs for each example that it measures on: a forward is 1, a forward and its backward 3.
 COST = {
     "adapt": 1 + 3 + 2,  # losses, their gradient, and losses on both sides of the weights
@@ -352,8 +352,11 @@ def test_updates_are_many_and_cost_what_it_says(config: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """models/ and data/ as the headers' commands make them, tiny. Weights are large, so that a wrong one shows."""
+def hub(tmp_path_factory: pytest.TempPathFactory, mos_datasets: Path) -> Path:
+    """models/ and data/ as the headers' commands make them, and the datasets of MoS by their names on the hub, tiny.
+
+    Weights are large, so that a wrong one shows.
+    """
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     for name, kind in KINDS.items():
@@ -364,23 +367,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data.normal_(0.0, 0.4).add_(1.0 if parameter.ndim == 1 and "gemma" not in name else 0.0)
         model.save_pretrained(path)
     write_natural_instructions(folder / "data" / "natural-instructions", [*TYPES, "Another"], num_examples=34)
-    write_datasets(folder / "data" / "mos")
+    for owner in mos_datasets.iterdir():
+        (folder / owner.name).symlink_to(owner)
     return folder
-
-
-def write_datasets(folder: Path) -> None:
-    """Those of MoS, of unlike sizes, in both spellings of a line; answers are of two tokens."""
-    folder.mkdir()
-    rng = random.Random(0)
-    for size, name in zip((8, 12, 16, 24), DATASETS, strict=True):
-        prompts = [f"{name} {i} " + "x" * rng.randint(0, 20) for i in range(size)]
-        pairs = [{"prompt": prompt, "response": rng.choice(["yes", "no"])} for prompt in prompts]
-        lines = [pair if i % 2 else messages(**pair) for i, pair in enumerate(pairs)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-
-
-def messages(prompt: str, response: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
 
 
 def downloaded(model: str) -> str:
@@ -393,14 +382,121 @@ def tiny(config: str, hub: Path, *, builder: str | None = None, batch_size: int 
 
     ``builder``: None for that of the whole model; ``batch_size``: None for as many as make these steps.
     """
-    for name in ("models", "data"):
-        Path(name).symlink_to(hub / name)
+    for path in hub.iterdir():
+        Path(path.name).symlink_to(path)
     name, kind = NAMES[config], KINDS[NAMES[config].model]
     overrides = [f"model={builder or kind.builder}", *(f"model.{k}={v}" for k, v in (SIZES | kind.sizes).items())]
     if batch_size is None:
         batch_size = 32 if config in MOS else round(200 * VALUES[config]["budget"]["fraction"])
-    overrides += ["device=cpu", "max_seq_len=256", "tasks.validation_examples=2", f"batch_size={batch_size}"]
+    overrides += [
+        "device=cpu",
+        "max_seq_len=256",
+        "tasks.validation_examples=2",
+        "tasks.test_examples=0",
+        f"batch_size={batch_size}",
+    ]
     return overrides + (["mixture_update_every=2", "probe.examples=2"] if name.strategy in COST else [])
+
+
+def test_the_datasets_of_mos(hub: Path) -> None:
+    """What the shipped ``tasks`` make of rows as they are on the hub: each is an example, or skipped and counted."""
+    config = "qwen1_5_0_5b_mos_diff_3ep"
+    overrides = tiny(config, hub)
+    loaded = load(load_recipe(recipe_of(CONFIGS[config])).Config, CONFIGS[config], overrides)
+    raw = {task.name: task for task in loaded.tasks.build()}
+    assert list(raw) == DATASETS
+
+    # One conversation of each kind.
+    def prompts(name: str) -> list[str]:
+        """Of the first examples, without what tells them apart."""
+        return [re.sub("x+", "", each.messages[0]["content"]) for each in raw[name].conversations[:4]]
+
+    first = P3_CONFIGURATIONS[0]
+    assert prompts("math") == [f"math {i} " for i in range(4)]
+    assert prompts("medical") == ["medical 0 ", "medical 1 ", "medical 2 \n\na patient of 40 years", "medical 3 "]
+    assert prompts("dialogue") == ["dialogue 0 ", "dialogue 1 ", "Answer.", "dialogue 3 "]
+    assert prompts("nlp") == [f"{first} {i} \n\n" for i in range(4)]
+    roles = [[message["role"] for message in each.messages] for each in raw["dialogue"].conversations[:4]]
+    pair = ["user", "assistant"]
+    assert roles == [pair, pair * 2, ["system", *pair], pair]
+    assert raw["dialogue"].conversations[1].messages[2:] == messages("sure?", "no")
+    for name, ends in {"math": "", "medical": "", "dialogue": "", "nlp": "\n"}.items():
+        answers = {each.messages[index]["content"] for each in raw[name].conversations for index in each.supervised}
+        assert answers == {f"yes{ends}", f"no{ends}"}
+
+    # All rows: those of the config's file and configurations, in their order, by split.
+    sizes = {name: len(raw[name].conversations) for name in DATASETS}
+    assert sizes == {"math": 12, "medical": 16, "dialogue": 8, "nlp": 4 * len(P3_CONFIGURATIONS)}
+    for rows, names in (
+        (raw["nlp"].conversations[::4], P3_CONFIGURATIONS),
+        (raw["nlp"].validation, P3_CONFIGURATIONS),
+        (raw["nlp"].test, P3_CONFIGURATIONS[1:2]),
+    ):
+        assert [each.messages[0]["content"].split()[0] for each in rows] == names
+    assert all(raw[name].validation is None and raw[name].test is None for name in DATASETS[:3])
+
+    # What is not used, and what is skipped.
+    nlp = 5 * len(P3_CONFIGURATIONS) + 1
+    unused = {"math": {"source": 12}, "medical": {}, "dialogue": {"id": 8}, "nlp": {"inputs": nlp, "targets": nlp}}
+    assert {name: dict(task.unused_keys) for name, task in raw.items()} == unused
+    bad = raw["dialogue"].bad_rows
+    assert not any(raw[name].bad_rows for name in DATASETS if name != "dialogue")
+    assert [row.number for row in bad] == [2 * i for i in range(len(SHAREGPT_BAD_ROWS))]
+    for row, (_, reason) in zip(bad, SHAREGPT_BAD_ROWS, strict=True):
+        where = "anon8231489123/ShareGPT_Vicuna_unfiltered, split 'train', row"
+        assert str(row).startswith(f"{where} {row.number}: {reason}")
+    tasks = data.load_tasks(loaded.tasks, tokenizer=loaded.tokenizer.build(), max_seq_len=loaded.max_seq_len)
+    assert [task.left_out.bad_rows for task in tasks] == [0, 0, len(SHAREGPT_BAD_ROWS), 0]
+    kept = [len(task.train) + len(task.validation) for task in tasks]
+    assert kept == [12, 16, 8, 5 * len(P3_CONFIGURATIONS)]
+    assert [len(task.validation) for task in tasks] == [2, 2, 2, len(P3_CONFIGURATIONS)]
+
+
+def test_a_dataset_of_mos_by_overrides(hub: Path) -> None:
+    """One of one's own in place of one, and what is said of an argument of one."""
+    config, overrides = "qwen1_5_0_5b_mos_diff_3ep", tiny("qwen1_5_0_5b_mos_diff_3ep", hub)
+
+    def loaded(*more: str) -> Any:
+        return load(load_recipe("mos_full_finetune").Config, CONFIGS[config], [*overrides, *more])
+
+    Path("mine").mkdir()
+    Path("mine", "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    for mine in (["tasks.math.path=mine"], ["tasks.math=adapt_recipes.data.jsonl_tasks", "tasks.math.path=mine"]):
+        tasks = loaded(*mine, "~tasks.dialogue").tasks.build()
+        assert [task.name for task in tasks] == ["math", "medical", "nlp"]
+        assert [each.messages for each in tasks[0].conversations] == [messages("a", "b")]
+
+    for override, message in {
+        "tasks.math.path=./nowhere": "tasks.math.path: no folder nowhere$",
+        "tasks.nlp.split=trian": "tasks.nlp: bigscience/P3, configuration .*: no split 'trian'; did you mean 'train'",
+        "tasks.nlp.configuration=a": "tasks.nlp.configuration is not for .*; tasks.nlp.names chooses among them$",
+        "tasks.dialogue.response=values": "tasks.dialogue.response: .*, split 'train' has no column 'values'",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            loaded(override).tasks.build()
+    for override, message in {
+        "tasks.maths.path=mine": "unknown key 'tasks.maths' for .*; did you mean 'math'",
+        "tasks.on_bad_row=refuse": "unknown key 'tasks.on_bad_row' for .*; did you mean 'on_bad_rows'",
+        "tasks.math.pth=mine": "unknown key 'tasks.math.pth' for .*; did you mean 'path'",
+        "~tasks.math._component_": "missing key 'tasks.math._component_'$",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            loaded(override)
+    refusing = loaded("tasks.on_bad_rows=refuse")
+    with pytest.raises(
+        ValueError, match=r"_unfiltered, split 'train': 5 bad rows: row 0: message 0 .*on_bad_rows: skip"
+    ):
+        data.load_tasks(refusing.tasks, tokenizer=refusing.tokenizer.build(), max_seq_len=256)
+
+    # Advice about a row, too.
+    Path("mine", "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b", "question": "a", "answer": "b"}))
+    refusing = loaded("tasks.math.path=mine", "~tasks.dialogue", "tasks.on_bad_rows=refuse")
+    with pytest.raises(ValueError, match="row 0: fits the formats .*; name one in tasks.math.format$"):
+        data.load_tasks(refusing.tasks, tokenizer=refusing.tokenizer.build(), max_seq_len=256)
+
+
+def messages(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torchtune.models.llama3_2 import llama3_2
 from transformers import AutoModelForCausalLM
 
 from adapt_recipes.data import ByteTokenizer, toy_tasks
+from adapt_recipes.data.conversations import checked_conversation
 from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config
 
 SIZES: dict[str, Any] = {
@@ -123,7 +124,9 @@ def test_a_run(run: Runner, base: Path, config: str, overrides: list[str]) -> No
     served = AutoModelForCausalLM.from_pretrained(done.folder / "model").eval()
     for task in toy_tasks():
         assert task.validation is not None
-        tokens = torch.tensor([ByteTokenizer(supervise_end=False).encode(row)[0] for row in task.validation])
+        tokens = torch.tensor(
+            [ByteTokenizer(supervise_end=False).encode(checked_conversation(row))[0] for row in task.validation]
+        )
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(served(tokens[:, :-1]).logits[:, -1], tokens[:, -1])
         tolerance = 0.02 if "dtype=bf16" in overrides else 1e-5

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapt_recipes.config import load
 from adapt_recipes.data import ByteTokenizer, toy_tasks
+from adapt_recipes.data.conversations import checked_conversation
 
 TINY = [name for name in CONFIGS if name.startswith("tiny_")]
 
@@ -132,7 +133,7 @@ def test_model_is_a_folder_that_transformers_loads(run: Runner) -> None:
     for task in toy_tasks():
         assert task.validation is not None
         rows = [tokenizer(row[0]["content"] + row[1]["content"])["input_ids"] for row in task.validation]
-        assert rows[0] == ByteTokenizer(supervise_end=False).encode(task.validation[0])[0]
+        assert rows[0] == ByteTokenizer(supervise_end=False).encode(checked_conversation(task.validation[0]))[0]
         tokens = torch.tensor(rows)
         with torch.no_grad():
             logits = model(tokens[:, :-1]).logits[:, -1]

@@ -21,7 +21,7 @@ from torchtune._cli.tune import TuneCLIParser
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapt_recipes.config import Component, load, to_dict
-from adapt_recipes.data import IGNORE_INDEX, ChatTokenizer
+from adapt_recipes.data import IGNORE_INDEX, ChatTokenizer, Conversation
 from adapt_recipes.mixture.interface import check_mixture
 from adapt_recipes.signals.reward_interface import check_reward
 
@@ -56,7 +56,7 @@ REWARDS = {
 }
 STATIC = {name: name for name in ("uniform", "proportional", "temperature")} | {"fixed": "fixed_weights"}
 REFERENCES = {"oracle": dict, "asymptote": str}  # the types of what losses are counted from, where the name says so
-DATASETS = ("dialogue", "math", "medical", "nlp")
+DATASETS = ["math", "medical", "dialogue", "nlp"]
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -124,9 +124,10 @@ def test_runs(run: Runner, small: list[str], config: str) -> None:
     theirs = AutoTokenizer.from_pretrained(done.folder / "model")
     ours = ChatTokenizer(done.folder / "model")
     messages = [{"role": "user", "content": "Answer.\n\nyes or no?"}, {"role": "assistant", "content": "yes"}]
-    tokens, supervised = ours.encode(messages)
+    tokens, [(first, end)] = ours.encode(Conversation(messages, (1,)))
     assert theirs.apply_chat_template(messages, return_dict=False) == tokens
-    labels = torch.tensor([tokens]).masked_fill(~torch.tensor([supervised]), IGNORE_INDEX)
+    labels = torch.full((1, len(tokens)), IGNORE_INDEX)
+    labels[0, first:end] = torch.tensor(tokens[first:end])
     assert model(torch.tensor([tokens]), labels=labels).loss.isfinite()
     prompt = theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
@@ -146,7 +147,7 @@ def build_once(component: Component, built: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_its_name_tells_the_truth(name: str, tmp_path: Path, built: dict[str, Any]) -> None:
+def test_its_name_tells_the_truth(name: str, tmp_path: Path, built: dict[str, Any], mos_datasets: Path) -> None:
     """All of it is built, the model without memory for its weights, on a few examples of each task."""
     parts = NAME.fullmatch(name)
     assert parts is not None
@@ -180,12 +181,11 @@ def test_its_name_tells_the_truth(name: str, tmp_path: Path, built: dict[str, An
 
     if types := config.tasks.arguments.get("types"):
         write_natural_instructions(tmp_path / "data" / "natural-instructions", [*types, "Another"], num_examples=3)
-    if config.tasks.component == "adapt_recipes.data.jsonl_tasks":
-        Path(config.tasks.arguments["path"]).mkdir(parents=True)
-        for task in DATASETS:
-            Path(config.tasks.arguments["path"], f"{task}.jsonl").write_text('{"prompt": "1 + 1", "response": "2"}')
+    is_mos = unit == "ep"
+    for owner in mos_datasets.iterdir() if is_mos else ():
+        Path(owner.name).symlink_to(owner)
     names = [task.name for task in build_once(config.tasks, built)]
-    assert names == (types or names)
+    assert names == (types or (DATASETS if is_mos else names))
     sizes = torch.arange(1, len(names) + 1)
     mixture = config.mixture.build(task_names=names, num_supervised_tokens=sizes, budget_tokens=1000)
     check_mixture(mixture, getattr(module, "SIGNALS", ()), num_tasks=len(names), recipe=recipe)
@@ -214,7 +214,12 @@ def test_its_header_says_how_to_run_it(name: str) -> None:
     assert len(folders) >= 2 and set(folders) == {str(download.output_dir)}
     assert download.output_dir.name == download.repo_id.split("/")[1]
     assert not any(pattern.endswith("safetensors") for pattern in download.ignore_patterns or ())
-    assert f"path: {said['Data'].split()[-1]}\n" in content
+    if parts[4] == "ep":
+        # By name on the hub, without a command.
+        assert len(re.findall(r"^    path: [\w-]+/[\w-]+$", content, re.MULTILINE)) == len(DATASETS)
+        assert said["Data"].startswith("fetched at the first start") and "licenses" in header
+    else:
+        assert f"path: {said['Data'].split()[-1]}\n" in content
     if parts[1] == "smollm2_135m":
         assert re.match(r"[\d.]+ GB ", said["Memory"])
     else:
@@ -224,6 +229,6 @@ def test_its_header_says_how_to_run_it(name: str) -> None:
 
 
 def test_natural_instructions_by_file_with_examples(run: Runner, small: list[str]) -> None:
-    options = ("tasks.group_by=file", "tasks.num_positive_examples=1", "tasks.all_outputs=true")
+    options = ("tasks.task_per=file", "tasks.num_positive_examples=1", "tasks.all_outputs=true")
     done = run("smollm2_135m_uniform_10pct", "budget.tokens=50", *small, *options)
     assert set(done.summary["task_tokens"]) == {f"task{i}" for i in range(5)}

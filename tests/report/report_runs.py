@@ -123,6 +123,7 @@ def write_run(
             validation_seconds=validation_seconds,
             steps=steps,
             mixture_updates=updates,
+            left_out={},
             data_fingerprint="0",
         )
         write_summary(folder, summary)
