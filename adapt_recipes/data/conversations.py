@@ -11,6 +11,8 @@ from typing import Any
 
 from adapt_recipes.data.examples import Conversation, Message
 
+# What a chat template may read of a message. Other keys of rows, such as a weight, are turned into something else.
+_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 # Roles that may follow a role. A system message may only be the first; a tool's turn needs a call.
 _NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
 _NEXT_OF_CALL = ("tool", "user")
@@ -60,6 +62,8 @@ def check_turns(messages: Sequence[Message]) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(f"message {index} must have the keys role and content")
+        if unknown := sorted(map(str, message.keys() - _KEYS)):
+            raise ValueError(f"message {index} has the key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}")
         role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
         if role not in allowed:
             # A system message may be missing.

@@ -115,41 +115,40 @@ def prepare_tasks(
     held_out = _HeldOut.union([validated, *tested])
     tasks = []
     for task in raw_tasks:
-        rows = {
-            split: splits[task.name, split] for split in ("train", "validation", "test") if (task.name, split) in splits
-        }
-        train, answers, examples = rows["train"], 0, 0
-        if task.name not in memorized:
-            if own := [split for split in ("validation", "test") if getattr(task, split) is not None and split in rows]:
-                _warn_about_own_splits(task.name, train, [rows[split] for split in own])
-            if "test" in rows:
-                rows["test"].hide(validated, task.name)
-            answers, examples = train.hide(held_out, task.name)
-        for split in rows:
-            if not rows[split].kept.any():
-                raise ValueError(
-                    f"task {task.name!r}: no {split} example is left, because other splits hold out all of its answers"
-                )
-        left_out = LeftOut(
-            too_long=sum(each.too_long for each in rows.values()),
-            bad_rows=len(task.bad_rows) + sum(len(bad.get((task.name, split), ())) for split in rows),
-            unlabeled=sum(each.unlabeled for each in rows.values()),
-            leaked_answers=answers,
-            leaked_examples=examples,
-            unused_keys=dict(task.unused_keys),
-        )
-        selected = {split: each.examples() for split, each in rows.items()}
-        tasks.append(
-            Task(
-                task.name,
-                selected["train"],
-                selected.get("validation"),
-                selected.get("test"),
-                entropy=task.entropy,
-                left_out=left_out,
-            )
-        )
+        names: tuple[Split, ...] = ("train", "validation", "test")
+        rows = {split: splits[task.name, split] for split in names if (task.name, split) in splits}
+        num_bad_rows = len(task.bad_rows) + sum(len(bad.get((task.name, split), ())) for split in rows)
+        tasks.append(_without_leaks(task, rows, validated, held_out, num_bad_rows=num_bad_rows))
     return tasks
+
+
+def _without_leaks(
+    task: RawTask, rows: dict[Split, _Rows], validated: _HeldOut, held_out: _HeldOut, *, num_bad_rows: int
+) -> Task:
+    """Step 6 for one task, with the rows of its splits; ``held_out`` are all answers of validation and test."""
+    train, answers, examples = rows["train"], 0, 0
+    if not task.memorized:
+        if own := [each for split, each in rows.items() if split != "train" and getattr(task, split) is not None]:
+            _warn_about_own_splits(task.name, train, own)
+        if "test" in rows:
+            rows["test"].hide(validated, task.name)
+        answers, examples = train.hide(held_out, task.name)
+    for split, each in rows.items():
+        if not each.kept.any():
+            raise ValueError(
+                f"task {task.name!r}: no {split} example is left, because other splits hold out all of its answers"
+            )
+    left_out = LeftOut(
+        too_long=sum(each.too_long for each in rows.values()),
+        bad_rows=num_bad_rows,
+        unlabeled=sum(each.unlabeled for each in rows.values()),
+        leaked_answers=answers,
+        leaked_examples=examples,
+        unused_keys=dict(task.unused_keys),
+    )
+    selected = {split: each.examples() for split, each in rows.items()}
+    validation, test = selected.get("validation"), selected.get("test")
+    return Task(task.name, selected["train"], validation, test, entropy=task.entropy, left_out=left_out)
 
 
 class _HeldOut(NamedTuple):

@@ -444,6 +444,11 @@ def test_few_conversations_need_no_process(tmp_path: Path) -> None:
         ([RawTask("A", [None])], {}, "^task 'A', example 0: must be a Conversation or a list of"),  # type: ignore[list-item]
         ([raw_task("A", [("a", "b")], [("a", "")])], {}, "^task 'A', validation example 0: message 1: "),
         (
+            [RawTask("A", [[*turns("a", "b")[:1], turns("a", "b")[1] | {"weight": 0}]])],
+            {},
+            "^task 'A', example 0: message 1 has the key 'weight'; allowed: content, name, ",
+        ),
+        (
             [raw_task("A", [("", "b")])],
             {"tokenizer": ByteTokenizer(supervise_end=False)},
             "^task 'A', example 0: has an answer without a supervised token$",
