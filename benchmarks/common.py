@@ -19,6 +19,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "yaml"
 
+# Of generated examples.
+WORKLOADS = ("natural", "long_answers", "mixed_lengths")
 TYPES = ("Answering", "Dialogue", "Extraction", "Sentiment", "Summarization")
 VOCAB = ["a", "the", "of", "to", "in", "is", "was", "for", "that", "with", "this", "from", "which", "answer", "text"]
 
@@ -44,7 +46,8 @@ def sources(arguments: argparse.Namespace, folder: Path) -> list[str]:
         folder: for a generated model and generated examples, for the cache and the run.
     """
     model = arguments.model or tiny_model(folder / "model", max_seq_len=arguments.max_seq_len)
-    data = arguments.data or instructions(folder / "data")
+    workload = getattr(arguments, "workload", "natural")
+    data = arguments.data or instructions(folder / "data", workload=workload)
     return [
         f"model.path={model.absolute()}",
         f"tokenizer.path={model.absolute()}",
@@ -85,19 +88,28 @@ def tiny_model(folder: Path, *, max_seq_len: int) -> Path:
     return folder
 
 
-def instructions(folder: Path, *, examples: int = 400) -> Path:
+def instructions(folder: Path, *, examples: int = 400, workload: str = "natural") -> Path:
     """Writes a folder in the layout of Super-NaturalInstructions, with random words.
 
-    The lengths have distributions like those of the collection: definitions of 20 to 80 characters, log-normal inputs
-    with a median per type, and answers that are short or a tenth of the input.
+    Definitions have 20 to 80 characters. ``workload`` says how long inputs and answers are: as in the collection
+    (log-normal inputs with a median per type, answers that are short or a tenth of the input); answers as long as the
+    inputs; or together 30 to 8,000 characters, a quarter of them the answer, as many examples of each order of
+    magnitude.
     """
     (folder / "tasks").mkdir(parents=True)
     rng = random.Random(0)
     for number, category in enumerate(TYPES):
         instances = []
         for _ in range(examples):
-            size = int(rng.lognormvariate(4.0 + 0.3 * number, 0.7))
-            answer = _words(rng, max(3, size // 10) if number > 2 else 3)
+            if workload == "long_answers":
+                size = answer_size = int(rng.lognormvariate(6.0, 0.5))
+            elif workload == "mixed_lengths":
+                total = 10 ** rng.uniform(1.5, 3.9)
+                size, answer_size = int(0.75 * total), int(0.25 * total)
+            else:
+                size = int(rng.lognormvariate(4.0 + 0.3 * number, 0.7))
+                answer_size = max(3, size // 10) if number > 2 else 3
+            answer = _words(rng, answer_size)
             instances.append({"input": _words(rng, size), "output": [answer]})
         definition = _words(rng, rng.randint(20, 80))
         content = {"Categories": [category], "Definition": [definition], "Instances": instances}

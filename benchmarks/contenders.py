@@ -1,7 +1,7 @@
 """One contender of ``throughput.py``, in a process of its own: ``python contenders.py NAME SETTINGS.json ANSWER.json``.
 
-It builds the contender's training, trains over the examples twice, and writes the time of the second epoch. It imports
-only what the contender needs, because the Trainer may be in an environment without torchtune and without this project.
+It builds the contender's training, takes a step to warm up, and measures one pass over the examples. It imports only
+what the contender needs, because TRL may be in an environment without torchtune and without this project.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-IGNORE_INDEX = -100
-
-# The embedding, which sees every computed position; a function that trains one epoch; the logged losses.
-Training = tuple[nn.Module, Callable[[], None], list[float]]
+# The embedding, which sees every computed position; a function that trains on the examples once, or takes a single
+# step; the logged losses.
+Training = tuple[nn.Module, Callable[[bool], None], list[float]]
 
 
 def ours(settings: dict[str, Any]) -> Training:
     """``Recipe.setup`` and ``.step`` of ``recipes/sft_full_finetune.py``, with a uniform mixture.
 
     Everything a step does is in it: drawing, micro-batches, clipping, the log. Left out: validation and checkpoints.
-    The sampler is put back after each pass, so that every pass draws the same examples.
+    The sampler is put back after each pass, so that every pass draws the same examples. Its size is
+    ``micro_batch_tokens``.
     """
     from common import CONFIGS, ROOT, load_module
 
@@ -35,7 +36,8 @@ def ours(settings: dict[str, Any]) -> Training:
     from adapt_recipes.run import Run
 
     module = load_module("sft_full_finetune", ROOT / "recipes" / "sft_full_finetune.py")
-    config = load(module.Config, CONFIGS / "smollm2_135m_uniform_10pct.yaml", settings["overrides"])
+    overrides = [*settings["overrides"], f"micro_batch_tokens={settings['size']}"]
+    config = load(module.Config, CONFIGS / "smollm2_135m_uniform_10pct.yaml", overrides)
     run = Run(config).__enter__()  # until this process ends
     recipe = module.Recipe(config, run)
     recipe.setup()
@@ -48,23 +50,22 @@ def ours(settings: dict[str, Any]) -> Training:
 
     run.log_step = keep_loss  # type: ignore[method-assign]
 
-    def train() -> None:
+    def train(one_step: bool) -> None:
         recipe.sampler.load_state_dict(start)
-        before = recipe.ledger.tokens, recipe.ledger.supervised_tokens
-        for _ in range(settings["num_examples"] // settings["batch_size"]):
+        for _ in range(1 if one_step else settings["num_examples"] // settings["batch_size"]):
             recipe.step()
-        read = recipe.ledger.tokens - before[0], recipe.ledger.supervised_tokens - before[1]
-        assert read == (settings["num_tokens"], settings["num_supervised_tokens"]), "not the examples of the others"
 
     return recipe.model.decoder.tok_embeddings, train, losses
 
 
-def torchtune(settings: dict[str, Any]) -> Training:
+def torchtune(settings: dict[str, Any], *, packed: bool = False) -> Training:
     """torchtune's own recipe, ``full_finetune_single_device``: the class that its wheel ships, and its ``train``.
 
-    From the library: the model (bf16 weights), data loader and collate function (padded to the longest row), loss in
-    chunks over all positions, accumulation, optimizer, clipping, logging. Ours: the weights are read from the Hugging
-    Face folder by this project, the dataset returns token ids, and nothing is saved at the end of an epoch.
+    From the library: the model, data loader and collate function (padded to the longest row, or packed up to
+    ``max_seq_len`` with a mask), loss in chunks over all positions, accumulation, optimizer, clipping, logging. Its
+    weights have the dtype of the matrix products. Ours: the weights are read from the Hugging Face folder by this
+    project, the dataset returns token ids, and nothing is saved at the end of an epoch. Its size is the rows of a
+    forward pass.
     """
     import torchtune
     from common import load_module
@@ -86,14 +87,14 @@ def torchtune(settings: dict[str, Any]) -> Training:
     config = OmegaConf.create(
         {
             "device": "cpu",
-            "dtype": "bf16",
+            "dtype": settings["dtype"],
             "seed": 0,
             "output_dir": settings["folder"],
             "resume_from_checkpoint": False,
             "epochs": 0,
             "max_steps_per_epoch": None,
-            "batch_size": settings["stock_batch_size"],
-            "gradient_accumulation_steps": settings["batch_size"] // settings["stock_batch_size"],
+            "batch_size": settings["size"],
+            "gradient_accumulation_steps": rows_per_step(settings, packed) // settings["size"],
             "clip_grad_norm": 1.0,
             "optimizer_in_bwd": False,
             "compile": False,
@@ -113,7 +114,7 @@ def torchtune(settings: dict[str, Any]) -> Training:
                 "tie_word_embeddings": sizes["tie_word_embeddings"],
             },
             "tokenizer": {"_component_": "types.SimpleNamespace", "pad_id": 0},
-            "dataset": {"_component_": "contenders.TokenIds", "path": settings["examples"]},
+            "dataset": {"_component_": "contenders.torchtune_dataset", "packed": packed, "settings": settings},
             "checkpointer": {"model_type": "LLAMA3_2"},
             "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "fused": True},
@@ -123,81 +124,102 @@ def torchtune(settings: dict[str, Any]) -> Training:
     recipe = Recipe(config)
     recipe.setup(config)
 
-    def train() -> None:
+    def train(one_step: bool) -> None:
+        recipe.max_steps_per_epoch = 1 if one_step else None
         recipe.total_epochs += 1
         recipe.train()
 
     return recipe._model.tok_embeddings, train, recipe._metric_logger.losses
 
 
-def trainer(settings: dict[str, Any]) -> Training:
-    """``transformers.Trainer`` on ``AutoModelForCausalLM`` with ``bf16=True``, over the examples in the same order.
+def trl(settings: dict[str, Any], *, packed: bool = False) -> Training:
+    """TRL's ``SFTTrainer`` on ``AutoModelForCausalLM``, on token ids, without activation checkpointing (its default).
 
-    From the library: fp32 weights with bf16 autocast, attention, loss over all positions, accumulation, AdamW,
-    clipping. Ours: the collate function, which pads to the longest row with an attention mask, as the library's do.
+    From the library: fp32 weights (with bf16: autocast), sorting or packing, attention, collate function, loss at the
+    supervised positions, accumulation, AdamW, clipping. Its size is the rows of a forward pass.
     """
-    from torch.nn.utils.rnn import pad_sequence
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
 
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        def padded(key: str, value: int) -> Tensor:
-            return pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=value)
-
-        mask = [torch.ones(len(row["tokens"]), dtype=torch.int64) for row in rows]
-        return {
-            "input_ids": padded("tokens", 0),
-            "labels": padded("labels", IGNORE_INDEX),
-            "attention_mask": pad_sequence(mask, batch_first=True),
-        }
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *arguments: Any) -> Any:
-            return torch.utils.data.SequentialSampler(examples)
-
-    examples = TokenIds(path=settings["examples"])
+    examples = [{"input_ids": row["tokens"], "labels": row["labels"]} for row in read_rows(settings)]
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
-    arguments = TrainingArguments(
-        output_dir=settings["folder"],
-        use_cpu=True,
-        bf16=True,
-        per_device_train_batch_size=settings["stock_batch_size"],
-        gradient_accumulation_steps=settings["batch_size"] // settings["stock_batch_size"],
-        num_train_epochs=1,
-        learning_rate=2e-5,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
     losses: list[float] = []
 
-    def train() -> None:
-        one = InOrder(model=model, args=arguments, train_dataset=examples, data_collator=collate)
+    def train(one_step: bool) -> None:
+        arguments = SFTConfig(
+            output_dir=settings["folder"],
+            use_cpu=True,
+            bf16=settings["dtype"] == "bf16",
+            gradient_checkpointing=False,
+            max_length=settings["max_seq_len"],
+            packing=packed,
+            train_sampling_strategy="sequential" if packed else "group_by_length",
+            per_device_train_batch_size=settings["size"],
+            gradient_accumulation_steps=max(1, rows_per_step(settings, packed) // settings["size"]),
+            num_train_epochs=1,
+            max_steps=1 if one_step else -1,
+            learning_rate=2e-5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        one = SFTTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(examples), processing_class=tokenizer
+        )
         one.train()
         losses.extend(entry["loss"] for entry in one.state.log_history if "loss" in entry)
 
     return model.get_input_embeddings(), train, losses
 
 
-CONTENDERS: dict[str, Callable[[dict[str, Any]], Training]] = {"ours": ours, "torchtune": torchtune, "Trainer": trainer}
-NEEDS = {"ours": (), "torchtune": (), "Trainer": ("transformers", "accelerate")}
+CONTENDERS: dict[str, Callable[[dict[str, Any]], Training]] = {
+    "ours": ours,
+    "torchtune": torchtune,
+    "torchtune packed": partial(torchtune, packed=True),
+    "TRL sorted": trl,
+    "TRL packed": partial(trl, packed=True),
+}
+# The micro-batch sizes among which each looks for its best.
+SIZES = {
+    "ours": (1024, 2048, 4096),
+    "torchtune": (1, 2, 4, 8),
+    # Its data loader drops the last packs that do not fill a micro-batch.
+    "torchtune packed": (1,),
+    "TRL sorted": (1, 2, 4, 8),
+    "TRL packed": (1, 2),
+}
 
 
-class TokenIds(torch.utils.data.Dataset):
-    """Rows of ``tokens`` and ``labels``, with the same ids where supervised; both libraries shift labels themselves.
+def why_not(name: str, settings: dict[str, Any]) -> str | None:
+    """Why a contender cannot run here."""
+    if name.startswith("TRL") and importlib.util.find_spec("trl") is None:
+        return f"no trl in {sys.executable}"
+    kind = json.loads((Path(settings["model"]) / "config.json").read_text())["model_type"]
+    if name.startswith("torchtune") and kind != "llama":
+        return f"it has no model of type {kind}"
+    return None
 
-    torchtune passes its tokenizer as the first argument.
-    """
 
-    def __init__(self, tokenizer: object = None, *, path: str) -> None:
-        self.rows = json.loads(Path(path).read_text())
+def rows_per_step(settings: dict[str, Any], packed: bool) -> int:
+    """Examples or packs."""
+    return settings["packs_per_step"] if packed else settings["batch_size"]
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return dict(self.rows[index])
+def read_rows(settings: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Rows of ``tokens`` and ``labels``, with the same ids where supervised; both libraries shift labels themselves."""
+    return json.loads(Path(settings["examples"]).read_text())[: settings["num_examples"]]
+
+
+def torchtune_dataset(tokenizer: object, *, packed: bool, settings: Any) -> Any:
+    """A dataset as torchtune's recipe builds it; it passes its tokenizer as the first argument."""
+    from torchtune.datasets import PackedDataset
+
+    rows = read_rows(settings)
+    return PackedDataset(rows, max_seq_len=settings["max_seq_len"]) if packed else rows  # type: ignore[arg-type]
 
 
 class Losses:
@@ -215,16 +237,15 @@ class Losses:
 
 def main(name: str, settings_path: str, answer_path: str) -> None:
     settings = json.loads(Path(settings_path).read_text())
-    if missing := [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]:
-        reason = f"no {' and no '.join(missing)} in {sys.executable}"
+    if reason := why_not(name, settings):
         Path(answer_path).write_text(json.dumps({"skipped": reason}))
         return
     from common import memory
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
-    if name == "Trainer":
-        import transformers.trainer  # noqa: F401 (memory is counted from here)
+    if name.startswith("TRL"):
+        import trl.trainer.sft_trainer  # noqa: F401 (memory is counted from here)
     else:
         import torchtune.training  # noqa: F401
     empty, _ = memory()
@@ -235,12 +256,15 @@ def main(name: str, settings_path: str, answer_path: str) -> None:
         nonlocal positions
         positions += arguments[0].numel()
 
-    train()
+    if settings["warm_up"]:
+        train(True)
+    losses.clear()
     embedding.register_forward_pre_hook(count)
     started = time.perf_counter()
-    train()
-    answer = {"seconds": time.perf_counter() - started, "positions": positions, "first_loss": losses[0]}
+    train(False)
+    seconds = time.perf_counter() - started
     peak = memory()[1]
+    answer = {"seconds": seconds, "positions": positions, "loss": sum(losses) / len(losses)}
     Path(answer_path).write_text(json.dumps({**answer, "peak_mib": peak, "growth_mib": peak - empty}))
 
 

@@ -1,24 +1,29 @@
-"""Tokens per second, padding and memory of this project's training step, torchtune's recipe and HF's Trainer.
+"""Real tokens per second and memory of a training step: this project, torchtune's recipe, and TRL's SFTTrainer.
 
-    python benchmarks/throughput.py [--model FOLDER] [--data FOLDER]
+    python benchmarks/throughput.py [--model FOLDER] [--data FOLDER | --workload NAME] [--trl-python PYTHON]
 
-All train the same model on the same examples, which this project's sampler draws once with a uniform mixture, in the
-same order. All take an optimizer step (AdamW, fused, gradients clipped at 1) every ``--batch-size`` examples, in bf16:
+All train the same model on the same examples, which this project's sampler draws once with a uniform mixture. All take
+an optimizer step (AdamW, fused, gradients clipped at 1) every ``--batch-size`` examples, in the same precision:
 
-- ours: the shipped recipe's ``step``: fp32 weights and bf16 autocast, micro-batches by length, the head on supervised
-  positions.
-- torchtune: the recipe class of its wheel, with its own ``train``: bf16 weights, 8 examples per forward pass.
-- Trainer: that of transformers: fp32 weights and bf16 autocast, 8 examples per forward pass. It is skipped, with a
-  message, if ``--trainer-python`` has no transformers and accelerate.
+- ours: the shipped recipe's ``step``.
+- torchtune: the recipe class of its wheel, padded; "torchtune packed": with its ``PackedDataset``.
+- TRL sorted: ``SFTTrainer`` with ``train_sampling_strategy="group_by_length"``; "TRL packed": ``packing=True`` (bfd).
 
-``contenders.py`` says which parts are the library's. Each round starts a new process for each, in turn: A B C A B C. It
-trains over the examples twice, and the second epoch is measured (the first warms up kernels and memory). The ratios,
-between runs that alternate, are reliable; times on a machine with other load are not.
+``contenders.py`` says which parts are the library's. A contender that cannot run is skipped, with a message.
+
+First each contender looks for its best micro-batch size: the examples of one step, once, with each size of its
+``SIZES``. Then it is measured at the fastest one. Each round starts a new process for each contender, in turn: A B C A
+B C. It takes one step to warm up and is measured on all examples. The ratios, between runs that alternate, are
+reliable; times on a machine with other load are not.
 
 A real token is a position that is not padding, counted after the causal shift (the length of an example minus one), so
-that all contenders have the same number of them. Padding is the share of the other positions that pass through the
-embedding (the last token of an example, which predicts nothing, is not padding). Memory is the peak of the process, and
-its growth since the libraries were imported.
+that all contenders have the same number of them. "Computed" is the number of positions that pass through the embedding,
+relative to the real ones: padding makes it more, a beginning that examples share and that is computed once makes it
+less. Memory is the peak of the process, and its growth since the libraries were imported.
+
+Workloads: ``natural`` (``--data``, or generated in the likeness of Natural Instructions: short answers),
+``long_answers`` (half of the tokens supervised) and ``mixed_lengths`` (20 to 4,000 tokens, as many examples of each
+order of magnitude; ``--max-seq-len 4096``). What is generated is random words behind one definition per task.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from contenders import CONTENDERS
+from contenders import CONTENDERS, SIZES
 
 from adapt_recipes.config import load
 from adapt_recipes.data import IGNORE_INDEX, TokenSampler, load_tasks
@@ -44,15 +49,16 @@ from adapt_recipes.data import IGNORE_INDEX, TokenSampler, load_tasks
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the command line ``argv``. Returns the numbers that ``--json`` writes."""
     parser = common.parser(__doc__, max_seq_len=1024)
-    parser.add_argument("--examples", type=int, default=64, help="drawn once, a multiple of the batch size")
+    parser.add_argument("--workload", choices=common.WORKLOADS, default="natural")
+    parser.add_argument("--examples", type=int, default=32, help="drawn once, a multiple of the batch size")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per optimizer step, for all")
-    parser.add_argument("--stock-batch-size", type=int, default=8, help="examples per forward pass of the other two")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--trainer-python", default=sys.executable, help="interpreter of the Trainer's environment")
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment with TRL")
     arguments = parser.parse_args(argv)
-    if arguments.examples % arguments.batch_size or arguments.batch_size % arguments.stock_batch_size:
-        parser.error("--examples has to be a multiple of --batch-size, and that of --stock-batch-size")
+    if arguments.examples % arguments.batch_size:
+        parser.error("--examples has to be a multiple of --batch-size")
     with tempfile.TemporaryDirectory() as folder:
         numbers = measure(arguments, Path(folder))
     report(numbers)
@@ -60,42 +66,56 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The counts of the examples, and the measurements of each contender in each round."""
+    """The counts of the examples, the best size of each contender, and its measurements in each round."""
     settings = draw(arguments, folder)
-    (folder / "settings.json").write_text(json.dumps(settings))
-    rounds: list[dict[str, dict[str, Any]]] = []
+
+    def contend(name: str, size: int, *, examples: int, warm_up: bool) -> dict[str, Any]:
+        python = arguments.trl_python if name.startswith("TRL") else sys.executable
+        chosen = settings | {"size": size, "num_examples": examples, "warm_up": warm_up}
+        print(f"{name}, micro-batches of {size}, {examples} examples", file=sys.stderr)
+        return run(name, chosen, python=python, folder=folder, threads=arguments.threads)
+
+    # The best size of each.
+    sizes: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
-    for _ in range(arguments.rounds):
-        rounds.append({})
-        for name in [name for name in arguments.contenders if name not in skipped]:
-            python = arguments.trainer_python if name == "Trainer" else sys.executable
-            answer = contend(name, python=python, folder=folder, threads=arguments.threads)
+    for name in arguments.contenders:
+        tried = {}
+        for size in SIZES[name]:
+            answer = contend(name, size, examples=arguments.batch_size, warm_up=False)
             if "skipped" in answer:
                 skipped[name] = answer["skipped"]
-            else:
-                rounds[-1][name] = answer
-    contenders = [name for name in arguments.contenders if name not in skipped]
-    counts = {key: settings[key] for key in ("num_examples", "num_tokens", "num_supervised_tokens")}
+                break
+            tried[size] = answer["seconds"]
+        else:
+            sizes[name] = tried
+    best = {name: min(tried, key=lambda size: tried[size]) for name, tried in sizes.items()}
+
+    # The rounds.
+    rounds = [
+        {name: contend(name, size, examples=arguments.examples, warm_up=True) for name, size in best.items()}
+        for _ in range(arguments.rounds)
+    ]
+    counts = {key: settings[key] for key in ("num_tokens", "num_supervised_tokens")}
     shown: dict[str, Any] = {}
-    for name in contenders:
+    for name in best:
         turns = [turn[name] for turn in rounds]
-        # For the others one position per example, the last, is neither a real token nor padding.
-        real = settings["num_tokens"] + (0 if name == "ours" else settings["num_examples"])
         shown[name] = {
+            "size": best[name],
+            "search_seconds": sizes[name],
             "tokens_per_second": [settings["num_tokens"] / turn["seconds"] for turn in turns],
             "supervised_tokens_per_second": [settings["num_supervised_tokens"] / turn["seconds"] for turn in turns],
-            "padding": 1 - real / turns[0]["positions"],
-            "positions": turns[0]["positions"],
-            "first_loss": turns[0]["first_loss"],
+            "computed": turns[0]["positions"] / settings["num_tokens"],
+            "loss": turns[0]["loss"],
             "peak_mib": max(turn["peak_mib"] for turn in turns),
             "growth_mib": max(turn["growth_mib"] for turn in turns),
         }
     ratios = {
         name: [turn[name]["seconds"] / turn["ours"]["seconds"] for turn in rounds]
-        for name in contenders
-        if name != "ours" and "ours" in contenders
+        for name in best
+        if name != "ours" and "ours" in best
     }
-    return {**counts, "contenders": shown, "ours_over": ratios, "skipped": skipped}
+    counts["num_examples"] = arguments.examples
+    return {**counts, "dtype": arguments.dtype, "contenders": shown, "ours_over": ratios, "skipped": skipped}
 
 
 def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -107,7 +127,7 @@ def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "budget.tokens=1000000000",
         "budget.allow_repeats=true",
         f"batch_size={arguments.batch_size}",
-        f"micro_batch_tokens={max(4096, arguments.max_seq_len)}",
+        f"dtype={arguments.dtype}",
         "log_every=0",
     ]
     config = load(recipe.Config, common.CONFIGS / "smollm2_135m_uniform_10pct.yaml", overrides)
@@ -123,6 +143,7 @@ def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         rows.append({"tokens": tokens.tolist(), "labels": tokens.masked_fill(~supervised, IGNORE_INDEX).tolist()})
         num_supervised += int(supervised.sum())
     (folder / "examples.json").write_text(json.dumps(rows))
+    num_tokens = sum(len(row["tokens"]) - 1 for row in rows)
     return {
         "overrides": overrides,
         "model": config.checkpointer.arguments["checkpoint_dir"],
@@ -130,15 +151,16 @@ def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "examples": str(folder / "examples.json"),
         "max_seq_len": arguments.max_seq_len,
         "batch_size": arguments.batch_size,
-        "stock_batch_size": arguments.stock_batch_size,
+        # The contenders that pack take as many optimizer steps as the others.
+        "packs_per_step": max(1, round(num_tokens * arguments.batch_size / len(rows) / arguments.max_seq_len)),
+        "dtype": arguments.dtype,
         "threads": arguments.threads,
-        "num_examples": len(rows),
-        "num_tokens": sum(len(row["tokens"]) - 1 for row in rows),
+        "num_tokens": num_tokens,
         "num_supervised_tokens": num_supervised,
     }
 
 
-def contend(name: str, *, python: str, folder: Path, threads: int) -> dict[str, Any]:
+def run(name: str, settings: dict[str, Any], *, python: str, folder: Path, threads: int) -> dict[str, Any]:
     """Runs ``contenders.py`` in a process of its own and returns its answer; its output is in ``folder / NAME.log``."""
     here = Path(__file__).resolve().parent
     environment = os.environ | {
@@ -146,6 +168,7 @@ def contend(name: str, *, python: str, folder: Path, threads: int) -> dict[str, 
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(here), str(common.ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+    (folder / "settings.json").write_text(json.dumps(settings))
     answer, log = folder / f"{name}.json", folder / f"{name}.log"
     command = [python, str(here / "contenders.py"), name, str(folder / "settings.json"), str(answer)]
     with log.open("w") as output:
@@ -157,16 +180,16 @@ def contend(name: str, *, python: str, folder: Path, threads: int) -> dict[str, 
 def report(numbers: dict[str, Any]) -> None:
     """Prints the tables."""
     names = list(numbers["contenders"])
-    title = "{num_examples} examples, {num_tokens} real tokens, {num_supervised_tokens} supervised".format(**numbers)
+    title = "{num_examples} examples, {num_tokens} real tokens, {num_supervised_tokens} supervised, {dtype}"
     rows = []
     for name in names:
         of = numbers["contenders"][name]
         speed = statistics.median(of["tokens_per_second"])
         supervised = statistics.median(of["supervised_tokens_per_second"])
-        padding, loss = f"{of['padding']:.1%}", f"{of['first_loss']:.4f}"
-        rows.append((name, speed, supervised, padding, of["peak_mib"], of["growth_mib"], loss))
-    columns = ("median", "tokens/s", "supervised/s", "padding", "peak MiB", "growth MiB", "first loss")
-    common.show(title, columns, rows)
+        computed, loss = f"{of['computed']:.0%}", f"{of['loss']:.3f}"
+        rows.append((name, of["size"], speed, supervised, computed, of["peak_mib"], of["growth_mib"], loss))
+    columns = ("median", "size", "tokens/s", "supervised/s", "computed", "peak MiB", "growth MiB", "loss")
+    common.show(title.format(**numbers), columns, rows)
     speeds = zip(*(numbers["contenders"][name]["tokens_per_second"] for name in names), strict=True)
     common.show("tokens/s by round", ("round", *names), [(str(i), *speed) for i, speed in enumerate(speeds, 1)])
     for name, ratios in numbers["ours_over"].items():

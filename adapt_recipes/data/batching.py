@@ -1,9 +1,9 @@
-"""Micro-batches of examples of similar length, so that there is little padding, distributed to the processes."""
+"""Micro-batches of examples that begin alike, distributed to the processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,20 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from adapt_recipes.data.examples import IGNORE_INDEX, Example
+from adapt_recipes.data.packing import shared_with_previous, supervised_lengths
 from adapt_recipes.training.process_group import rank, world_size
-
-# The fixed cost of one more forward and backward pass, in computed tokens: mainly writing and accumulating one more
-# gradient of every weight. Measured: 145 (135M weights, bf16, CPU). The total cost is flat around its minimum.
-FORWARD_OVERHEAD_TOKENS = 128
-# The same where weights are gathered from other processes and gradients are sent to them. Measured: 340 in fp32, 680 in
-# bf16 (20M weights, gloo, two processes).
-SHARDED_OVERHEAD_TOKENS = 512
 
 
 class MicroBatch(NamedTuple):
-    """Examples computed in one forward pass, padded on the right.
-
-    Right padding needs no attention mask: under causal attention no real token sees what comes after it.
+    """Examples computed in one forward pass, padded on the right; ``packing.py`` says what the model computes of them.
 
     Attributes:
         tokens: (batch, length) int64, padded with 0.
@@ -36,7 +28,8 @@ class MicroBatch(NamedTuple):
         lengths: (batch,) int64, positions of each row that are not padding.
         num_tokens: positions that are not padding, in this forward pass on all processes together.
         num_supervised_tokens: labels that count in the loss, on all processes together.
-        computed_tokens: all positions, padding included, on all processes together.
+        computed_tokens: positions that the model computes, on all processes together: without padding, and beginnings
+            that rows share once.
     """
 
     tokens: Tensor
@@ -65,17 +58,11 @@ class MicroBatch(NamedTuple):
 def micro_batches(
     examples: Sequence[Example], tasks: Sequence[int], *, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> list[MicroBatch]:
-    """Splits examples into micro-batches that compute the fewest tokens, and distributes them to the processes.
+    """Splits examples into as few micro-batches as possible, as equal as possible, and distributes them to processes.
 
-    The examples are sorted by length (length bucketing), and the list is cut into rounds. In a round every process
-    computes one micro-batch and waits for the slowest. The cost of a round is the number of tokens computed (rows times
-    longest row, on the process with the most) plus the overhead of a forward pass. A shortest path finds the cuts with
-    the smallest total cost. (With greedy cuts, forward and backward passes on Natural Instructions took as long for
-    one process, and 17 % longer for two.) The longest examples come first, so that a batch that does not fit in memory
-    fails at once.
-
-    All processes compute the same cuts without communication. The numbers of tokens that two processes compute differ
-    by at most the longest example.
+    The examples are sorted by their tokens, so that those that begin alike are neighbors, and the list is cut. Each
+    process has the same number of micro-batches: in a round every process computes one and waits for the slowest. All
+    processes compute the same cuts without communication.
 
     Args:
         examples: the same list on every process.
@@ -85,28 +72,39 @@ def micro_batches(
         world_size: number of processes.
 
     Returns:
-        This process's micro-batches; every process has the same number of them.
+        This process's micro-batches, the largest first, so that one that does not fit in memory fails at once.
     """
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].tokens), i))
-    lengths = np.array([len(examples[i].tokens) for i in order], dtype=np.int64)
-    computed = np.zeros(world_size, dtype=np.int64)  # tokens, by process
+    if not examples:
+        return []
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].tokens.tolist(), i))
+    rows = _collate([examples[i] for i in order])
+    lengths = supervised_lengths(rows["labels"]).numpy()
+    own = lengths - shared_with_previous(rows["tokens"].numpy(), lengths)
+
+    parts = _parts(lengths, own, max_tokens, world_size)
+    sizes = [_size(lengths, own, part) for part in parts]
+    by_size = sorted(range(len(parts)), key=lambda i: -sizes[i])
     batches = []
-    for parts in _rounds(lengths, max_tokens, world_size):
-        sizes = np.array([_size(lengths, part) or 1 for part in parts])
-        # The process that has computed least gets the largest part.
-        by_size, by_need = np.argsort(-sizes, kind="stable"), np.argsort(computed, kind="stable")
-        computed[by_need] += sizes[by_size]
-        mine = parts[by_size[by_need.tolist().index(rank)]]
-        everything = [examples[order[place]] for part in parts for place in part]
+    for first in range(0, len(parts), world_size):
+        in_round = by_size[first : first + world_size]
+        everything = [examples[order[place]] for i in in_round for place in parts[i]]
         totals = {
             "num_tokens": sum(len(example.tokens) for example in everything),
             "num_supervised_tokens": int((torch.cat([each.labels for each in everything]) != IGNORE_INDEX).sum()),
-            "computed_tokens": int(sizes.sum()),
+            "computed_tokens": sum(max(1, sizes[i]) for i in in_round),
         }
-        if mine:
-            batches.append(_collate(examples, tasks, [order[place] for place in mine], totals))
+        if mine := [order[place] for place in parts[in_round[rank]]]:
+            batches.append(
+                MicroBatch(
+                    **_collate([examples[i] for i in mine]),
+                    tasks=torch.tensor([tasks[i] for i in mine]),
+                    rows=torch.tensor(mine),
+                    lengths=torch.tensor([len(examples[i].tokens) for i in mine]),
+                    **totals,
+                )
+            )
         else:
-            batches.append(_dummy(tasks[order[parts[0][0]]], totals))
+            batches.append(_dummy(tasks[order[parts[in_round[0]][0]]], totals))
     return batches
 
 
@@ -123,79 +121,41 @@ def build_batches(
 
 
 # Indices into the sorted list.
-Part = Sequence[int]
+Part = range
 
 
-def _rounds(lengths: np.ndarray, max_tokens: int, num_parts: int) -> Iterator[list[Part]]:
-    """The micro-batches of each round: ``num_parts`` of them with nearly equal numbers of tokens; some may be empty."""
-    num, never = len(lengths), np.iinfo(np.int64).max
-    overhead = FORWARD_OVERHEAD_TOKENS if num_parts == 1 else SHARDED_OVERHEAD_TOKENS
-    # rest[start]: the number of tokens from there on.
-    rest = np.append(np.cumsum(lengths[::-1])[::-1], 0)
-    # best[end]: the smallest cost of computing all examples before it.
-    best = np.full(num + 1, never)
-    best[0] = 0
-    # Start and bound of the round that ends at each index.
-    start_of, bound_of = np.zeros((2, num + 1), dtype=np.int64)
-
-    # Shortest path over the cuts: from each start, try every bound on a part's tokens.
-    for start in range(num):
-        if best[start] == never:
-            continue
-        bounds = lengths[start] * np.arange(min(max(1, max_tokens // lengths[start]), num - start) + 1)
-        bounds = np.append(bounds, -1)
-        edges = _edges(lengths, rest, start, bounds, max_tokens, num_parts)
-        rows = np.diff(edges, axis=0)
-        sizes = rows * lengths[np.minimum(edges[:-1], num - 1)]
-        fits = ((sizes <= max_tokens) | (rows == 1)).all(0) & (np.ptp(sizes, axis=0) <= lengths[start])
-        costs, ends = best[start] + sizes.max(0) + overhead, edges[-1]
-        # Several rounds may reach the same end. In this order the cheapest one is written last.
-        better = (fits & (costs < best[ends])).nonzero()[0]
-        better = better[np.argsort(-costs[better], kind="stable")]
-        best[ends[better]], start_of[ends[better]], bound_of[ends[better]] = costs[better], start, bounds[better]
-
-    # Walk back along the best path.
-    cuts = [num]
-    while cuts[-1] > 0:
-        cuts.append(int(start_of[cuts[-1]]))
-    for end, start in reversed(list(zip(cuts, cuts[1:], strict=False))):
-        edges = _edges(lengths, rest, start, bound_of[end : end + 1], max_tokens, num_parts)[:, 0]
-        yield [range(*pair) for pair in pairwise(edges.tolist())]
+def _parts(lengths: np.ndarray, own: np.ndarray, max_tokens: int, world_size: int) -> list[Part]:
+    """The cuts with the fewest rounds; among these, with the smallest largest part. Some parts may be empty."""
+    # Filling parts one after the other gives the fewest for a bound. (A part never computes more than a longer one.)
+    num_parts = -(-len(_filled(lengths, own, max_tokens)) // world_size) * world_size
+    bounds = range(1, max(max_tokens, int(lengths.max())) + 1)
+    bound = bounds[bisect_left(bounds, True, key=lambda bound: len(_filled(lengths, own, bound)) <= num_parts)]
+    parts = _filled(lengths, own, bound)
+    return parts + [range(0)] * (num_parts - len(parts))
 
 
-def _edges(
-    lengths: np.ndarray, rest: np.ndarray, start: int, bounds: np.ndarray, max_tokens: int, num_parts: int
-) -> np.ndarray:
-    """(num_parts + 1, num_bounds): the boundaries between the parts of a round, for each bound on a part's tokens.
-
-    A part takes as many rows as stay within the bound, and at least one. Bound -1: as many as an equal share of the
-    remaining tokens needs; bound 0: one row more where that share is a whole number of rows.
-    """
-    edges = np.full((num_parts + 1, len(bounds)), start)
-    for part in range(num_parts):
-        place = edges[part]
-        width = lengths[np.minimum(place, len(lengths) - 1)]
-        limits = np.where(
-            bounds > 0, np.minimum(bounds, max_tokens), rest[place] // (num_parts - part) + width + bounds
-        )
-        edges[part + 1] = np.minimum(place + np.maximum(limits // width, 1), len(lengths))
-    return edges
+def _filled(lengths: np.ndarray, own: np.ndarray, bound: int) -> list[Part]:
+    """Consecutive parts that each take as many rows as stay within the bound, and at least one."""
+    parts, start, size = [], 0, 0
+    for place, (length, added) in enumerate(zip(lengths.tolist(), own.tolist(), strict=True)):
+        if place > start and size + added > bound:
+            parts.append(range(start, place))
+            start, size = place, 0
+        # The first row of a part shares nothing.
+        size += added if place > start else length
+    return [*parts, range(start, len(lengths))]
 
 
-def _size(lengths: np.ndarray, part: Part) -> int:
-    """The tokens computed for a part; its first row is the longest."""
-    return len(part) * int(lengths[part[0]]) if part else 0
+def _size(lengths: np.ndarray, own: np.ndarray, part: Part) -> int:
+    """The tokens computed for a part."""
+    return int(lengths[part.start] + own[part.start + 1 : part.stop].sum()) if part else 0
 
 
-def _collate(examples: Sequence[Example], tasks: Sequence[int], rows: list[int], totals: dict[str, int]) -> MicroBatch:
-    return MicroBatch(
-        tokens=pad_sequence([examples[i].tokens for i in rows], batch_first=True),
-        labels=pad_sequence([examples[i].labels for i in rows], batch_first=True, padding_value=IGNORE_INDEX),
-        tasks=torch.tensor([tasks[i] for i in rows]),
-        rows=torch.tensor(rows),
-        lengths=torch.tensor([len(examples[i].tokens) for i in rows]),
-        **totals,
-    )
+def _collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    return {
+        "tokens": pad_sequence([example.tokens for example in examples], batch_first=True),
+        "labels": pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORE_INDEX),
+    }
 
 
 def _dummy(task: int, totals: dict[str, int]) -> MicroBatch:

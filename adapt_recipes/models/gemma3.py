@@ -13,6 +13,7 @@ from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 
+from adapt_recipes.data.packing import PackedRows
 from adapt_recipes.models.head_norm import NormedHeads
 
 
@@ -141,6 +142,8 @@ class SlidingWindowAttention(MultiHeadAttention):
             ValueError: the mask is not a boolean tensor, such as that of flex attention.
         """
         length, window = x.shape[1], self.sliding_window
+        if isinstance(mask, PackedRows):
+            return super().forward(x, y, mask=mask.with_window(window), input_pos=input_pos)
         if mask is None and length > window:
             mask = torch.ones(1, length, length, dtype=torch.bool, device=x.device).tril()
         if mask is not None:

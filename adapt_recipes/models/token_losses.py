@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
 
 from adapt_recipes.data.examples import IGNORE_INDEX
+from adapt_recipes.data.packing import PackedRows, pack_rows, supervised_lengths
+from adapt_recipes.models.packed_attention import attend_over_packed_rows
 
 
 def check_decoder(decoder: TransformerDecoder, *, max_seq_len: int, max_token: int) -> None:
@@ -44,7 +46,8 @@ class TokenLosses(nn.Module):
     with a large vocabulary costs as much as many layers, are computed at those positions only. The whole computation is
     in this module's ``forward``, because FSDP2 gathers the root's weights (embeddings, norm, head) only there.
 
-    Rows are padded on the right and there is no mask: with causal attention a token does not depend on what follows.
+    Padding is not computed, what follows the last label of a row neither, and a beginning that neighboring rows share
+    is computed once (``adapt_recipes/data/packing.py``). With dropout the rows share its masks there too.
 
     Args:
         decoder: the model, optionally compiled and with activation checkpointing.
@@ -65,6 +68,7 @@ class TokenLosses(nn.Module):
     ) -> None:
         super().__init__()
         self.decoder = decoder
+        attend_over_packed_rows(decoder)
         self.compute_dtype = compute_dtype
         self.loss_chunk_tokens = loss_chunk_tokens
         self.activation_offloading = activation_offloading
@@ -88,7 +92,11 @@ class TokenLosses(nn.Module):
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled, cache_enabled=cached)
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, output: Literal["losses", "logits", "hidden_states"] = "losses"
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        output: Literal["losses", "logits", "hidden_states"] = "losses",
+        rows: PackedRows | None = None,
     ) -> Tensor:
         """The loss of each supervised token, or the logits or hidden states it is computed from.
 
@@ -97,6 +105,7 @@ class TokenLosses(nn.Module):
             labels: (batch, length) int64, ``labels[:, t]`` is the token that follows ``tokens[:, t]``; ``IGNORE_INDEX``
                 at positions that are not supervised.
             output: what to return.
+            rows: of ``tokens``; None: found here, from their values.
 
         Returns:
             ``losses``: (num_supervised,) fp32 cross-entropies in nats, row by row. Without a supervised position it is
@@ -108,17 +117,20 @@ class TokenLosses(nn.Module):
         assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"
         self.last_shape = (tokens.shape[0], tokens.shape[1])
         supervised = labels != IGNORE_INDEX
+        if rows is None:
+            whole = torch.full(tokens.shape[:1], tokens.shape[1])
+            rows = pack_rows(tokens, whole if output == "hidden_states" else supervised_lengths(labels))
         offloading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.activation_offloading:
             offloading = torch.autograd.graph.save_on_cpu(pin_memory=tokens.is_cuda)
         with self.autocast():
-            hidden = decoder.tok_embeddings(tokens)
+            hidden = decoder.tok_embeddings(rows.tokens.unsqueeze(0))
             with offloading:
                 for layer in decoder.layers:
-                    hidden = layer(hidden)
+                    hidden = layer(hidden, mask=rows, input_pos=rows.positions.unsqueeze(0))
             if output == "hidden_states":
-                return decoder.norm(hidden)
-            hidden = decoder.norm(hidden[supervised])
+                return decoder.norm(hidden[0])[rows.index]
+            hidden = decoder.norm(hidden[0, rows.index[supervised]])
             if output == "logits":
                 return decoder.output(hidden).float()
             if self.loss_chunk_tokens is None:
