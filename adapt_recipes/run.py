@@ -381,7 +381,11 @@ class Run:
         if saved:
             self.saved_validation_losses = losses
             self._log.write(SavedValidationEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
-            self._warn_of_rounding()
+            stages = (self.initial_validation_losses, self.validation_losses, losses)
+            has_adapters = (self.output_dir / ADAPTER).is_dir()
+            if text := rounding_warning(*(float(each.nanmean()) for each in stages), has_adapters=has_adapters):
+                warn(text)
+                self._log.write(NoteEvent(step=self.ledger.steps, text=text))
             return
         self.validation_losses = losses
         if self.ledger.steps == 0:
@@ -394,25 +398,6 @@ class Run:
         self.test_losses = losses
         spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
         self._log.write(TestEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
-
-    def _warn_of_rounding(self) -> None:
-        """Says that saving lost a part of what was learned: a hundredth of the gain, and 1e-4 nats, or more."""
-        assert self.saved_validation_losses is not None
-        stages = (self.initial_validation_losses, self.validation_losses, self.saved_validation_losses)
-        initial, trained, saved = (float(losses.nanmean()) for losses in stages)
-        gain, lost = initial - trained, saved - trained
-        if lost < max(0.01 * gain, 1e-4):
-            return
-        share = f" ({lost / gain:.0%} of the gain is lost)" if gain > 0 else ""
-        text = (
-            f"model/ is rounded: its mean validation loss is {saved:.4f}, of the trained weights {trained:.4f}{share}"
-        )
-        if (self.output_dir / ADAPTER).is_dir():
-            text += "; adapter/ has the adapters, not merged and not rounded"
-        else:
-            text += "; checkpointer.save_dtype=fp32 keeps it: remove model/ and run again with resume=true"
-        warn(text)
-        self._log.write(NoteEvent(step=self.ledger.steps, text=text))
 
     def note(self, component: str, text: str) -> None:
         """Logs and prints a remark of a component about the run."""
@@ -508,3 +493,24 @@ class Run:
     def _check_same_mixture(self) -> None:
         probabilities = self._by_task(self._mixture.probabilities())
         check_same({"mixture": probabilities}, advice="it may depend on nothing but what it is given")
+
+
+def rounding_warning(initial: float, trained: float, saved: float, *, has_adapters: bool) -> str | None:
+    """Says that saving lost a part of what was learned.
+
+    Args:
+        initial, trained, saved: mean validation losses of the model at first, as trained, and as in ``model/``.
+        has_adapters: there is ``adapter/`` beside it.
+
+    Returns:
+        None: ``saved`` is less than 1e-4 nats above ``trained``, or less than 1 % of what training has gained.
+    """
+    gain, lost = initial - trained, saved - trained
+    if lost < max(0.01 * gain, 1e-4):
+        return None
+    share = f" ({lost / gain:.0%} of the gain lost)" if gain > 0 else ""
+    advice = "checkpointer.save_dtype=fp32 keeps it: remove model/ and run again with resume=true"
+    if has_adapters:
+        advice = "adapter/ has the adapters as trained, neither merged nor rounded"
+    what = f"mean validation loss {saved:.4f} in model/, {trained:.4f} as trained{share}"
+    return f"saving rounded the weights: {what}; {advice}"
