@@ -509,8 +509,8 @@ def rounding_warning(initial: float, trained: float, saved: float, *, has_adapte
     if lost < max(0.01 * gain, 1e-4):
         return None
     share = f" ({lost / gain:.0%} of the gain lost)" if gain > 0 else ""
-    advice = "checkpointer.save_dtype=fp32 keeps it: remove model/ and run again with resume=true"
+    cause, advice = "saving", "checkpointer.save_dtype=fp32 keeps it: remove model/ and run again with resume=true"
     if has_adapters:
-        advice = "adapter/ has the adapters as trained, neither merged nor rounded"
-    what = f"mean validation loss {saved:.4f} in model/, {trained:.4f} as trained{share}"
-    return f"saving rounded the weights: {what}; {advice}"
+        cause, advice = "merging the adapters", "adapter/ has them as trained, for PEFT"
+    losses = f"mean validation loss {saved:.4f} in model/, {trained:.4f} as trained{share}"
+    return f"{cause} rounded the weights: {losses}; {advice}"

@@ -176,10 +176,9 @@ def _headline(run: Run) -> list[str]:
             f"The worst validation loss went from {worst[0]} to {worst[1]} nats{task}, the mean from {mean[0]} to "
             f"{mean[1]}."
         )
-    saved = run.saved_losses
-    if _is_measured(saved) and not np.array_equal(saved, after, equal_nan=True):
+    if _is_measured(saved := run.saved_losses) and np.nanmax(np.abs(saved - after)) >= 1e-4:
         text.append(
-            f"Saving rounded the weights: in model/ the worst is {_loss(float(worst_over_tasks(saved)))} nats"
+            f"As the weights were rounded in model/, the worst is {_loss(float(worst_over_tasks(saved)))} nats"
             f"{_worst_task(run, saved)}, the mean {_loss(float(mean_over_tasks(saved)))}."
         )
     if _is_measured(test := run.test_losses):

@@ -52,7 +52,7 @@ def small(base: Path) -> Changes:
 def lora(base: Path) -> Changes:
     decoder = {"_component_": "adapt_recipes.models.decoder_from_folder", "path": str(base), "max_seq_len": 16}
     model = {"_component_": "adapt_recipes.models.with_lora", "decoder": decoder, **LORA}
-    return {"model": json.dumps(model), "checkpointer.checkpoint_dir": base, "optimizer.lr": 1e-3}
+    return {"model": json.dumps(model), "checkpointer.checkpoint_dir": base, "optimizer.lr": 1e-4}
 
 
 @pytest.fixture
@@ -171,10 +171,15 @@ def test_the_log_has_it_once_with_a_warning(
     ],
 )
 def test_when_there_is_a_warning(initial: float, trained: float, saved: float, share: str | None) -> None:
-    for has_adapters, advice in ((False, "; checkpointer.save_dtype=fp32 keeps it"), (True, "; adapter/ has the")):
-        text = rounding_warning(initial, trained, saved, has_adapters=has_adapters)
+    for cause, advice in (
+        ("saving", "; checkpointer.save_dtype=fp32 keeps it"),
+        ("merging the adapters", "; adapter/ has them as trained"),
+    ):
+        text = rounding_warning(initial, trained, saved, has_adapters=cause != "saving")
         assert (text is None) == (share is None)
-        assert text is None or f"in model/, {trained:.4f} as trained{share}{advice}" in text
+        if text is not None:
+            assert text.startswith(f"{cause} rounded the weights: ")
+            assert f"in model/, {trained:.4f} as trained{share}{advice}" in text
 
 
 @pytest.mark.parametrize("dtype", slow_but(["fp32"], ["fp32", "bf16", "pure_bf16"]))
@@ -194,10 +199,7 @@ def test_adapters_are_measured_merged(
             lost = mean(done["saved_validation_losses"]) - done["mean_validation_loss"]
             assert abs(lost) < 1e-5 if save_dtype == "fp32" else lost > 1e-4
             assert bool(notes(folder)) == (save_dtype == "stored")
-    if dtype == "fp32":
-        assert notes(tmp_path / "stored")[0].endswith(
-            "; adapter/ has the adapters as trained, neither merged nor rounded"
-        )
+    assert notes(tmp_path / "stored")[0].startswith("merging the adapters rounded the weights: mean validation loss ")
     adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("stored", "fp32")]
     assert all(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
     assert any(weight.any() for name, weight in adapters[0].items() if "lora_B" in name)
@@ -213,11 +215,12 @@ def test_two_processes_measure_the_same(
     both, alone = (summary(tmp_path / name) for name in ("run", "alone"))
     assert both["probe_tokens"] == alone["probe_tokens"]
     lost = [mean(done["saved_validation_losses"]) - done["mean_validation_loss"] for done in (both, alone)]
-    assert min(lost) > 1e-4 and lost[0] == pytest.approx(lost[1], rel=0.1)
+    # Weights that differ in their last bits may be rounded apart.
+    assert min(lost) > 1e-4 and lost[0] == pytest.approx(lost[1], rel=0.3)
     expected = losses_by_transformers(tmp_path / "run" / "model", tasks_of(runs, changes), "validation")
     assert both["saved_validation_losses"] == expected
-    assert said(tmp_path / "run", ".0.err").count("warning: saving rounded") == 1
-    assert "saving rounded" not in said(tmp_path / "run", ".1.err")
+    assert said(tmp_path / "run", ".0.err").count(" rounded the weights: ") == 1
+    assert "rounded the weights" not in said(tmp_path / "run", ".1.err")
 
 
 # ---- stopped, resumed and written again

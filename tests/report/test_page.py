@@ -278,8 +278,8 @@ def test_a_page_on_one_run_whose_weights_were_rounded(tmp_path: Path) -> None:
     """Only then is there a sentence about it, and not for a run that does not say."""
     settings: dict[str, Any] = {"tasks": ("one", "two"), "loss": lambda task, share: 9 - (8 - task) * share}
     page = page_of(write_run(tmp_path / "rounded", **settings, saved=(1.25, 2.5)))
-    said = "the mean from 9.0000 to 1.5000. Saving rounded the weights: in model/ the worst is 2.5000 nats (two), "
-    assert f"{said}the mean 1.8750." in " ".join(page.text.split())
+    said = "to 1.5000. As the weights were rounded in model/, the worst is 2.5000 nats (two), the mean 1.8750."
+    assert said in " ".join(page.text.split())
     folder = write_run(tmp_path / "same", **settings)
     assert "rounded" not in page_of(folder).text
     summary = json.loads((folder / "summary.json").read_text())
