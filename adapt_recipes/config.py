@@ -58,8 +58,8 @@ class TrainConfig:
     model: Component
     """a torchtune builder"""
     tokenizer: Component
-    checkpointer: Component
-    """the source of the weights"""
+    checkpointer: Annotated[Component, FREE_AT_RESUME.of("save_dtype")]
+    """the source of the weights, and the dtype of those in model/"""
     tasks: TasksConfig
     max_seq_len: PositiveInt
     """rendered tokens; longer examples are dropped and counted, never cut"""

@@ -71,8 +71,19 @@ class ValidationEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedValidationEvent:
+    """A validation of the model as it is saved in ``model/``, where that is not bit for bit what was trained."""
+
+    event: ClassVar[str] = "saved_validation"
+    step: int
+    supervised_tokens: int
+    losses: ByTask
+    """nats per supervised token; null for a task without a validation split"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TestEvent:
-    """The test of every task on its whole test split, once, after the run has spent its budget."""
+    """The test of every task on its whole test split, once, of the model as it is saved in ``model/``."""
 
     event: ClassVar[str] = "test"
     step: int
@@ -123,6 +134,7 @@ Event = (
     | StepEvent
     | MixtureEvent
     | ValidationEvent
+    | SavedValidationEvent
     | TestEvent
     | CheckpointEvent
     | ResumeEvent
@@ -142,7 +154,11 @@ def to_line(event: Event) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """``summary.json``. Losses are nats per supervised token on a whole split with the final weights."""
+    """``summary.json``. Losses are nats per supervised token on a whole split.
+
+    Those of validation are with the weights as they were trained, ``saved_validation_losses`` and those of the test
+    with the weights as they are in ``model/``.
+    """
 
     strategy: str
     seed: int
@@ -161,6 +177,8 @@ class Summary:
     """over tasks, unweighted"""
     mean_validation_loss: float
     """over tasks, unweighted"""
+    saved_validation_losses: ByTask
+    """equal to ``validation_losses`` where saving rounded no weight and merged no adapter"""
     test_losses: ByTask | None = None
     """None, as in the next two: no task has a test split"""
     worst_test_loss: float | None = None

@@ -29,6 +29,7 @@ from adapt_recipes import data
 from adapt_recipes.budget import Ledger
 from adapt_recipes.config import FREE_AT_RESUME, TrainConfig, to_dict
 from adapt_recipes.display import Display
+from adapt_recipes.errors import warn
 from adapt_recipes.events import (
     CheckpointEvent,
     DataEvent,
@@ -36,6 +37,7 @@ from adapt_recipes.events import (
     MixtureEvent,
     NoteEvent,
     ResumeEvent,
+    SavedValidationEvent,
     StepEvent,
     Summary,
     TestEvent,
@@ -43,6 +45,7 @@ from adapt_recipes.events import (
 )
 from adapt_recipes.output import take_warnings
 from adapt_recipes.run_directory import (
+    ADAPTER,
     check_output_dir,
     has_checkpoint,
     has_model,
@@ -59,7 +62,7 @@ from adapt_recipes.runlog import (
     write_resolved,
     write_summary,
 )
-from adapt_recipes.strict import marked
+from adapt_recipes.strict import config_differences, marked
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.interrupt import StopSignals, checkpoint_timeout_warning
 from adapt_recipes.training.memory import out_of_memory
@@ -97,7 +100,9 @@ class Run:
         saved: the checkpoint that ``start`` resumes from; None: the run begins.
         num_updates: mixture updates so far.
         validation_losses: (num_tasks,) float64 of the last validation; ``initial_validation_losses`` of the first.
-        test_losses: (num_tasks,) float64 of the test, which comes after the last checkpoint; None: there is none.
+        saved_validation_losses: (num_tasks,) float64 of the model as it is in ``model/``; None: they are the last ones.
+        test_losses: (num_tasks,) float64 of the test; None: there is none. As the line above, it comes after the last
+            checkpoint, and a resume from there measures it again.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -105,6 +110,7 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.num_updates = 0
         self.validation_losses = self.initial_validation_losses = torch.empty(0)
+        self.saved_validation_losses: Tensor | None = None
         self.test_losses: Tensor | None = None
         self._phase_seconds = {"mixture": 0.0, "validation": 0.0}
         # When the run would have begun without its down time, by time.perf_counter().
@@ -263,6 +269,8 @@ class Run:
             _, tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
             with raise_on_all_ranks():
                 check_same_run(before, now | {"data": data.fingerprint(tasks)}, free=free)
+        if "checkpointer.save_dtype" in config_differences(read_resolved(self.output_dir), to_dict(config), ()):
+            warn("checkpointer.save_dtype changed: remove model/ first, and it is written again")
 
     def _show_plan(self, tasks: Sequence[data.Task]) -> None:
         """What is about to happen, on the terminal."""
@@ -364,20 +372,29 @@ class Run:
             )
         )
 
-    def log_validation(self, losses: Tensor) -> None:
-        """(num_tasks,) float64, nats per supervised token on the whole validation split; NaN for a task without."""
+    def log_validation(self, losses: Tensor, *, saved: bool = False) -> None:
+        """(num_tasks,) float64, nats per supervised token on the whole validation split; NaN for a task without.
+
+        ``saved``: of the model after ``models.round_as_saved``.
+        """
+        spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
+        if saved:
+            self.saved_validation_losses = losses
+            self._log.write(SavedValidationEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
+            stages = (self.initial_validation_losses, self.validation_losses, losses)
+            has_adapters = (self.output_dir / ADAPTER).is_dir()
+            if text := rounding_warning(*(float(each.nanmean()) for each in stages), has_adapters=has_adapters):
+                warn(text)
+                self._log.write(NoteEvent(step=self.ledger.steps, text=text))
+            return
         self.validation_losses = losses
         if self.ledger.steps == 0:
             self.initial_validation_losses = losses
-        spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
         self._log.write(ValidationEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
         self._display.validation(losses)
 
     def log_test(self, losses: Tensor) -> None:
-        """(num_tasks,) float64, nats per supervised token on the whole test split; NaN for a task without.
-
-        A resume from the last checkpoint measures it again, so no checkpoint holds it.
-        """
+        """(num_tasks,) float64, nats per supervised token on the whole test split; NaN for a task without."""
         self.test_losses = losses
         spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
         self._log.write(TestEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
@@ -415,6 +432,7 @@ class Run:
     def finished(self) -> int:
         """The budget is spent, ``model/`` written, the test done: write ``summary.json``. Returns the exit status."""
         ledger, losses, test_losses = self.ledger, self.validation_losses, self.test_losses
+        saved_losses = losses if self.saved_validation_losses is None else self.saved_validation_losses
         self._log.write(EndEvent(reason="finished", step=ledger.steps, seconds=self.seconds))
         summary = Summary(
             strategy=self.config.strategy,
@@ -432,6 +450,7 @@ class Run:
             initial_validation_losses=self._by_task(self.initial_validation_losses),
             worst_validation_loss=float(losses[~losses.isnan()].max()),
             mean_validation_loss=float(losses.nanmean()),
+            saved_validation_losses=self._by_task(saved_losses),
             test_losses=None if test_losses is None else self._by_task(test_losses),
             worst_test_loss=None if test_losses is None else float(test_losses[~test_losses.isnan()].max()),
             mean_test_loss=None if test_losses is None else float(test_losses.nanmean()),
@@ -474,3 +493,24 @@ class Run:
     def _check_same_mixture(self) -> None:
         probabilities = self._by_task(self._mixture.probabilities())
         check_same({"mixture": probabilities}, advice="it may depend on nothing but what it is given")
+
+
+def rounding_warning(initial: float, trained: float, saved: float, *, has_adapters: bool) -> str | None:
+    """Says that saving lost a part of what was learned.
+
+    Args:
+        initial, trained, saved: mean validation losses of the model at first, as trained, and as in ``model/``.
+        has_adapters: there is ``adapter/`` beside it.
+
+    Returns:
+        None: ``saved`` is less than 1e-4 nats above ``trained``, or less than 1 % of what training has gained.
+    """
+    gain, lost = initial - trained, saved - trained
+    if lost < max(0.01 * gain, 1e-4):
+        return None
+    share = f" ({lost / gain:.0%} of the gain lost)" if gain > 0 else ""
+    cause, advice = "saving", "checkpointer.save_dtype=fp32 keeps it: remove model/ and run again with resume=true"
+    if has_adapters:
+        cause, advice = "merging the adapters", "adapter/ has them as trained, for PEFT"
+    losses = f"mean validation loss {saved:.4f} in model/, {trained:.4f} as trained{share}"
+    return f"{cause} rounded the weights: {losses}; {advice}"

@@ -18,7 +18,16 @@ from torch import Tensor
 
 import adapt_recipes
 from adapt_recipes.errors import warn
-from adapt_recipes.events import Event, MixtureEvent, StepEvent, Summary, TestEvent, ValidationEvent, to_line
+from adapt_recipes.events import (
+    Event,
+    MixtureEvent,
+    SavedValidationEvent,
+    StepEvent,
+    Summary,
+    TestEvent,
+    ValidationEvent,
+    to_line,
+)
 from adapt_recipes.files import atomic_file
 from adapt_recipes.run_directory import LOG, RESOLVED, SUMMARY
 
@@ -97,7 +106,7 @@ class RunLog:
             return probabilities | {
                 n: getattr(event, n) for n in ("supervised_tokens", "probe_tokens", "mixture_seconds")
             }
-        if isinstance(event, ValidationEvent | TestEvent):
+        if isinstance(event, ValidationEvent | SavedValidationEvent | TestEvent):
             split = event.event
             measured = {f"{split}_loss/{task}": loss for task, loss in event.losses.items() if loss == loss}
             worst, mean = max(measured.values()), sum(measured.values()) / len(measured)

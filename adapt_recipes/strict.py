@@ -98,7 +98,18 @@ class Injected:
 
 
 class Mark:
-    """Metadata of a field, ``Annotated[bool, FREE_AT_RESUME]``; see ``marked``."""
+    """Metadata of a field, ``Annotated[bool, FREE_AT_RESUME]``, or of arguments of a component; see ``marked``."""
+
+    def of(self, *arguments: str) -> MarkedArguments:
+        """Marks arguments of a component only: ``Annotated[Component, FREE_AT_RESUME.of("x")]``."""
+        return MarkedArguments(self, arguments)
+
+
+class MarkedArguments:
+    """The arguments of a component that have a mark."""
+
+    def __init__(self, mark: Mark, names: tuple[str, ...]) -> None:
+        self.mark, self.names = mark, names
 
 
 FREE_AT_RESUME = Mark()
@@ -227,12 +238,15 @@ def load(config_class: type[ConfigT], path: str | Path, overrides: Sequence[str]
 
 
 def marked(config_class: type, mark: Mark) -> list[str]:
-    """The dotted keys of the fields of a schema that have a mark, in the order of the schema."""
+    """The dotted keys of a schema that have a mark, fields and arguments of components, in the order of the schema."""
     keys = []
     for name, hint in get_type_hints(config_class, include_extras=True).items():
-        if any(each is mark for each in typing.get_args(hint)):
+        metadata = typing.get_args(hint)
+        if any(each is mark for each in metadata):
             keys.append(name)
-        elif isinstance(hint, type) and (is_dataclass(hint) or issubclass(hint, BaseModel)):
+        of_arguments = [each for each in metadata if isinstance(each, MarkedArguments) and each.mark is mark]
+        keys += [f"{name}.{argument}" for each in of_arguments for argument in each.names]
+        if isinstance(hint, type) and (is_dataclass(hint) or issubclass(hint, BaseModel)):
             keys += [f"{name}.{key}" for key in marked(hint, mark)]
     return keys
 

@@ -133,6 +133,8 @@ class Recipe:
         if ledger.left > 0:
             return run.interrupted()
         models.save(self.model, self.checkpointer, run.output_dir / "model", tokenizer=self.tokenizer)
+        if models.round_as_saved(self.model, self.checkpointer):
+            self.validate(saved=True)
         self.test()
         return run.finished()
 
@@ -223,11 +225,11 @@ class Recipe:
                 names = [f"an example of task '{self.task_names[task]}' in the pool" for task in self.pool_tasks]
                 raise_nonfinite(self.model, self.pool, names=names, step=0)
 
-    def validate(self) -> None:
-        """Measures every task on its whole validation split."""
+    def validate(self, *, saved: bool = False) -> None:
+        """Measures every task on its whole validation split. ``saved``: the weights are those of ``model/`` by now."""
         with self.run.timed("validation", "validating"):
             losses = self.probe.losses(self.validation)
-        self.run.log_validation(losses)
+        self.run.log_validation(losses, saved=saved)
 
     def test(self) -> None:
         """Measures every task on its whole test split, if there is one. Nothing reads it before the end."""

@@ -94,6 +94,8 @@ class Recipe:
         if ledger.left > 0:
             return run.interrupted()
         models.save(self.model, self.checkpointer, run.output_dir / "model", tokenizer=self.tokenizer)
+        if models.round_as_saved(self.model, self.checkpointer):
+            self.validate(saved=True)
         self.test()
         return run.finished()
 
@@ -143,11 +145,11 @@ class Recipe:
             num_drawn=self.sampler.num_drawn,
         )
 
-    def validate(self) -> None:
-        """Measures every task on its whole validation split."""
+    def validate(self, *, saved: bool = False) -> None:
+        """Measures every task on its whole validation split. ``saved``: the weights are those of ``model/`` by now."""
         with self.run.timed("validation", "validating"):
             losses = self.probe.losses(self.validation)
-        self.run.log_validation(losses)
+        self.run.log_validation(losses, saved=saved)
 
     def test(self) -> None:
         """Measures every task on its whole test split, if there is one. Nothing reads it before the end."""

@@ -245,6 +245,9 @@ def test_marked_keys_are_found_in_nodes_as_well() -> None:
 
     base, own = (set(marked(schema, FREE_AT_RESUME)) for schema in (TrainConfig, Marked))
     assert own == base | {"mine"} and {"resume", "tasks.cache_dir"} <= base and "seed" not in base
+    # An argument of a component, and not the component.
+    assert "checkpointer.save_dtype" in base and "checkpointer" not in base
+    assert "checkpointer.save_dtype" not in marked(TrainConfig, NOT_COMPARED)
     assert set(marked(Marked, NOT_COMPARED)) == set(marked(TrainConfig, NOT_COMPARED)) | {"mine"}
 
 

@@ -172,6 +172,7 @@ SUMMARY = Summary(
     initial_validation_losses={"one": 2.0, "two": float("nan")},
     worst_validation_loss=1.0,
     mean_validation_loss=1.0,
+    saved_validation_losses={"one": 1.0, "two": float("nan")},
     seconds=3.21,
     mixture_seconds=0.0,
     validation_seconds=0.0,

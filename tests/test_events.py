@@ -16,6 +16,7 @@ from adapt_recipes.events import (
     MixtureEvent,
     NoteEvent,
     ResumeEvent,
+    SavedValidationEvent,
     StepEvent,
     ValidationEvent,
     to_line,
@@ -53,6 +54,10 @@ LINES: list[tuple[Any, dict[str, Any]]] = [
     (
         ValidationEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": 2.0}),
         {"event": "validation", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": 2.0}},
+    ),
+    (
+        SavedValidationEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": None}),
+        {"event": "saved_validation", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": None}},
     ),
     (
         events.TestEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": None}),

@@ -19,6 +19,7 @@ from adapt_recipes.events import (
     MixtureEvent,
     NoteEvent,
     ResumeEvent,
+    SavedValidationEvent,
     StepEvent,
     Summary,
     ValidationEvent,
@@ -42,6 +43,7 @@ SUMMARY = Summary(
     initial_validation_losses={"one": 2.5, "two": math.nan},
     worst_validation_loss=1.5,
     mean_validation_loss=1.5,
+    saved_validation_losses={"one": 1.75, "two": math.nan},
     seconds=3.5,
     mixture_seconds=0.0,
     validation_seconds=0.5,
@@ -126,6 +128,7 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     unmeasured = {
         "validation_losses": {"one": 1.5, "two": None},
         "initial_validation_losses": {"one": 2.5, "two": None},
+        "saved_validation_losses": {"one": 1.75, "two": None},
     }
     assert written == asdict(SUMMARY) | unmeasured
     assert written["test_losses"] is written["worst_test_loss"] is written["mean_test_loss"] is None, "no test split"
@@ -184,6 +187,7 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
     log.write(MixtureEvent(**shares, probabilities={"one": 0.25, "two": 0.75}, signals={"z": 1.0}))
     measured = {"one": 1.0, "two": 2.0, "unmeasured": math.nan}
     log.write(ValidationEvent(step=4, supervised_tokens=9, losses=measured))
+    log.write(SavedValidationEvent(step=4, supervised_tokens=9, losses=measured))
     log.write(events.TestEvent(step=5, supervised_tokens=9, losses=measured))
     for event in (
         CheckpointEvent(step=5),
@@ -195,8 +199,12 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
     totals = {name: value for name, value in shares.items() if name != "step"}
     losses = {"validation_loss/one": 1.0, "validation_loss/two": 2.0}
     losses |= {"worst_validation_loss": 2.0, "mean_validation_loss": 1.5}
-    of_test = {name.replace("validation", "test"): value for name, value in losses.items()}
-    assert logger.lines == [(3, {"p/one": 0.25, "p/two": 0.75} | totals), (4, losses), (5, of_test)]
+    of_saved, of_test = (
+        {name.replace("validation", split): value for name, value in losses.items()}
+        for split in ("saved_validation", "test")
+    )
+    probabilities = {"p/one": 0.25, "p/two": 0.75}
+    assert logger.lines == [(3, probabilities | totals), (4, losses), (4, of_saved), (5, of_test)]
 
 
 def test_a_silent_stand_in_takes_every_call() -> None:

@@ -11,7 +11,7 @@ from adapt_recipes.models.qwen3 import qwen3, qwen3_0_6b
 from adapt_recipes.models.token_losses import TokenLosses, check_decoder
 
 # Last: it needs all of the above.
-from adapt_recipes.models.build import build, prepare, save  # isort: skip
+from adapt_recipes.models.build import build, prepare, round_as_saved, save  # isort: skip
 
 __all__ = [
     "HuggingFaceCheckpointer",
@@ -26,6 +26,7 @@ __all__ = [
     "qwen1_5_0_5b",
     "qwen3",
     "qwen3_0_6b",
+    "round_as_saved",
     "save",
     "train_adapters_alone",
     "with_lora",

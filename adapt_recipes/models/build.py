@@ -87,6 +87,8 @@ def prepare(
 def save(model: TokenLosses, checkpointer: HuggingFaceCheckpointer, folder: Path, *, tokenizer: Any) -> None:
     """Writes the model as a Hugging Face folder, and its adapters, if it has any, to the folder ``adapter`` beside it.
 
+    The model itself is unchanged; see ``round_as_saved``.
+
     Args:
         model: of ``build``.
         checkpointer: of ``build``.
@@ -103,3 +105,18 @@ def save(model: TokenLosses, checkpointer: HuggingFaceCheckpointer, folder: Path
         end_ids=getattr(tokenizer, "end_ids", tokenizer.eos_ids),
         adapters=train_adapters_alone(model.decoder),
     )
+
+
+def round_as_saved(model: TokenLosses, checkpointer: HuggingFaceCheckpointer) -> bool:
+    """Gives the model the weights that ``save`` has written of it: rounded, and with adapters merged.
+
+    What is measured afterwards is measured of the saved model. Training cannot go on from it.
+
+    Args:
+        model: of ``build``.
+        checkpointer: of ``build``.
+
+    Returns:
+        Whether anything changed; false: what was saved is bit for bit what was trained.
+    """
+    return checkpointer.round_as_saved(model.decoder, adapters=train_adapters_alone(model.decoder))

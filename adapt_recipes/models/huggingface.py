@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
@@ -30,10 +30,11 @@ from adapt_recipes.models.families import (
     to_torchtune,
     torchtune_name,
 )
-from adapt_recipes.training.process_group import raise_on_all_ranks, rank
-from adapt_recipes.training.sharding import full_tensor
+from adapt_recipes.training.process_group import all_gather_object, raise_on_all_ranks, rank
+from adapt_recipes.training.sharding import fill, full_tensor, to_local
 
 StateDict = dict[str, Tensor]
+SaveDType = Literal["stored", "fp32", "bf16", "fp16"]
 
 _KEY = "checkpointer.checkpoint_dir"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,6 +43,9 @@ _GENERATION_CONFIG = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # By the names that safetensors uses.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The key of ``config.json`` that says it: of transformers 4, which 5 also reads, and of 5.
+_DTYPE_KEYS = ("torch_dtype", "dtype")
 _HEAD = "lm_head.weight"
 # Stored in old folders, and ignored.
 _COMPUTED = "rotary_emb.inv_freq"
@@ -69,6 +73,9 @@ class HuggingFaceCheckpointer:
     Args:
         checkpoint_dir: a folder with ``config.json`` and either ``model.safetensors`` or an index and its shards; None:
             training starts from random weights.
+        save_dtype: of the weights that ``save`` writes. ``stored``: each in the dtype that it has in
+            ``checkpoint_dir``, so that a bf16 model stays one in whatever dtype it was trained, and in fp32 without a
+            folder.
 
     Attributes:
         config: the folder's ``config.json``; None without a folder.
@@ -77,9 +84,9 @@ class HuggingFaceCheckpointer:
         ValueError: the folder or a file in it is missing or cannot be used.
     """
 
-    def __init__(self, checkpoint_dir: str | None) -> None:
+    def __init__(self, checkpoint_dir: str | None, save_dtype: SaveDType = "stored") -> None:
         self.config: dict[str, Any] | None = None
-        self._checkpoint_dir = checkpoint_dir
+        self._checkpoint_dir, self._save_dtype = checkpoint_dir, save_dtype
         self._generation_config: str | None = None
         # The folder's weights, by Hugging Face's names.
         self._stored: dict[str, _Stored] = {}
@@ -189,8 +196,7 @@ class HuggingFaceCheckpointer:
     ) -> None:
         """Writes a Hugging Face folder atomically. All processes call this, and the first one writes.
 
-        Each weight is stored in the dtype that it has in ``checkpoint_dir``, so that a bf16 model stays one in whatever
-        dtype it was trained, and in fp32 if there was no folder. A tied head is not stored.
+        The weights are rounded to ``save_dtype``, and ``config.json`` names it. A tied head is not stored.
 
         Adapters are merged into the weights, and also written for PEFT, unmerged, to the folder ``adapter`` beside
         ``folder``. In ``folder`` itself, transformers with PEFT installed would add them to the weights a second time.
@@ -218,8 +224,7 @@ class HuggingFaceCheckpointer:
             if not is_adapter(key):
                 name = huggingface_name(family, key)
                 assert name is not None, key
-                dtype = self._stored[name].dtype if name in self._stored else torch.float32
-                plan[name] = torch.empty(weight.shape, dtype=dtype, device="meta")
+                plan[name] = torch.empty(weight.shape, dtype=self._saved_dtype(name), device="meta")
                 sources[name] = key
         split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
 
@@ -230,12 +235,57 @@ class HuggingFaceCheckpointer:
         with raise_on_all_ranks():
             try:
                 if rank() == 0:
-                    self._write(folder, weights, split, config, tokenizer, end_ids)
+                    self._write(folder, weights, split, self._with_dtype(config), tokenizer, end_ids)
                     if adapters is not None:
                         self._write_adapters(folder.with_name("adapter"), dict(weights), adapters)
             finally:
                 # The other processes take part in every gather, and so does the first one after an error.
                 deque(weights, maxlen=0)
+
+    @torch.no_grad()
+    def round_as_saved(self, decoder: TransformerDecoder, *, adapters: Adapters | None = None) -> bool:
+        """Gives a decoder the weights that ``save`` writes of it, in the decoder's own dtype. All processes call this.
+
+        The decoder then computes what the folder does: adapters are merged, and their B is 0.
+
+        Args:
+            decoder: sharded or not; one weight at a time is gathered if it has an adapter.
+            adapters: the return value of ``train_adapters_alone``.
+
+        Returns:
+            Whether anything changed, on any process.
+        """
+        family = FAMILIES[architecture_of_decoder(decoder).model_type]
+        state_dict, changed = decoder.state_dict(), False
+        for key, weight in state_dict.items():
+            if is_adapter(key):
+                continue
+            before = to_local(weight).clone()
+            dtype = self._saved_dtype(str(huggingface_name(family, key)))
+            parts = _names_of_parts(key, state_dict)
+            if len(parts) == 1:
+                to_local(weight).copy_(before.to(dtype))
+            else:
+                # On the CPU, as in ``save``: another device adds in another order.
+                whole = {part: full_tensor(state_dict[part]).cpu() for part in parts}
+                fill(weight, merged(key, whole, adapters).to(dtype))
+                b = to_local(state_dict[parts[-1]])
+                changed |= bool(b.any())
+                b.zero_()
+            changed |= not torch.equal(to_local(weight), before)
+        return any(all_gather_object(changed))
+
+    def _saved_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a weight is saved, by Hugging Face's name."""
+        if self._save_dtype != "stored":
+            return _SAVE_DTYPES[self._save_dtype]
+        return self._stored[name].dtype if name in self._stored else torch.float32
+
+    def _with_dtype(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._save_dtype == "stored":
+            return config
+        keys = [key for key in _DTYPE_KEYS if key in config] or _DTYPE_KEYS[:1]
+        return {**config, **dict.fromkeys(keys, str(_SAVE_DTYPES[self._save_dtype]).removeprefix("torch."))}
 
     def _write(
         self,
@@ -303,6 +353,13 @@ def _stopping(settings: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, 
     return {**settings, "eos_token_id": with_ends(settings.get("eos_token_id"), end_ids)}
 
 
+def _names_of_parts(key: str, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The name of a weight, and those of its adapter's A and B if it has one."""
+    projection = key.removesuffix(".weight")
+    names = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
+    return [name for name in names if name in state_dict]
+
+
 def _converted(
     state_dict: Mapping[str, Tensor],
     keys: Sequence[str],
@@ -317,9 +374,7 @@ def _converted(
     All processes iterate over it, because they take part in every gather; only the first one gets values.
     """
     for key in keys:
-        projection = key.removesuffix(".weight")
-        parts = (key, f"{projection}.lora_a.weight", f"{projection}.lora_b.weight")
-        needed = {part: full_tensor(state_dict[part]) for part in parts if part in state_dict}
+        needed = {part: full_tensor(state_dict[part]) for part in _names_of_parts(key, state_dict)}
         if rank() == 0:
             weight = merged(key, {part: each.cpu() for part, each in needed.items()}, adapters)
             name = peft_name(family, key) if is_adapter(key) else str(huggingface_name(family, key))

@@ -176,6 +176,11 @@ def _headline(run: Run) -> list[str]:
             f"The worst validation loss went from {worst[0]} to {worst[1]} nats{task}, the mean from {mean[0]} to "
             f"{mean[1]}."
         )
+    if _is_measured(saved := run.saved_losses) and np.nanmax(np.abs(saved - after)) >= 1e-4:
+        text.append(
+            f"As the weights were rounded in model/, the worst is {_loss(float(worst_over_tasks(saved)))} nats"
+            f"{_worst_task(run, saved)}, the mean {_loss(float(mean_over_tasks(saved)))}."
+        )
     if _is_measured(test := run.test_losses):
         text.append(
             f"On the test split the worst loss is {_loss(float(worst_over_tasks(test)))} nats{_worst_task(run, test)}, "

@@ -142,6 +142,11 @@ class Run:
         return self._in_summary("validation_losses", self.validations.losses[-1:])
 
     @property
+    def saved_losses(self) -> Array:
+        """(tasks,): the validation losses of the model as it was saved; NaN if the run does not say."""
+        return self._in_summary("saved_validation_losses", np.empty(0))
+
+    @property
     def test_losses(self) -> Array:
         """(tasks,): the losses on the test split, measured at the end; NaN if there is none."""
         return self._in_summary("test_losses", np.empty(0))

@@ -89,14 +89,14 @@ def load_weights(decoder: nn.Module, weights: Mapping[str, Tensor], *, seed: int
     parameters = decoder.state_dict()
     # Without ``items``, which would keep one weight in memory while it reads the next.
     for name in weights:
-        _fill(parameters[name], weights[name])
+        fill(parameters[name], weights[name])
     generator = torch.Generator().manual_seed(seed)
     for module in decoder.modules():
         if isinstance(module, LoRALinear):
             a = torch.empty(module.lora_a.weight.shape)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            _fill(module.lora_a.weight, a)
-            _fill(module.lora_b.weight, torch.zeros(module.lora_b.weight.shape))
+            fill(module.lora_a.weight, a)
+            fill(module.lora_b.weight, torch.zeros(module.lora_b.weight.shape))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -109,6 +109,18 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
+def fill(parameter: Tensor, weight: Tensor) -> None:
+    """Copies a whole weight into a parameter, or this process's rows of it.
+
+    FSDP2 splits like ``torch.chunk``: the last processes may have fewer rows.
+    """
+    if isinstance(parameter, DTensor):
+        rows = math.ceil(len(weight) / world_size())
+        weight = weight[rank() * rows : (rank() + 1) * rows]
+    to_local(parameter).copy_(weight)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's computation. FSDP2 may keep parameters in host memory, but not buffers."""
     return next(chain(model.buffers(), model.parameters())).device
@@ -117,11 +129,3 @@ def device_of(model: nn.Module) -> torch.device:
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> float:
     """Clips gradients to a norm of at most ``max_norm`` (None: no bound); returns the norm before, over all shards."""
     return float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))))
-
-
-def _fill(parameter: Tensor, weight: Tensor) -> None:
-    """Copies a weight into a parameter. FSDP2 splits like ``torch.chunk``: the last processes may have fewer rows."""
-    if isinstance(parameter, DTensor):
-        rows = math.ceil(len(weight) / world_size())
-        weight = weight[rank() * rows : (rank() + 1) * rows]
-    to_local(parameter).copy_(weight)

@@ -334,6 +334,8 @@ FREE: dict[str, Any] = {
     "keep_checkpoints": 3,
     "async_checkpointing": "true",
     "tasks.cache_dir": "elsewhere",
+    # Random weights are stored in it anyway.
+    "checkpointer.save_dtype": "fp32",
 }
 
 

@@ -26,6 +26,7 @@ def write_run(
     validate_every: int = 10,
     loss: Loss | None = None,
     test: Sequence[float] | None = None,
+    saved: Sequence[float] | None = None,
     finished: bool = True,
     resolved: dict[str, Any] | None = None,
 ) -> Path:
@@ -35,6 +36,7 @@ def write_run(
         update_every: 0 is a fixed mixture.
         loss: of a task by its index, at a share of the run in [0, 1]; NaN for a task that is not measured.
         test: the test loss of each task, NaN for one that is not measured; None: there is no test split.
+        saved: the validation loss of each task of what was saved; None: it is what was trained.
         finished: false leaves the log where a kill after its last step would.
         resolved: keys of the config besides the usual ones.
     """
@@ -115,6 +117,7 @@ def write_run(
             initial_validation_losses=first,
             worst_validation_loss=max(measured),
             mean_validation_loss=sum(measured) / len(measured),
+            saved_validation_losses=by_task(saved) if saved else losses,
             test_losses=test_losses,
             worst_test_loss=max(tested) if tested else None,
             mean_test_loss=sum(tested) / len(tested) if tested else None,

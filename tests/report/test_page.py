@@ -11,6 +11,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_runs import events, write_run
@@ -271,6 +272,20 @@ def test_a_page_on_one_run_with_a_test_split(tested_folders: list[Path]) -> None
         "one": ["1.0000", "-8.0000", "6.0000"],
         "two": ["2.0000", "-7.0000", "7.0000"],
     }
+
+
+def test_a_page_on_one_run_whose_weights_were_rounded(tmp_path: Path) -> None:
+    """Only then is there a sentence about it, and not for a run that does not say."""
+    settings: dict[str, Any] = {"tasks": ("one", "two"), "loss": lambda task, share: 9 - (8 - task) * share}
+    page = page_of(write_run(tmp_path / "rounded", **settings, saved=(1.25, 2.5)))
+    said = "to 1.5000. As the weights were rounded in model/, the worst is 2.5000 nats (two), the mean 1.8750."
+    assert said in " ".join(page.text.split())
+    folder = write_run(tmp_path / "same", **settings)
+    assert "rounded" not in page_of(folder).text
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["saved_validation_losses"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "rounded" not in page_of(folder).text
 
 
 def test_a_comparison_by_test_losses(tested_folders: list[Path]) -> None:
