@@ -64,7 +64,7 @@ class Ledger:
         steps: optimizer steps.
         task_tokens: (num_tasks,) int64, supervised tokens spent on each task.
         tokens: positions read in training, without padding.
-        computed_tokens: positions computed in training, with padding.
+        computed_tokens: positions computed in training, without padding, and beginnings that examples share once.
         unique_supervised_tokens: supervised tokens spent on examples seen for the first time.
         probe_tokens: supervised tokens read by probes, validation and test, which are not part of the budget.
         probe_total_tokens: all positions read by probes, validation and test, without padding.

@@ -72,7 +72,7 @@ class TrainConfig:
     batch_size: PositiveInt
     """examples per optimizer step"""
     micro_batch_tokens: Annotated[PositiveInt, FREE_AT_RESUME] = 4096
-    """bound on the tokens, padding included, computed in one forward pass"""
+    """bound on the tokens computed in one forward pass; padding is not computed, shared beginnings are once"""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     compile: bool = False
     activation_checkpointing: bool = False

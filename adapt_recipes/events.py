@@ -38,7 +38,7 @@ class StepEvent:
     tokens: int
     """including prompts, excluding padding"""
     computed_tokens: int
-    """including padding"""
+    """computed: beginnings that examples share are computed once"""
     task_tokens: ByTask
     task_losses: ByTask
     """of the tasks in the step"""

@@ -219,7 +219,7 @@ def torchtune_dataset(tokenizer: object, *, packed: bool, settings: Any) -> Any:
     from torchtune.datasets import PackedDataset
 
     rows = read_rows(settings)
-    return PackedDataset(rows, max_seq_len=settings["max_seq_len"]) if packed else rows  # type: ignore[arg-type]
+    return PackedDataset(rows, max_seq_len=settings["max_seq_len"]) if packed else rows
 
 
 class Losses:

@@ -77,9 +77,9 @@ def micro_batches(
     if not examples:
         return []
     order = sorted(range(len(examples)), key=lambda i: (examples[i].tokens.tolist(), i))
-    rows = _collate([examples[i] for i in order])
-    lengths = supervised_lengths(rows["labels"]).numpy()
-    own = lengths - shared_with_previous(rows["tokens"].numpy(), lengths)
+    all_tokens, all_labels = _padded([examples[i] for i in order])
+    lengths = supervised_lengths(all_labels).numpy()
+    own = lengths - shared_with_previous(all_tokens.numpy(), lengths)
 
     parts = _parts(lengths, own, max_tokens, world_size)
     sizes = [_size(lengths, own, part) for part in parts]
@@ -88,21 +88,14 @@ def micro_batches(
     for first in range(0, len(parts), world_size):
         in_round = by_size[first : first + world_size]
         everything = [examples[order[place]] for i in in_round for place in parts[i]]
-        totals = {
-            "num_tokens": sum(len(example.tokens) for example in everything),
-            "num_supervised_tokens": int((torch.cat([each.labels for each in everything]) != IGNORE_INDEX).sum()),
-            "computed_tokens": sum(max(1, sizes[i]) for i in in_round),
-        }
+        num_tokens = sum(len(example.tokens) for example in everything)
+        num_supervised = int((torch.cat([each.labels for each in everything]) != IGNORE_INDEX).sum())
+        totals = num_tokens, num_supervised, sum(max(1, sizes[i]) for i in in_round)
         if mine := [order[place] for place in parts[in_round[rank]]]:
-            batches.append(
-                MicroBatch(
-                    **_collate([examples[i] for i in mine]),
-                    tasks=torch.tensor([tasks[i] for i in mine]),
-                    rows=torch.tensor(mine),
-                    lengths=torch.tensor([len(examples[i].tokens) for i in mine]),
-                    **totals,
-                )
-            )
+            tokens, labels = _padded([examples[i] for i in mine])
+            lengths_here = torch.tensor([len(examples[i].tokens) for i in mine])
+            of_rows = torch.tensor([tasks[i] for i in mine]), torch.tensor(mine), lengths_here
+            batches.append(MicroBatch(tokens, labels, *of_rows, *totals))
         else:
             batches.append(_dummy(tasks[order[parts[in_round[0]][0]]], totals))
     return batches
@@ -151,20 +144,14 @@ def _size(lengths: np.ndarray, own: np.ndarray, part: Part) -> int:
     return int(lengths[part.start] + own[part.start + 1 : part.stop].sum()) if part else 0
 
 
-def _collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    return {
-        "tokens": pad_sequence([example.tokens for example in examples], batch_first=True),
-        "labels": pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORE_INDEX),
-    }
+def _padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, (batch, length) each."""
+    tokens = pad_sequence([example.tokens for example in examples], batch_first=True)
+    labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORE_INDEX)
+    return tokens, labels
 
 
-def _dummy(task: int, totals: dict[str, int]) -> MicroBatch:
+def _dummy(task: int, totals: tuple[int, int, int]) -> MicroBatch:
     """A row of a task that another process computes: a probe that does not need the task can skip the row as well."""
-    return MicroBatch(
-        tokens=torch.zeros(1, 1, dtype=torch.int64),
-        labels=torch.full((1, 1), IGNORE_INDEX),
-        tasks=torch.tensor([task]),
-        rows=torch.tensor([-1]),
-        lengths=torch.tensor([1]),
-        **totals,
-    )
+    tokens, labels = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORE_INDEX)
+    return MicroBatch(tokens, labels, torch.tensor([task]), torch.tensor([-1]), torch.tensor([1]), *totals)

@@ -42,19 +42,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, *, dropo
     Returns:
         (1, num_heads, num_computed, head_dim).
     """
+    q, k, v = q[0], k[0], v[0]
+    if rows.paths is not None:
+        k, v = k.index_select(1, rows.paths), v.index_select(1, rows.paths)
+    own, whole = [group.rows * group.own for group in rows.groups], [group.rows * group.length for group in rows.groups]
     outputs = []
-    for group in rows.groups:
-        num_rows, length = group.path.shape
-
-        def of_rows(x: Tensor, n: int) -> Tensor:
-            # (num_heads, rows * n, head_dim) -> (rows, num_heads, n, head_dim)
-            return x.unflatten(1, (-1, n)).transpose(0, 1)
-
-        query = of_rows(q[0, :, group.begin : group.end], (group.end - group.begin) // num_rows)
-        if group.is_contiguous:
-            key, value = (of_rows(x[0, :, group.begin : group.end], length) for x in (k, v))
-        else:
-            key, value = (of_rows(x[0].index_select(1, group.path.flatten()), length) for x in (k, v))
+    for group, *parts in zip(rows.groups, q.split(own, 1), k.split(whole, 1), v.split(whole, 1), strict=True):
+        # (num_heads, rows * n, head_dim) -> (rows, num_heads, n, head_dim)
+        query, key, value = (part.unflatten(1, (group.rows, -1)).transpose(0, 1) for part in parts)
         mask = rows.mask(group, q.dtype)
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None

@@ -13,7 +13,7 @@ import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from adapt_recipes.data.packing import Group, PackedRows
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.update import Update
 from adapt_recipes.training.sharding import apply_fsdp, to_local
@@ -35,16 +36,16 @@ CPU = torch.device("cpu")
 
 
 class Shape(NamedTuple):
-    """The shape of a process's largest micro-batch.
+    """The size of a process's largest micro-batch.
 
     Attributes:
-        rows: sequences.
-        length: positions of each, padding included.
-        supervised: supervised positions of all of them.
+        computed: positions computed.
+        length: of a row.
+        supervised: supervised positions of all rows.
         several: a step has more than one micro-batch, so that gradients exist while the next one is computed.
     """
 
-    rows: int
+    computed: int
     length: int
     supervised: int
     several: bool = True
@@ -171,10 +172,15 @@ def _backward_bytes(model: TokenLosses, live: LiveBytes, shape: Shape) -> int:
     return measured.start + measured.peak
 
 
-def _batch(shape: Shape, live: LiveBytes) -> tuple[Tensor, Tensor]:
-    live.shape = shape
-    tokens = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
-    return tokens, tokens.clone()
+def _batch(shape: Shape, live: LiveBytes) -> tuple[Tensor, Tensor, Literal["losses"], PackedRows]:
+    """Rows of the same length that share nothing, and a last one with the rest."""
+    rows, rest = divmod(shape.computed, shape.length)
+    live.batch = rows + bool(rest), shape.length
+    live.supervised = shape.supervised
+    tokens, flat = torch.zeros(live.batch, dtype=torch.int64), torch.zeros(shape.computed, dtype=torch.int64)
+    groups = [Group(rows, shape.length, shape.length)] if rows else []
+    groups += [Group(1, rest, rest)] if rest else []
+    return tokens, tokens.clone(), "losses", PackedRows(flat, flat, tokens, tuple(groups))
 
 
 def _optimizer_bytes(config: Any, parameters: Sequence[nn.Parameter], live: LiveBytes) -> tuple[int, int]:
@@ -242,14 +248,15 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all existing tensors, each storage once however many views it has.
 
     Args:
-        fake: for fake tensors, whose values are replaced: a mask over the whole batch is true at as many positions as
-            ``shape`` says, and every number read from a tensor is 1.
+        fake: for fake tensors, whose values are replaced: a mask over the whole ``batch`` is true at ``supervised``
+            positions, and every number read from a tensor is 1.
     """
 
     def __init__(self, *, fake: bool = False) -> None:
         super().__init__()
         self.now = 0
-        self.shape: Shape | None = None
+        self.batch = 0, 0
+        self.supervised = 0
         self._fake = fake
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
@@ -301,8 +308,7 @@ class LiveBytes(TorchDispatchMode):
             if index is None or index.dtype != torch.bool:
                 yield index
             else:
-                is_of_batch = self.shape is not None and index.shape == self.shape[:2]
-                count = self.shape.supervised if self.shape and is_of_batch else index.numel()
+                count = self.supervised if index.shape == self.batch else index.numel()
                 yield from torch.empty(index.dim(), count, dtype=torch.int64).unbind()
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -388,12 +388,11 @@ def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processe
     splits = [split for task in tasks for split in task.splits.values()]
     longest = max(int(split.lengths.max()) for split in splits) - 1
     supervised = max(int(s.num_supervised.sum()) / int((s.lengths - 1).sum()) for s in splits)
-    fitting = max(1, config.micro_batch_tokens // longest)
 
     def shape(num_examples: int) -> Shape:
-        most = math.ceil(num_examples / num_processes)
-        rows = min(fitting, most)
-        return Shape(rows, longest, math.ceil(rows * longest * supervised), several=most > rows)
+        most = math.ceil(num_examples / num_processes) * longest
+        computed = min(most, max(longest, config.micro_batch_tokens))
+        return Shape(computed, longest, math.ceil(computed * supervised), several=most > computed)
 
     return shape(config.batch_size), shape(max(reads.num_validation, reads.num_test, reads.num_probed))
 

@@ -29,7 +29,7 @@ COUNTERS = {
     "supervised_tokens": "labels that counted in the loss of training steps",
     "unique_supervised_tokens": "those of examples seen for the first time",
     "tokens": "tokens read in training steps, including prompts, excluding padding",
-    "computed_tokens": "the same, including padding",
+    "computed_tokens": "those that were computed: beginnings that examples share are computed once",
     "probe_tokens": "supervised tokens read by probes, validations and test in addition",
     "probe_total_tokens": "tokens read by probes, validations and test in addition, excluding padding",
     "steps": "optimizer steps",
