@@ -35,8 +35,8 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     assert summary["worst_validation_loss"] == max(summary["validation_losses"].values())
     assert summary["mean_validation_loss"] == pytest.approx(sum(summary["validation_losses"].values()) / 7)
     assert summary["unique_supervised_tokens"] == 128
-    # A toy row is a prompt of three bytes and an answer: three positions, one of them supervised, and no padding.
-    assert summary["tokens"] == summary["computed_tokens"] == 3 * 128
+    # A toy row is a prompt of three bytes and an answer: three positions, one of them supervised. Many begin alike.
+    assert summary["computed_tokens"] < summary["tokens"] == 3 * 128
     assert summary["probe_total_tokens"] == 3 * summary["probe_tokens"]
     assert summary["steps"] == len(done.events("step")) == 8
     assert summary["seconds"] >= summary["mixture_seconds"] + summary["validation_seconds"]

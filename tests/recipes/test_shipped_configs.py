@@ -115,7 +115,7 @@ def test_runs(run: Runner, small: list[str], config: str) -> None:
     done = run(config, "budget.tokens=140", *small, *cadence)
     assert done.summary["strategy"] in config and done.summary["supervised_tokens"] == 140
     assert done.summary["mixture_updates"] == ((done.summary["steps"] - 1) // 2 if cadence else 0)
-    assert done.summary["tokens"] >= 0.8 * done.summary["computed_tokens"], "little is padding"
+    assert done.summary["computed_tokens"] < done.summary["tokens"], "no padding, and beginnings once"
     initial, final = done.summary["initial_validation_losses"], done.summary["validation_losses"]
     assert all(final[name] != initial[name] for name in final)
 
