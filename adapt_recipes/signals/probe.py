@@ -40,7 +40,9 @@ class Probe:
             (num_tasks,) float64, nats per supervised token; NaN for a task without that split.
         """
         self.ledger.probe(batches)
-        losses = passes.task_losses(self.model, batches, len(self.tasks))
+        # One context around all batches casts the weights once.
+        with self.model.autocast():
+            losses = passes.task_losses(self.model, batches, len(self.tasks))
         measured = losses[[getattr(task, split) is not None for task in self.tasks]]
         check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.ledger.steps, of=split)
         return losses
@@ -57,7 +59,8 @@ class Probe:
         ``of`` names the examples in an error.
         """
         self.ledger.probe(batches)
-        gradient = passes.loss_gradient(self.model, batches, weights)
+        with self.model.autocast():
+            gradient = passes.loss_gradient(self.model, batches, weights)
         check_finite(self.model, batches, gradient, tasks=self.tasks, step=self.ledger.steps, of=of)
         return gradient
 

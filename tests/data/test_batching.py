@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, combinations, pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
