@@ -3,15 +3,13 @@
     python benchmarks/gpu.py [--models llama3_2_1b gemma3_1b qwen3_0_6b] [--variants ...] [--minutes 8] [--json FILE]
     python benchmarks/gpu.py --tiny     # tiny models on the CPU: does the script work? Its numbers mean nothing
 
-Weights and token ids are random. Lengths of examples are log-normal as in Natural Instructions, with a median of 150
-tokens and at most 1,024. There are two workloads: "short answers", with 3.6 % of the tokens supervised as there, and
-"long answers", with half of them. Everything else is as in the shipped configs ``MODEL_uniform_10pct``.
+Weights and token ids are random (``synthetic.py``). Examples are as long as those of Natural Instructions: log-normal,
+median 150 tokens, at most 1,024. The workload "short answers" supervises 3.6 % of the tokens, as there, "long answers"
+half of them. Everything else is as in the shipped configs ``MODEL_uniform_10pct``.
 
 - plain, compile, checkpointing, compile_checkpointing: ``setup`` and ``step`` of ``recipes/sft_full_finetune.py``, with
   the keys ``compile`` and ``activation_checkpointing``: fp32 weights, bf16 compute.
-- torchtune, torchtune_compile: torchtune's ``full_finetune_single_device`` on packed rows with its block mask (flex
-  attention) and torch's AdamW: bf16 weights, gradients and optimizer. Only Llama is in torchtune.
-- trainer: transformers' Trainer with ``bf16=True``, 8 rows per forward pass, padded to the longest.
+- torchtune, torchtune_compile, trainer: see ``gpu_libraries.py``. Of the three models torchtune has Llama only.
 - updates: ``update_mixture`` of each strategy's recipe, with the smallest model, on 10 tasks of 16 examples.
 
 A speed is the median of real tokens per second (no padding, no last token of an example) over steps, after two steps
@@ -23,9 +21,9 @@ The share of the peak is FLOPs per token x tokens/s / dense bf16 peak of the GPU
     6 x body parameters + 6 x head parameters x supervised share
     + sum over layers: 12 x heads x head_dim x mean number of attended tokens
 
-A token attends to itself and to those before it in its example, so to half of the example on average, and at most to
-the sliding window in a local layer of Gemma 3. Other work that a contender does is not counted: padding, masked scores,
-the head at other positions, recomputed layers. Neither are embeddings, softmax, norms and the optimizer.
+A token attends to itself and to those before it in its example (on average half of it), and at most to the sliding
+window in a local layer of Gemma 3. Other work is not counted: padding, masked scores, the head at other positions,
+recomputed layers, embeddings, softmax, the optimizer.
 
 Each model and variant has a process of its own: an error costs its rows only, and its peak memory is its own. The time
 left is divided among the processes left. ``--json`` is written after each row.
@@ -67,18 +65,14 @@ MODELS = ["llama3_2_1b", "gemma3_1b", "qwen3_0_6b"]
 VARIANTS = ["plain", "compile", "torchtune", "updates", "trainer", "checkpointing"]
 VARIANTS += ["torchtune_compile", "compile_checkpointing"]
 WORKLOADS = {"short answers": 0.036, "long answers": 0.5}
-# The configs that mixtures and rewards are from.
-STRATEGIES = {
-    **{name: f"smollm2_135m_{name}_10pct" for name in ("adapt", "adapt_planned", "dro", "exp3", "hbo", "multidds")},
-    **{name: f"smollm2_135m_{name}_10pct" for name in ("multiuat", "mos_cossim", "mos_diff")},
-    **{name: f"gemma_2b_{name}_3ep" for name in ("mospec_cossim", "mospec_diff")},
-}
+STRATEGIES = ["adapt", "adapt_planned", "dro", "exp3", "hbo", "multidds", "multiuat"]
+STRATEGIES += ["mos_cossim", "mos_diff", "mospec_cossim", "mospec_diff"]
 WARMUP_STEPS, MIN_STEPS = 2, 3
 NOT_RUN = "not run: no time"
 
 # bf16 TFLOP/s without sparsity, by a part of the device's name: the first that fits. Plain H100 and H200 are SXM.
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250}
-PEAKS |= {"A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
+PEAKS |= {"A100": 312, "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165}
 
 Row = dict[str, Any]
 
@@ -101,16 +95,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error("torch finds no GPU; --tiny runs tiny models on the CPU")
     deadline = time.time() + 60 * arguments.minutes
 
-    allowed = {"updates": max(arguments.models, key=MODELS.index)}
-    allowed |= {"torchtune": "llama3_2_1b", "torchtune_compile": "llama3_2_1b"}
-    chosen = [(model, variant) for variant in VARIANTS for model in MODELS if allowed.get(variant, model) == model]
-    jobs = [job for job in chosen if job[0] in arguments.models and job[1] in arguments.variants]
+    models, variants = (sorted(each, key=[*MODELS, *VARIANTS].index) for each in (arguments.models, arguments.variants))
+    only = {"updates": models[-1], "torchtune": "llama3_2_1b", "torchtune_compile": "llama3_2_1b"}
+    jobs = [(model, variant) for variant in variants for model in models if only.get(variant, model) == model]
     # What compiles, and the many strategies, have twice the time of others.
     weights = [2 if "compile" in variant or variant == "updates" else 1 for _, variant in jobs]
     with tempfile.TemporaryDirectory() as folder:
         file = (arguments.json or Path(folder) / "numbers.json").absolute()
-        # Also in the file of an interrupted run: what it has not measured.
-        numbers = {"device": None, "rows": {key: {"status": NOT_RUN} for job in jobs for key in keys(*job)}}
+        # The file of an interrupted run says what is missing.
+        numbers: Row = {"device": None, "rows": {key: {"status": NOT_RUN} for job in jobs for key in keys(*job)}}
         keep(file, numbers)
         for i, (model, variant) in enumerate(jobs):
             left = max(0.0, deadline - time.time())
@@ -154,13 +147,16 @@ def run_job(job: dict[str, Any], *, limit: float) -> str:
             done = subprocess.run(command, stdout=output, stderr=output, timeout=limit, env=os.environ | environment)
         except subprocess.TimeoutExpired:
             return NOT_RUN
+        if done.returncode < 0:
+            return f"failed: killed by signal {-done.returncode}"
         output.seek(0)
-        return failure(output.read() or f"exit status {done.returncode}") if done.returncode else NOT_RUN
+        return failure(output.read()) if done.returncode else NOT_RUN
 
 
 def failure(text: str) -> str:
     """The status of a row whose process printed this."""
-    if any(sign in text for sign in ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")):
+    # torch's OutOfMemoryError, Python's, and torch's RuntimeError on the CPU.
+    if "MemoryError" in text or "DefaultCPUAllocator" in text:
         return "out of memory"
     return f"failed: {text.strip().splitlines()[-1][:200]}"
 
@@ -187,8 +183,8 @@ def measure(job_json: str, folder: str) -> None:
     file, device = Path(job["file"]), torch.device("cpu" if job["tiny"] else "cuda")
     numbers = json.loads(file.read_text())
     numbers["device"] = numbers["device"] or describe(device)
-    libraries = dict.fromkeys(("torchtune", "torchtune_compile", "trainer"), library)
-    contender: Callable[..., Row] = ({"updates": update} | libraries).get(job["variant"], ours)
+    contenders: dict[str, Callable[..., Row]] = {"updates": update, "trainer": library, "torchtune": library}
+    contender = contenders.get(job["variant"].removesuffix("_compile"), ours)
     names = keys(job["model"], job["variant"])
     for i, key in enumerate(names):
         # The first row is measured in any case; this process is killed after twice its share of the time.
@@ -201,9 +197,8 @@ def measure(job_json: str, folder: str) -> None:
         except Exception:
             traceback.print_exc()
             row = {"status": failure(traceback.format_exc())}
-        if "flops_per_token" in row:
-            flops = row["flops_per_token"] * row["tokens_per_second"]
-            row["share_of_peak"] = flops / (1e12 * numbers["device"]["peak"])
+        if "tflops" in row:
+            row["share_of_peak"] = row["tflops"] / numbers["device"]["peak"]
         numbers["rows"][key] = row
         keep(file, numbers)
         torch._dynamo.reset()
@@ -292,7 +287,7 @@ class Clock:
             "graphs": sum(int(record[3]) for record in self.records),
             "steps_measured": len(speeds),
             "supervised_share": supervised,
-            "flops_per_token": flops_per_token(decoder, supervised_share=supervised, lengths=lengths),
+            "tflops": 1e-12 * median * flops_per_token(decoder, supervised_share=supervised, lengths=lengths),
         }
 
 
@@ -300,9 +295,9 @@ def flops_per_token(decoder: Any, *, supervised_share: float, lengths: Tensor) -
     """The formula of this module for a ``TransformerDecoder`` and examples of ``lengths`` real tokens, int64."""
     body = sum(p.numel() for part in (decoder.layers, decoder.norm) for p in part.parameters())
     attention = 0.0
-    for each in (layer.attn for layer in decoder.layers):
-        attended = mean_attended(lengths, getattr(each, "sliding_window", None))
-        attention += 12 * each.num_heads * each.head_dim * attended
+    for layer in (layer.attn for layer in decoder.layers):
+        attended = mean_attended(lengths, getattr(layer, "sliding_window", None))
+        attention += 12 * layer.num_heads * layer.head_dim * attended
     return 6 * body + 6 * decoder.tok_embeddings.weight.numel() * supervised_share + attention
 
 
@@ -342,22 +337,24 @@ def library(job: Row, workload: str, clock: Clock) -> Row:
 
 def update(job: Row, strategy: str, clock: Clock) -> Row:
     """An update of the mixture, and a step; of each the faster of the second and the third."""
-    module, config = shipped(job, "short answers", mixture_of=STRATEGIES[strategy])
+    # No model has configs of all strategies.
+    mixture_of = f"gemma_2b_{strategy}_3ep" if "mospec" in strategy else f"smollm2_135m_{strategy}_10pct"
+    module, config = shipped(job, "short answers", mixture_of=mixture_of)
     with Run(config) as run:
         recipe = module.Recipe(config, run)
         recipe.setup()
         if hasattr(recipe, "measure_base_model"):
             recipe.measure_base_model()
-        steps, updates = [], []
+        taken: list[list[float]] = [[], []]
         for _ in range(3):
-            for part, taken in ((recipe.step, steps), (recipe.update_mixture, updates)):
+            for part, seconds in zip((recipe.step, recipe.update_mixture), taken, strict=True):
                 clock.peak_gib(reset=True)
                 began = clock.seconds()
                 part()
-                taken.append(clock.seconds() - began)
-        step, seconds = min(steps[1:]), min(updates[1:])
+                seconds.append(clock.seconds() - began)
+        step, update = (min(each[1:]) for each in taken)
         tokens = sum(batch.num_tokens for batch in recipe.probe_validation)
-        return {"steps": seconds / step, "seconds": seconds, "probe_tokens": tokens, "peak_gib": clock.peak_gib()}
+        return {"steps": update / step, "seconds": update, "probe_tokens": tokens, "peak_gib": clock.peak_gib()}
 
 
 def shipped(job: Row, workload: str, **changes: Any) -> tuple[Any, Any]:
@@ -367,4 +364,6 @@ def shipped(job: Row, workload: str, **changes: Any) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
+    # The tables are wider than what is assumed of an output that is no terminal.
+    os.environ.setdefault("COLUMNS", "150")
     main()
