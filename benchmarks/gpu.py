@@ -16,14 +16,8 @@ A speed is the median of real tokens per second (no padding, no last token of an
 and without those that compiled something. ``compile_seconds`` is by how much these others took longer, so what does not
 compile has some as well. The second workload of a process finds the first's kernels in a cache.
 
-The share of the peak is FLOPs per token x tokens/s / dense bf16 peak of the GPU. FLOPs per token =
-
-    6 x body parameters + 6 x head parameters x supervised share
-    + sum over layers: 12 x heads x head_dim x mean number of attended tokens
-
-A token attends to itself and to those before it in its example (on average half of it), and at most to the sliding
-window in a local layer of Gemma 3. Other work is not counted: padding, masked scores, the head at other positions,
-recomputed layers, embeddings, softmax, the optimizer.
+The share of the peak is FLOPs per token (6 x body parameters + 6 x head parameters x supervised share + attention, see
+``flops.py``) x tokens/s / dense bf16 peak of the GPU. What a contender computes besides is not counted.
 
 Each model and variant has a process of its own: an error costs its rows only, and its peak memory is its own. The time
 left is divided among the processes left. ``--json`` is written after each row.
@@ -51,7 +45,7 @@ import common
 import gpu_libraries
 import synthetic
 import torch
-from torch import Tensor
+from flops import flops_per_token
 from torch.utils.benchmark import Timer
 
 from adapt_recipes import data
@@ -69,6 +63,8 @@ STRATEGIES = ["adapt", "adapt_planned", "dro", "exp3", "hbo", "multidds", "multi
 STRATEGIES += ["mos_cossim", "mos_diff", "mospec_cossim", "mospec_diff"]
 WARMUP_STEPS, MIN_STEPS = 2, 3
 NOT_RUN = "not run: no time"
+# What a process of one model and variant runs. The components of its configs find this module by its name.
+MEASURE = "import gpu, sys; gpu.measure(*sys.argv[1:])"
 
 # bf16 TFLOP/s without sparsity, by a part of the device's name: the first that fits. Plain H100 and H200 are SXM.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
@@ -141,8 +137,7 @@ def run_job(job: dict[str, Any], *, limit: float) -> str:
         # Nothing that was compiled before is found. On the CPU torch would compile C++ for minutes.
         environment = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "PYTHONPATH": os.pathsep.join(paths)}
         environment |= {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_BACKEND": "eager"} if job["tiny"] else {}
-        # The components of its configs find this module by its name.
-        command = [sys.executable, "-c", "import gpu, sys; gpu.measure(*sys.argv[1:])", json.dumps(job), folder]
+        command = [sys.executable, "-c", MEASURE, json.dumps(job), folder]
         try:
             done = subprocess.run(command, stdout=output, stderr=output, timeout=limit, env=os.environ | environment)
         except subprocess.TimeoutExpired:
@@ -289,22 +284,6 @@ class Clock:
             "supervised_share": supervised,
             "tflops": 1e-12 * median * flops_per_token(decoder, supervised_share=supervised, lengths=lengths),
         }
-
-
-def flops_per_token(decoder: Any, *, supervised_share: float, lengths: Tensor) -> float:
-    """The formula of this module for a ``TransformerDecoder`` and examples of ``lengths`` real tokens, int64."""
-    body = sum(p.numel() for part in (decoder.layers, decoder.norm) for p in part.parameters())
-    attention = 0.0
-    for layer in (layer.attn for layer in decoder.layers):
-        attended = mean_attended(lengths, getattr(layer, "sliding_window", None))
-        attention += 12 * layer.num_heads * layer.head_dim * attended
-    return 6 * body + 6 * decoder.tok_embeddings.weight.numel() * supervised_share + attention
-
-
-def mean_attended(lengths: Tensor, window: int | None) -> float:
-    """The mean over all tokens of the number of tokens that each attends to, itself included."""
-    inside = lengths if window is None else lengths.clamp(max=window)
-    return float((inside * (inside + 1) / 2 + (lengths - inside) * inside).sum() / lengths.sum())
 
 
 def ours(job: Row, workload: str, clock: Clock) -> Row:
