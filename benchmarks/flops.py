@@ -9,8 +9,7 @@ dimension, and again twice as many backward. It attends to itself and to those b
 half of it, and in a local layer of Gemma 3 at most to the sliding window.
 
 Not counted: what an implementation does besides (padding, masked scores, the head at other positions, recomputed
-layers), embeddings, RoPE, norms, activations, softmax, and the optimizer. The weights of norms count as if they were
-matrices; they are less than a thousandth of the parameters.
+layers), embeddings, RoPE, norms, activations, softmax, and the optimizer. Body parameters are the matrices of the layers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def flops_per_token(
     lengths: Tensor,  # (num_examples,) int64, real tokens
 ) -> float:
     """The formula of this module, for examples that are trained on equally often."""
-    body = sum(p.numel() for part in (decoder.layers, decoder.norm) for p in part.parameters())
+    body = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)
     # A head that is tied to the embeddings has the same number.
     head = decoder.tok_embeddings.weight.numel()
     attention = 0.0
