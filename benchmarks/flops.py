@@ -9,7 +9,7 @@ dimension, and again twice as many backward. It attends to itself and to those b
 half of it, and in a local layer of Gemma 3 at most to the sliding window.
 
 Not counted: what an implementation does besides (padding, masked scores, the head at other positions, recomputed
-layers), embeddings, RoPE, norms, activations, softmax, and the optimizer. Body parameters are the matrices of the layers.
+layers), embeddings, RoPE, norms, activations, softmax, and the optimizer. Body parameters are the layers' matrices.
 """
 
 from __future__ import annotations

@@ -196,6 +196,8 @@ def measure(job_json: str, folder: str) -> None:
             row["share_of_peak"] = row["tflops"] / numbers["device"]["peak"]
         numbers["rows"][key] = row
         keep(file, numbers)
+        # The clock counts with the model, which must be gone before the next one is built.
+        del clock
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
