@@ -14,7 +14,8 @@ half of them. Everything else is as in the shipped configs ``MODEL_uniform_10pct
 
 A speed is the median of real tokens per second (no padding, no last token of an example) over steps, after two steps
 and without those that compiled something. ``compile_seconds`` is by how much these others took longer, so what does not
-compile has some as well. The second workload of a process finds the first's kernels in a cache.
+compile has some as well. The second workload of a process finds the first's kernels in a cache. "Computed" is how many
+positions are computed per real token, padding included.
 
 The share of the peak is FLOPs per token (6 x body parameters + 6 x head parameters x supervised share + attention, see
 ``flops.py``) x tokens/s / dense bf16 peak of the GPU. What a contender computes besides is not counted.
@@ -69,6 +70,8 @@ MEASURE = "import gpu, sys; gpu.measure(*sys.argv[1:])"
 # bf16 TFLOP/s without sparsity, by a part of the device's name: the first that fits. Plain H100 and H200 are SXM.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
 PEAKS |= {"A100": 312, "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165}
+
+SPEED = ["tokens_per_second", "range", "share_of_peak"]
 
 Row = dict[str, Any]
 
@@ -162,7 +165,7 @@ def report(numbers: dict[str, Any]) -> None:
         print("{name}, driver {driver}, torch {torch}, {peak:.3g} bf16 TFLOP/s ({source})".format(**device))
     done = [{"row": key, **row} for key, row in numbers["rows"].items() if row["status"] == "ok"]
     for title, columns in {
-        "training": ["tokens_per_second", "range", "share_of_peak", "padding", "peak_gib", "compile_seconds", "graphs"],
+        "training": [*SPEED, "computed", "peak_gib", "compile_seconds", "graphs"],
         "mixture updates": ["steps", "seconds", "probe_tokens", "peak_gib"],
     }.items():
         rows = [[row[column] for column in ("row", *columns)] for row in done if columns[0] in row]
@@ -278,7 +281,7 @@ class Clock:
         return {
             "tokens_per_second": median,
             "range": f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-            "padding": 1 - tokens / positions,
+            "computed": positions / tokens,
             "peak_gib": self.peak_gib(),
             "compile_seconds": sum(max(0.0, seconds - tokens / median) for seconds, tokens, _, _ in others),
             "graphs": sum(int(record[3]) for record in self.records),
