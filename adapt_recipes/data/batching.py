@@ -132,6 +132,10 @@ def _rounds(lengths: np.ndarray, max_tokens: int, num_parts: int) -> Iterator[li
     overhead = FORWARD_OVERHEAD_TOKENS if num_parts == 1 else SHARDED_OVERHEAD_TOKENS
     # rest[start]: the number of tokens from there on.
     rest = np.append(np.cumsum(lengths[::-1])[::-1], 0)
+    # One micro-batch is best where it fits and its padding costs no more than a second forward pass.
+    if num_parts == 1 and num and num * lengths[0] <= min(max_tokens, rest[0] + overhead):
+        yield [range(num)]
+        return
     # best[end]: the smallest cost of computing all examples before it.
     best = np.full(num + 1, never)
     best[0] = 0
