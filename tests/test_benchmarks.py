@@ -68,12 +68,16 @@ def test_equal_tasks_deal_out_the_same_examples(tmp_path: Path) -> None:
         common.equal_tasks(tmp_path, num_tasks=3, num_examples=20, max_bytes=300)
 
 
-def test_startup_reports_what_the_run_wrote() -> None:
-    numbers = benchmark("startup").main(["--budget", "1280"])
+def test_startup_reports_what_the_runs_wrote() -> None:
+    numbers = benchmark("startup").main(["--budget", "1280", "--rounds", "2"])
+    assert len(numbers["ls"]) == len(numbers["validate"]) == 2
     for state in ("cold", "cached"):
-        assert numbers[state]["steps"] == 20 and numbers[state]["mixture_updates"] == 1
-        assert numbers[state]["padding"] == 0  # every toy example has the same length
-        assert 0 < numbers[state]["mixture_share"] < 1
+        of = numbers[state]
+        assert of["steps"] == [20, 20] and of["mixture_updates"] == [1, 1]
+        assert of["padding"] == [0, 0]  # every toy example has the same length
+        assert all(0 < share < 1 for share in of["mixture_share"])
+        milestones = zip(of["startup_seconds"], of["first_step_seconds"], of["wall_seconds"], strict=True)
+        assert all(0 < first_line <= first_step <= wall for first_line, first_step, wall in milestones)
 
 
 def test_soak_ends_as_if_never_killed() -> None:
