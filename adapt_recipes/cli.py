@@ -84,20 +84,26 @@ def _recipe_in_text(path: Path) -> str:
 
 
 def list_configs_once(ls: ModuleType) -> None:
-    """Makes `tune ls` list each of our configs once, by its name."""
-    get_all_recipes = ls.get_all_recipes
+    """Makes `tune ls` list each of our configs once where torchtune was imported before the command was known."""
+    folder = Path(ls.__file__ or "").parents[1]
+    ls.List._ls_cmd = lambda self, args: list_recipes(folder)
 
-    def listed() -> list[Any]:
-        known = shipped("recipes", ".py")
-        recipes = []
-        for recipe in get_all_recipes():
-            if recipe.name in known:
-                configs = [config for config in recipe.configs if not config.name.endswith(".yaml")]
-                recipe = type(recipe)(recipe.name, recipe.file_path, configs, recipe.supports_distributed)
-            recipes.append(recipe)
-        return recipes
 
-    ls.get_all_recipes = listed  # type: ignore[attr-defined]
+def list_recipes(torchtune_folder: str | Path) -> None:
+    """Does `tune ls`, with each of our configs once, by its name, and without importing torchtune."""
+    spec = spec_from_file_location("registry", Path(torchtune_folder) / "_recipe_registry.py")
+    assert spec is not None and spec.loader is not None
+    registry = module_from_spec(spec)
+    spec.loader.exec_module(registry)
+    add_recipes(registry)
+    ours = shipped("recipes", ".py")
+    lines = [("RECIPE", "CONFIG")]
+    for recipe in registry.get_all_recipes():
+        configs = [config.name for config in recipe.configs]
+        if recipe.name in ours:
+            configs = [name for name in configs if not name.endswith(".yaml")]
+        lines += [("" if i else recipe.name, name) for i, name in enumerate(configs or ["<>"])]
+    print("\n".join(f"{recipe:<40} {config:<40}" for recipe, config in lines))
 
 
 # ------------------------------------------------------------------------------------------------------------ tune run

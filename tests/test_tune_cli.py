@@ -255,6 +255,55 @@ def test_module_without_a_pth_file(tmp_path: Path) -> None:
     assert "cpp extensions" not in done.stderr
 
 
+HEAVY = {"torch", "torchao", "torchtune", "datasets", "pandas", "pyarrow", "pydantic", "omegaconf", "rich"}
+REPORT = {"matplotlib", "plotly", "itables"}
+
+
+@pytest.mark.parametrize(
+    ("command", "unneeded"),
+    [
+        (["ls"], HEAVY | REPORT),
+        pytest.param(
+            ["validate", "tiny_adapt_planned"],
+            {"transformers", "tensorboard", "adapt_recipes.planning"} | REPORT,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_commands_import_only_what_they_need(command: list[str], unneeded: set[str], tmp_path: Path) -> None:
+    """Torch and torchtune take seconds. Validation needs them, because it reads the signatures of their functions."""
+    program = """if True:
+        import atexit, sys
+        atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+        import tune_cli_ext
+        tune_cli_ext.hook()
+        sys.argv[0] = "tune"
+        from torchtune._cli.tune import main
+        main()
+    """
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", program, *command]
+    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "adapt_recipes.cli" in imported
+    assert not imported & unneeded
+
+
+@pytest.mark.slow
+def test_the_collector_runs_again_after_the_import_and_not_over_modules(tmp_path: Path) -> None:
+    program = "import gc, torchtune; print(gc.isenabled(), gc.get_freeze_count() > len(gc.get_objects()))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import tune_cli_ext; tune_cli_ext.hook(); {program}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
 # ---- the hook, in this process
 
 
@@ -332,6 +381,24 @@ def test_a_config_of_the_current_folder_wins(empty_folder: Path) -> None:
     configs = {config.name: config.file_path for config in registered()["adapt_full_finetune"].configs}
     assert configs["yaml/tiny_adapt.yaml"] == str(empty_folder / "yaml" / "tiny_adapt.yaml")
     assert configs["tiny_adapt"] == str(ROOT / "yaml" / "tiny_adapt.yaml")
+
+
+def test_ls_lists_torchtunes_recipes_as_torchtune_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(importlib.import_module("torchtune").__file__ or "").parent
+    spec = importlib.util.spec_from_file_location("ls", folder / "_cli" / "ls.py")
+    assert spec is not None and spec.loader is not None
+    ls = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ls)
+    ls.List(argparse.ArgumentParser().add_subparsers())._ls_cmd(argparse.Namespace())
+    header, *theirs = capsys.readouterr().out.splitlines()
+
+    # Ours, if the hook is at work, come before them.
+    first = next(row for row in theirs if row.startswith("full_finetune_single_device "))
+    monkeypatch.setattr(cli, "shipped", lambda *_: {})
+    cli.list_recipes(folder)
+    assert capsys.readouterr().out.splitlines() == [header, *theirs[theirs.index(first) :]]
 
 
 def test_what_is_wrong_with_our_files_leaves_torchtune_as_it_was(

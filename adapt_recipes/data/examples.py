@@ -122,7 +122,7 @@ class Examples:
 
     def example(self, index: int) -> Example:
         """Example ``index``, shifted for a causal model."""
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        start, end = self.offsets[index : index + 2].tolist()
         tokens = self.tokens[start:end].to(torch.int64)
         labels = tokens[1:].masked_fill(~self.supervised[start + 1 : end], IGNORE_INDEX)
         return Example(tokens[:-1], labels)

@@ -81,7 +81,10 @@ class TokenSampler:
 
     def example(self, draw: Draw) -> Example:
         """A drawn example, with labels beyond the budget masked."""
-        tokens, labels = self._tasks[draw.task].train.example(draw.example_index)
+        example = self._tasks[draw.task].train.example(draw.example_index)
+        if draw.num_supervised_tokens == self._lengths[draw.task][draw.example_index]:
+            return example
+        tokens, labels = example
         counted = (labels != IGNORE_INDEX).cumsum(0) <= draw.num_supervised_tokens
         return Example(tokens, labels.masked_fill(~counted, IGNORE_INDEX))
 
@@ -107,10 +110,10 @@ class TokenSampler:
 
 def count_tokens(draws: Sequence[Draw], num_tasks: int) -> Tensor:
     """(num_tasks,) int64, supervised tokens of the draws by task."""
-    counts = torch.zeros(num_tasks, dtype=torch.int64)
+    counts = [0] * num_tasks
     for draw in draws:
         counts[draw.task] += draw.num_supervised_tokens
-    return counts
+    return torch.tensor(counts)
 
 
 def count_unique(draws: Sequence[Draw]) -> int:

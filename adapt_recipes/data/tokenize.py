@@ -239,9 +239,11 @@ def _tokenize_in_worker(chunk: _Chunk) -> _Part:
 
 def _key(conversations: Conversations, tokenizer: ConversationTokenizer, reading: Reading) -> str:
     digest = blake2b(f"{_CACHE_FORMAT} {tokenizer.fingerprint} {reading}\n".encode(), digest_size=16)
+    # json.dumps would build an encoder for each.
+    encode = json.JSONEncoder(default=repr).encode
     for each in conversations:
         parts = (each.messages, each.supervised, each.tools) if isinstance(each, Conversation) else each
-        digest.update(json.dumps(parts, default=repr).encode() + b"\n")
+        digest.update(encode(parts).encode() + b"\n")
     return digest.hexdigest()
 
 
