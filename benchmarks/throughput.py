@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         turns = [turn[name] for turn in rounds]
         shown[name] = {
             "size": best[name],
-            "search_seconds": sizes[name],
+            "search_seconds": {str(size): seconds for size, seconds in sizes[name].items()},
             "tokens_per_second": [settings["num_tokens"] / turn["seconds"] for turn in turns],
             "supervised_tokens_per_second": [settings["num_supervised_tokens"] / turn["seconds"] for turn in turns],
             "computed": turns[0]["positions"] / settings["num_tokens"],
