@@ -19,9 +19,10 @@ import torch
 from tiers import slow_but
 
 import adapt_recipes.run
-from adapt_recipes import models
+from adapt_recipes import data, models
 from adapt_recipes.cli import recipe_file, recipe_of, schema
 from adapt_recipes.config import load
+from adapt_recipes.data.packing import pack_rows, supervised_lengths
 from adapt_recipes.planning.memory import CPU, LiveBytes, Memory, Shape, Size, estimate_memory
 from adapt_recipes.planning.update import update_of
 from adapt_recipes.run import Run
@@ -163,8 +164,13 @@ def measured(name: str, folder: Path, peak: Callable[[Callable[[], object], Any]
         saved = run.checkpoints.newest()
         assert saved is not None
         found["checkpoint"] = sum(file.stat().st_size for file in saved.folder.rglob("*.distcp"))
-    largest = max((batch for each in batches for batch in each), key=lambda batch: batch.tokens.numel())
-    found["shape"] = Shape(*largest.tokens.shape, int((largest.labels != -100).sum()), len(batches[0]) > 1)
+
+    def computed(batch: data.MicroBatch) -> int:
+        return len(pack_rows(batch.tokens, supervised_lengths(batch.labels)).tokens)
+
+    largest = max((batch for each in batches for batch in each), key=computed)
+    num_supervised = int((largest.labels != -100).sum())
+    found["shape"] = Shape(computed(largest), largest.tokens.shape[1], num_supervised, len(batches[0]) > 1)
     return found
 
 

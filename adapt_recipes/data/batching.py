@@ -67,7 +67,8 @@ def micro_batches(
     Args:
         examples: the same list on every process.
         tasks: the task of each example.
-        max_tokens: bound on the tokens computed in one forward pass; a longer example is computed alone.
+        max_tokens: bound on the tokens computed in one forward pass, where a shared token counts as an eighth, which is
+            about the memory of its keys and values; a longer example is computed alone.
         rank: of this process.
         world_size: number of processes.
 
@@ -79,10 +80,11 @@ def micro_batches(
     order = sorted(range(len(examples)), key=lambda i: (examples[i].tokens.tolist(), i))
     all_tokens, all_labels = _padded([examples[i] for i in order])
     lengths = supervised_lengths(all_labels).numpy()
-    own = lengths - shared_with_previous(all_tokens.numpy(), lengths)
+    shared = shared_with_previous(all_tokens.numpy(), lengths)
 
-    parts = _parts(lengths, own, max_tokens, world_size)
-    sizes = [_size(lengths, own, part) for part in parts]
+    parts = _parts(lengths, lengths - shared + shared // 8, max_tokens, world_size)
+    # The first row of a part shares nothing.
+    sizes = [int(lengths[part].sum() - shared[part[1:]].sum()) for part in map(list, parts)]
     by_size = sorted(range(len(parts)), key=lambda i: -sizes[i])
     batches = []
     for first in range(0, len(parts), world_size):
@@ -117,31 +119,31 @@ def build_batches(
 Part = range
 
 
-def _parts(lengths: np.ndarray, own: np.ndarray, max_tokens: int, world_size: int) -> list[Part]:
+def _parts(lengths: np.ndarray, added: np.ndarray, max_tokens: int, world_size: int) -> list[Part]:
     """The cuts with the fewest rounds; among these, with the smallest largest part. Some parts may be empty."""
     # Filling parts one after the other gives the fewest for a bound. (A part never computes more than a longer one.)
-    num_parts = -(-len(_filled(lengths, own, max_tokens)) // world_size) * world_size
+    num_parts = -(-len(_filled(lengths, added, max_tokens)) // world_size) * world_size
     bounds = range(1, max(max_tokens, int(lengths.max())) + 1)
-    bound = bounds[bisect_left(bounds, True, key=lambda bound: len(_filled(lengths, own, bound)) <= num_parts)]
-    parts = _filled(lengths, own, bound)
+    bound = bounds[bisect_left(bounds, True, key=lambda bound: len(_filled(lengths, added, bound)) <= num_parts)]
+    parts = _filled(lengths, added, bound)
     return parts + [range(0)] * (num_parts - len(parts))
 
 
-def _filled(lengths: np.ndarray, own: np.ndarray, bound: int) -> list[Part]:
-    """Consecutive parts that each take as many rows as stay within the bound, and at least one."""
+def _filled(lengths: np.ndarray, added: np.ndarray, bound: int) -> list[Part]:
+    """Consecutive parts that each take as many rows as stay within the bound, and at least one.
+
+    Args:
+        lengths: of the rows: what each costs as the first of a part.
+        added: what each costs behind another one, at most its length.
+        bound: on the costs of a part.
+    """
     parts, start, size = [], 0, 0
-    for place, (length, added) in enumerate(zip(lengths.tolist(), own.tolist(), strict=True)):
-        if place > start and size + added > bound:
+    for place, (length, more) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
+        if place > start and size + more > bound:
             parts.append(range(start, place))
             start, size = place, 0
-        # The first row of a part shares nothing.
-        size += added if place > start else length
+        size += more if place > start else length
     return [*parts, range(start, len(lengths))]
-
-
-def _size(lengths: np.ndarray, own: np.ndarray, part: Part) -> int:
-    """The tokens computed for a part."""
-    return int(lengths[part.start] + own[part.start + 1 : part.stop].sum()) if part else 0
 
 
 def _padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

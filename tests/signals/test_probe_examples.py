@@ -162,9 +162,10 @@ def test_passes_with_dropout_use_the_masks_that_come_next(dropout) -> None:
     for _ in range(3):
         each = torch.zeros(len(EXAMPLES), dtype=torch.float64)
         for batch in batches:
-            logits = model.train().decoder(batch.tokens)
-            for i, row in enumerate(batch.rows.tolist()):
-                found = likeliest(logits[i][batch.labels[i] != IGNORE_INDEX])
+            logits = model.train()(batch.tokens, batch.labels, "logits")
+            of_rows = logits.split((batch.labels != IGNORE_INDEX).sum(1).tolist())
+            for row, of_row in zip(batch.rows.tolist(), of_rows, strict=True):
+                found = likeliest(of_row)
                 each[row] = skewed(*(torch.tensor(part, dtype=torch.float64) for part in found))
         each_pass.append(each)
     torch.testing.assert_close(values, torch.stack(each_pass).mean(0), rtol=1e-5, atol=1e-6)

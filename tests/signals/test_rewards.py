@@ -354,10 +354,11 @@ def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, passes, capsys)
     each = torch.zeros(num_passes, len(EXAMPLES["validation"]), dtype=torch.float64)
     for values in each:
         for batch in batches:
-            log_p = model.decoder(batch.tokens).detach().double().log_softmax(-1)
-            for i, row in enumerate(batch.rows.tolist()):
-                entropies = -(log_p[i].exp() * log_p[i]).sum(-1)
-                values[row] = entropies[batch.labels[i] != IGNORE_INDEX].mean()
+            log_p = model(batch.tokens, batch.labels, "logits").detach().double().log_softmax(-1)
+            entropies = -(log_p.exp() * log_p).sum(-1)
+            of_rows = entropies.split((batch.labels != IGNORE_INDEX).sum(1).tolist())
+            for row, entropy in zip(batch.rows.tolist(), of_rows, strict=True):
+                values[row] = entropy.mean()
     assert_close(rewards, means_by_task("validation", each.mean(0).tolist()))
     values = [statistics.fmean(likeliest(alone(model, example)[1])[1]) for _, example in EXAMPLES["validation"]]
     without = means_by_task("validation", values)
