@@ -128,6 +128,9 @@ def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "budget.allow_repeats=true",
         f"batch_size={arguments.batch_size}",
         f"dtype={arguments.dtype}",
+        # As the others.
+        "optimizer.lr=2.0e-5",
+        "lr_schedule.warmup=0.0",
         "log_every=0",
     ]
     config = load(recipe.Config, common.CONFIGS / "smollm2_135m_uniform_10pct.yaml", overrides)
