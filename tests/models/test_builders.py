@@ -585,8 +585,10 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = build(name, **changes)
     compile_from_scratch(decoder)
     torch.testing.assert_close(gradients(decoder), expected, rtol=1e-4, atol=1e-6)
-    assert counters["stats"]["unique_graphs"] == (2 if name == "gemma3" else 1), "one graph for each kind of layer"
-    assert not counters["graph_break"]
+    # Around attention, which is not compiled, a layer has four parts; both kinds of layer of Gemma 3 share one.
+    assert counters["stats"]["unique_graphs"] == (7 if name == "gemma3" else 4), "for each kind of layer"
+    reasons = list(counters["graph_break"])
+    assert reasons and all("packed_attention" in reason for reason in reasons), reasons
 
 
 @pytest.mark.slow

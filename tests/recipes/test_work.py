@@ -129,5 +129,5 @@ def test_no_graph_is_compiled_again(run: Runner, monkeypatch: pytest.MonkeyPatch
         torch._dynamo.utils.counters.clear()
         run("tiny_uniform", "compile=true", f"budget.tokens={16 * steps}", folder=f"{steps} steps")
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    # Before and after attention, of each layer, for one number of tokens and for any.
+    # The four parts of a layer around attention, for one number of tokens and for any.
     assert graphs == [8, 8]
