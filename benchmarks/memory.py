@@ -93,7 +93,7 @@ def estimated(config_name: str, num_processes: int, overrides: Sequence[str]) ->
     module = common.load_recipe(path)
     config = load(module.Config, path, overrides)
     rows, length = config.micro_batch_tokens // config.max_seq_len, config.max_seq_len
-    shape = Shape(rows, length, rows * length // TOKENS_PER_SUPERVISED)
+    shape = Shape(rows * length, length, rows * length // TOKENS_PER_SUPERVISED)
     update = update_of(OBSERVES, Probe())
     model = models.build(config, [], device=CPU, checkpointer=None)
     memory, _ = estimate_memory(model, config, shape, update=update, num_processes=num_processes)

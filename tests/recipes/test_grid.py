@@ -637,7 +637,7 @@ def test_the_remedy_for_a_model_that_is_too_large(run: Runner, hub: Path) -> Non
 def test_the_remedy_takes_the_memory_that_it_says() -> None:
     loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[TOO_LARGE], WITH_REMEDY)
     model = models.build(loaded, [], device=CPU, checkpointer=None)
-    memory, size = estimate_memory(model, loaded, Shape(4, 1024, 512))
+    memory, size = estimate_memory(model, loaded, Shape(4096, 1024, 512))
     assert 0 < size.trained < size.parameters / 1000
     assert f"about {memory.total / 1e9:.0f} GB (estimated" in REMEDY.replace("\n", " ")
 

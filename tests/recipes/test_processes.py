@@ -288,7 +288,7 @@ SMALL = {"micro_batch_tokens": 96, "clip_grad_norm": 0.5}
 
 # At least 30 steps of each. Where there are three examples a step, the last step is of one supervised token.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "static": ("proportional", SMALL | {"budget.tokens": 1180}),
+    "static": ("proportional", SMALL | {"micro_batch_tokens": 48, "budget.tokens": 1180}),
     "static, checkpointed": ("proportional", SMALL | CHECKPOINTED | {"budget.tokens": 1180}),
     "three examples a step": ("uniform", {"batch_size": 3, "budget.tokens": 379}),
     "adapt": ("adapt", SMALL),
