@@ -23,7 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapt_recipes.data.conversations import answer_hashes, checked_conversation, content_hash, merge_system
+from adapt_recipes.data.conversations import (
+    answer_hashes,
+    checked_conversation,
+    merge_system,
+    prompt_and_content_hash,
+)
 from adapt_recipes.data.examples import Conversation, Examples, Message
 from adapt_recipes.files import atomic_file
 
@@ -174,7 +179,7 @@ def _tokenize_chunk(tokenizer: ConversationTokenizer, reading: Reading, chunk: _
             continue
         tokens += ids
         answers += [(len(examples), *span, *each) for span, each in zip(spans, hashes, strict=True)]
-        examples.append((len(ids), content_hash(messages[:-1], tools), content_hash(messages, tools)))
+        examples.append((len(ids), *prompt_and_content_hash(messages, tools)))
     return _Part(np.array(tokens, dtype=np.int32), _table(examples, 3), _table(answers, 5), bad_rows)
 
 
