@@ -91,7 +91,7 @@ def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) 
 
 def max_token(tasks: Sequence[Task]) -> int:
     """The highest token id that any of the tasks holds; 0 where there are no tasks."""
-    return max((int(split.tokens.max()) for task in tasks for split in task.splits.values()), default=0)
+    return max((split.max_token for task in tasks for split in task.splits.values()), default=0)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
@@ -103,6 +103,6 @@ def fingerprint(tasks: Sequence[Task]) -> str:
             if split is task.test:
                 # Without a test split the hash is that of earlier versions.
                 digest.update(b"test\0")
-            for tensor in (split.tokens, split.supervised, split.offsets):
-                digest.update(tensor.contiguous().numpy().data)
+            for block in (*split.token_blocks(), *split.supervised_blocks(), split.offsets.numpy()):
+                digest.update(block.data)
     return digest.hexdigest()
