@@ -218,14 +218,15 @@ class Examples:
         """Example ``index``, shifted for a causal model."""
         columns, row, hidden = self._located(index)
         start, end = columns.offsets[row : row + 2].tolist()
-        tokens = torch.from_numpy(columns.tokens[start:end].astype(np.int64))
-        labels = torch.full((len(tokens) - 1,), IGNORE_INDEX)
+        # numpy, because operations on small tensors are several times slower.
+        tokens = columns.tokens[start:end].astype(np.int64)
+        labels = np.full(len(tokens) - 1, IGNORE_INDEX)
         first_answer, last_answer = columns.answer_offsets[row : row + 2].tolist()
         for answer in range(first_answer, last_answer):
-            if answer not in hidden:
+            if not _is_in(answer, hidden):
                 first, end = int(columns.firsts[answer]), int(columns.ends[answer])
                 labels[first - 1 : end - 1] = tokens[first:end]
-        return Example(tokens[:-1], labels)
+        return Example(torch.from_numpy(tokens[:-1]), torch.from_numpy(labels))
 
     def prompt(self, index: int) -> tuple[list[Message], list[dict[str, Any]] | None]:
         """The messages before the last answer of example ``index``, and its tools."""
@@ -243,7 +244,7 @@ class Examples:
         """The UTF-8 lengths of the supervised answers of example ``index``."""
         columns, row, hidden = self._located(index)
         first, end = columns.answer_offsets[row : row + 2].tolist()
-        return [int(columns.num_bytes[answer]) for answer in range(first, end) if answer not in hidden]
+        return [int(columns.num_bytes[answer]) for answer in range(first, end) if not _is_in(answer, hidden)]
 
     def select(self, indices: Sequence[int] | Tensor) -> Examples:
         """The examples at ``indices``, in that order."""
@@ -283,6 +284,14 @@ class Examples:
         for first, end in pairwise([0, *breaks.tolist(), len(rows)]):
             source = int(sources[first])
             yield source, int(rows[first] - starts[source]), int(rows[end - 1] - starts[source]) + 1
+
+
+def _is_in(number: int, ascending: np.ndarray) -> bool:
+    """Whether a number is among others that are sorted."""
+    if not len(ascending):
+        return False
+    position = int(np.searchsorted(ascending, number))
+    return position < len(ascending) and int(ascending[position]) == number
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +17,9 @@ from adapt_recipes.data.prepare import prepare_tasks
 from adapt_recipes.data.tokenize import Reading
 from adapt_recipes.strict import FREE_AT_RESUME, Component
 from adapt_recipes.training.process_group import raise_on_all_ranks
+
+# How long a process waits for another before it says so.
+_SILENT_SECONDS = 10.0
 
 
 class TasksConfig(Component):
@@ -84,9 +89,19 @@ def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) 
     Raises:
         ValueError: see ``load_tasks``.
     """
+    waits = threading.Timer(_SILENT_SECONDS, _say_waiting)
+    waits.daemon = True
+    # One process per host says it.
+    if os.environ.get("LOCAL_RANK", "0") == "1":
+        waits.start()
     with raise_on_all_ranks(in_turn=True):
+        waits.cancel()
         built = tokenizer.build()
         return built, load_tasks(config, tokenizer=built, max_seq_len=max_seq_len)
+
+
+def _say_waiting() -> None:
+    print("waiting for the first process of this host, which prepares the data", file=sys.stderr, flush=True)
 
 
 def max_token(tasks: Sequence[Task]) -> int:

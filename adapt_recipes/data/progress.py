@@ -16,7 +16,7 @@ class Progress:
     """The progress of one kind of work, on standard error.
 
     Args:
-        what: is done: ``tokenizing``.
+        what: is done: ``preparing data``.
         total_bytes: of the sources.
         stream: where it is written; None: standard error.
     """

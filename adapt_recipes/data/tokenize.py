@@ -243,7 +243,7 @@ def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) ->
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     keys: dict[int, str] = {}
     total_bytes = sum(map(_size, sources))
-    with Progress("tokenizing", total_bytes=total_bytes) as progress:
+    with Progress("preparing data", total_bytes=total_bytes) as progress:
         if min(num_workers, len(sources)) <= 1 or total_bytes < _MIN_PARALLEL_BYTES:
             counts = _Counts(progress)
             for wait in (False, True):
