@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
 from concurrent.futures import wait as futures_wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +32,7 @@ from adapt_recipes.data.progress import Progress
 from adapt_recipes.data.rows import Split
 from adapt_recipes.data.source_files import FileRows, FileTask, SourceFile
 from adapt_recipes.data.store import Columns, Digests, Entry, Facts, lock, read_entry, write_entry
-from adapt_recipes.files import NoSpaceLeft, is_no_space
+from adapt_recipes.files import PARTIAL, NoSpaceLeft, is_no_space
 
 # Incremented whenever the same sources would give other conversations, tokens, spans or hashes, or other columns.
 _FORMAT = 3
@@ -41,6 +43,8 @@ _PART = 4096
 # With less, starting processes takes longer than it saves.
 _MIN_PARALLEL_BYTES = 1_000_000
 _BYTES_PER_CONVERSATION = 500
+# After this a temporary file is not being written any more.
+_ABANDONED_SECONDS = 24 * 3600
 
 Conversations = Sequence[Conversation | list[Message]]
 
@@ -173,7 +177,7 @@ class Store(NamedTuple):
         return Digests(self.cache_dir / "files")
 
     def create(self) -> None:
-        """Creates the folders.
+        """Creates the folders, and removes what killed processes have left there.
 
         Raises:
             ValueError: they cannot be created or written.
@@ -183,6 +187,11 @@ class Store(NamedTuple):
                 folder.mkdir(parents=True, exist_ok=True)
                 with TemporaryFile(dir=folder):
                     pass
+                for partial in folder.glob(f"*{PARTIAL}"):
+                    # A younger one may be of a process that is writing it.
+                    with suppress(FileNotFoundError):
+                        if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                            partial.unlink()
         except OSError as error:
             if is_no_space(error):
                 raise NoSpaceLeft(f"tasks.cache_dir: no space left in {self.cache_dir}") from error

@@ -287,7 +287,7 @@ def _draw(config: Any, tasks: Sequence[data.Task], probabilities: Tensor, budget
     """Draws with the sampler of the run and constant probabilities."""
     sampler = data.TokenSampler(tasks, seed=config.seed)
     # After the causal shift.
-    lengths = [(task.train.lengths - 1).tolist() for task in tasks]
+    lengths = [(task.train.lengths - 1).numpy() for task in tasks]
     drawn = _Drawn(torch.zeros(len(tasks), dtype=torch.int64))
     spent = [0] * len(tasks)
     while (left := budget_tokens - sum(spent)) > 0:
@@ -296,7 +296,7 @@ def _draw(config: Any, tasks: Sequence[data.Task], probabilities: Tensor, budget
             p = data.sample_one_hot(p, seed=config.seed, step=drawn.steps)
         for draw in sampler.draw(p, max_examples=config.batch_size, max_tokens=left):
             spent[draw.task] += draw.num_supervised_tokens
-            drawn.tokens += lengths[draw.task][draw.example_index]
+            drawn.tokens += int(lengths[draw.task][draw.example_index])
         drawn.steps += 1
     drawn.task_tokens = torch.tensor(spent)
     return drawn

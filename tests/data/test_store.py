@@ -168,6 +168,17 @@ def test_a_lock_of_another_process_is_seen(tmp_path: Path) -> None:
         assert first and not second
 
 
+def test_what_a_killed_process_left_is_removed(data: Path) -> None:
+    """A day later; a younger file may be one that is being written."""
+    store = data.parent / "cache" / "store"
+    store.mkdir(parents=True)
+    for name in ("old", "young"):
+        (store / f"{name}.arrow.partial").write_bytes(b"half")
+    os.utime(store / "old.arrow.partial", (0, time.time() - 25 * 3600))
+    prepare(data)
+    assert [file.name for file in store.glob("*.partial")] == ["young.arrow.partial"]
+
+
 def test_texts_and_lengths_are_kept(data: Path) -> None:
     write_file(data, 0, answer="né")
     (task,) = prepare(data)
