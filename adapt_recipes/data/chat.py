@@ -242,13 +242,13 @@ class ChatTokenizer:
         start, end = answer.start, answer.end
         first = _first_token(encoding, start, behind=False)
         # A special token of the header may also consume the white space at the start of the answer.
-        if first < len(ids) and ids[first] in self._special_ids and encoding.token_to_chars(first)[0] < start:
+        if first < len(ids) and ids[first] in self._special_ids and _chars(encoding, first)[0] < start:
             first += 1
         turn_end = _first_token(encoding, end, behind=True)
         ends = [position for position in range(first, turn_end) if ids[position] in self._special_ids]
         if text.endswith(answer.foot, 0, end):
             end -= len(answer.foot)
-            ends = [position for position in ends if encoding.token_to_chars(position)[1] > end]
+            ends = [position for position in ends if _chars(encoding, position)[1] > end]
         else:
             ends = ends[-1:]
         if missing := _missing_part(answer.message, text[start:end]):
@@ -307,6 +307,13 @@ def _alternating(fixed: list[str], contents: list[str]) -> Iterator[str]:
     yield fixed[-1]
 
 
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """The first and last + 1 of the characters of a token."""
+    chars = encoding.token_to_chars(token)
+    assert chars is not None
+    return chars
+
+
 def _first_token(encoding: Encoding, position: int, *, behind: bool) -> int:
     """The first token that ends behind the character at ``position``, or (``behind``) that begins there or later.
 
@@ -316,10 +323,10 @@ def _first_token(encoding: Encoding, position: int, *, behind: bool) -> int:
     token = encoding.char_to_token(position)
     if token is not None and not behind:
         return token
-    if token is not None and encoding.token_to_chars(token)[0] == position:
-        if token == 0 or encoding.token_to_chars(token - 1)[0] < position:
+    if token is not None and _chars(encoding, token)[0] == position:
+        if token == 0 or _chars(encoding, token - 1)[0] < position:
             return token
-    elif token is None and behind and len(encoding) and encoding.token_to_chars(len(encoding) - 1)[0] < position:
+    elif token is None and behind and len(encoding) and _chars(encoding, len(encoding) - 1)[0] < position:
         return len(encoding)
     if behind:
         return bisect_left(encoding.offsets, position, key=lambda offset: offset[0])

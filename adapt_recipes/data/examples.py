@@ -208,10 +208,10 @@ class Examples:
             answers = np.arange(columns.answer_offsets[first], columns.answer_offsets[end])
             answers = answers[~np.isin(answers, hidden)] if len(hidden) else answers
             starts = columns.offsets[np.searchsorted(columns.answer_offsets, answers, side="right") - 1] - offsets[0]
-            # +1 where an answer begins, -1 behind its end.
+            # +1 where an answer begins, -1 behind its end. No two begin or end at the same place.
             changes = np.zeros(offsets[-1] - offsets[0] + 1, dtype=np.int8)
-            np.add.at(changes, starts + columns.firsts[answers], 1)
-            np.add.at(changes, starts + columns.ends[answers], -1)
+            changes[starts + columns.firsts[answers]] += 1
+            changes[starts + columns.ends[answers]] -= 1
             yield changes[:-1].cumsum(dtype=np.int8) > 0
 
     def example(self, index: int) -> Example:

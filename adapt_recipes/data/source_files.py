@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from adapt_recipes.data.examples import BadRow, Conversation, RawTask
+from adapt_recipes.data.examples import BadRow, Conversation, Message, RawTask
 
 
 class FileRows(NamedTuple):
@@ -22,7 +22,7 @@ class FileRows(NamedTuple):
         unused_keys: for each key of the rows that is not used, the number of rows that have it.
     """
 
-    conversations: Sequence[Conversation]
+    conversations: Sequence[Conversation | list[Message]]
     bad_rows: Sequence[BadRow] = ()
     num_empty: int = 0
     unused_keys: Mapping[str, int] = {}
@@ -79,7 +79,7 @@ class FileTask:
         return [file.read() for file in self.files]
 
     @property
-    def conversations(self) -> list[Conversation]:
+    def conversations(self) -> list[Conversation | list[Message]]:
         return [row for rows in self._rows for row in rows.conversations]
 
     @property
