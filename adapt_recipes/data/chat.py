@@ -9,12 +9,12 @@ import json
 import re
 import shutil
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from tokenizers import Encoding
 
@@ -22,6 +22,9 @@ from adapt_recipes.data.chat_template import TEMPLATES_FOLDER, ChatTemplate, rea
 from adapt_recipes.data.conversations import error_prefix
 from adapt_recipes.data.examples import Conversation, Message
 from adapt_recipes.data.tokenizer_files import read_json, read_tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Incremented whenever the same files would give other ids or spans.
 _VERSION = 2
@@ -151,13 +154,41 @@ class ChatTokenizer:
             ValueError: the template refuses the conversation, does not read a part of it, changes a supervised answer,
                 renders it differently when another turn follows, or ends it without a special token.
         """
+        (result,) = self.encode_all([conversation])
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    def encode_all(
+        self, conversations: Sequence[Conversation]
+    ) -> list[tuple[list[int], list[tuple[int, int]]] | ValueError]:
+        """``encode`` of each conversation, or the error that it raises, in less time.
+
+        One kind of work follows the other: tokenizing takes a third longer where other work in between evicts its
+        tables from the caches of the CPU.
+        """
+        texts = [_attempt(self._text, each) for each in conversations]
+        encodings = [each if isinstance(each, ValueError) else _attempt(self._encoding, each) for each in texts]
+        return [
+            encoding if isinstance(encoding, ValueError) else _attempt(self._with_spans, conversation, encoding)
+            for conversation, encoding in zip(conversations, encodings, strict=True)
+        ]
+
+    def _text(self, conversation: Conversation) -> str:
         self._template.check_fields(conversation)
-        text = self._template.render(conversation.messages, conversation.tools)
+        return self._template.render(conversation.messages, conversation.tools)
+
+    def _encoding(self, text: str) -> tuple[str, Encoding]:
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            return text, self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:
             # The tokenizers library raises nothing more specific.
             raise ValueError(f"tokenizer.json: {error}") from None
+
+    def _with_spans(
+        self, conversation: Conversation, encoded: tuple[str, Encoding]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        text, encoding = encoded
         ids = encoding.ids
         return ids, [self._span(answer, text, ids, encoding) for answer in self._rendered_answers(conversation, text)]
 
@@ -292,6 +323,14 @@ class ChatTokenizer:
             # Where it exists, transformers may prefer its names.
             if "eos_token" in read_json(Path(folder) / "special_tokens_map.json", optional=True):
                 _set_eos_token(Path(folder) / "special_tokens_map.json", token)
+
+
+def _attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | ValueError:
+    """The result of a function, or the ``ValueError`` that it raises."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        return error
 
 
 def _is_plain(message: Message) -> bool:

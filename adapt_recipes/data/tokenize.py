@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import pyarrow
 
+from adapt_recipes.data.chat import ChatTokenizer
 from adapt_recipes.data.conversations import (
     answer_hashes,
     checked_conversation,
@@ -404,38 +405,79 @@ class _Part(NamedTuple):
     bad_rows: list[tuple[int, str]]
 
 
+class _Checked(NamedTuple):
+    """A conversation that is ready to be tokenized, and what is kept of it as it is in its source."""
+
+    conversation: Conversation
+    # of each supervised answer
+    answer_hashes: list[tuple[int, int]]
+    num_bytes: list[int]
+    prompt_and_content_hash: tuple[int, int]
+    prompt: str
+    references: list[str]
+
+
+def _checked(given: Any, reading: Reading) -> _Checked:
+    conversation = checked_conversation(given)
+    if reading.supervise == "last":
+        last = len(conversation.messages) - 1
+        conversation = replace(conversation, supervised=(last,) * (last in conversation.supervised))
+    # Hashes are of the messages as they are: the same whatever the template or the setting.
+    messages, tools, supervised = conversation.messages, conversation.tools, conversation.supervised
+    return _Checked(
+        merge_system(conversation) if reading.system == "merge_into_user" else conversation,
+        [answer_hashes(messages, answer) for answer in supervised],
+        [len((messages[answer].get("content") or "").encode()) for answer in supervised],
+        prompt_and_content_hash(messages, tools),
+        json.dumps([messages[:-1], tools]),
+        list(conversation.references) or [messages[-1].get("content") or ""],
+    )
+
+
+def _encode_all(
+    tokenizer: ConversationTokenizer, conversations: Sequence[Conversation]
+) -> Iterable[tuple[list[int], list[tuple[int, int]]] | ValueError]:
+    """What ``encode`` returns for each conversation, or the error that it raises."""
+    if isinstance(tokenizer, ChatTokenizer):
+        yield from tokenizer.encode_all(conversations)
+        return
+    for each in conversations:
+        try:
+            yield tokenizer.encode(each)
+        except ValueError as error:
+            yield error
+
+
 def _tokenize_chunk(tokenizer: ConversationTokenizer, reading: Reading, chunk: _Chunk) -> _Part:
+    checked: list[_Checked | ValueError] = []
+    for given in chunk.conversations:
+        try:
+            checked.append(_checked(given, reading))
+        except ValueError as error:
+            checked.append(error)
+    encoded = iter(_encode_all(tokenizer, [each.conversation for each in checked if isinstance(each, _Checked)]))
+
     tokens: list[int] = []
     examples: list[tuple[int, ...]] = []
     answers: list[tuple[int, ...]] = []
     prompts, references, bad_rows = [], [], []
-    for row, given in zip(chunk.rows, chunk.conversations, strict=True):
-        try:
-            conversation = checked_conversation(given)
-            if reading.supervise == "last":
-                last = len(conversation.messages) - 1
-                conversation = replace(conversation, supervised=(last,) * (last in conversation.supervised))
-            # Hashes are of the messages as they are: the same whatever the template or the setting.
-            messages, tools, supervised = conversation.messages, conversation.tools, conversation.supervised
-            hashes = [answer_hashes(messages, answer) for answer in supervised]
-            texts = [messages[answer].get("content") or "" for answer in supervised]
-            if reading.system == "merge_into_user":
-                conversation = merge_system(conversation)
-            ids, spans = tokenizer.encode(conversation)
-            # Nothing precedes the first token, so the model cannot predict it.
-            spans = [(max(1, first), end) for first, end in spans]
-            if any(first >= end for first, end in spans):
-                raise ValueError("has an answer without a supervised token")
-        except ValueError as error:
-            bad_rows.append((row, str(error)))
+    for row, each in zip(chunk.rows, checked, strict=True):
+        result = each if isinstance(each, ValueError) else next(encoded)
+        if isinstance(each, ValueError) or isinstance(result, ValueError):
+            bad_rows.append((row, str(result)))
+            continue
+        ids, spans = result
+        # Nothing precedes the first token, so the model cannot predict it.
+        spans = [(max(1, first), end) for first, end in spans]
+        if any(first >= end for first, end in spans):
+            bad_rows.append((row, "has an answer without a supervised token"))
             continue
         tokens += ids
-        for span, each, text in zip(spans, hashes, texts, strict=True):
-            answers.append((*span, *each, len(text.encode())))
-        prompt_hash, whole_hash = prompt_and_content_hash(messages, tools)
-        examples.append((row, len(ids), max(ids), prompt_hash, whole_hash, len(spans)))
-        prompts.append(json.dumps([messages[:-1], tools]))
-        references.append(list(conversation.references) or [messages[-1].get("content") or ""])
+        for span, hashes, num_bytes in zip(spans, each.answer_hashes, each.num_bytes, strict=True):
+            answers.append((*span, *hashes, num_bytes))
+        examples.append((row, len(ids), max(ids), *each.prompt_and_content_hash, len(spans)))
+        prompts.append(each.prompt)
+        references.append(each.references)
     return _Part(
         np.array(tokens, dtype=np.int32), _table(examples, 6), _table(answers, 5), prompts, references, bad_rows
     )
