@@ -86,14 +86,19 @@ def micro_batches(
     # The first row of a part shares nothing.
     sizes = [int(lengths[part].sum() - shared[part[1:]].sum()) for part in map(list, parts)]
     by_size = sorted(range(len(parts)), key=lambda i: -sizes[i])
+    computed = [0] * world_size  # tokens, by process
     batches = []
     for first in range(0, len(parts), world_size):
         in_round = by_size[first : first + world_size]
+        # The process that has computed least gets the largest part.
+        by_need = sorted(range(world_size), key=lambda process: computed[process])
+        for i, process in zip(in_round, by_need, strict=True):
+            computed[process] += max(1, sizes[i])
         everything = [examples[order[place]] for i in in_round for place in parts[i]]
         num_tokens = sum(len(example.tokens) for example in everything)
         num_supervised = int((torch.cat([each.labels for each in everything]) != IGNORE_INDEX).sum())
         totals = num_tokens, num_supervised, sum(max(1, sizes[i]) for i in in_round)
-        if mine := [order[place] for place in parts[in_round[rank]]]:
+        if mine := [order[place] for place in parts[in_round[by_need.index(rank)]]]:
             tokens, labels = _padded([examples[i] for i in mine])
             lengths_here = torch.tensor([len(examples[i].tokens) for i in mine])
             of_rows = torch.tensor([tasks[i] for i in mine]), torch.tensor(mine), lengths_here

@@ -172,12 +172,23 @@ def test_every_process_books_what_all_have_read(lengths: list[int], max_tokens: 
     assert sum(len(batch.supervised_tasks) for batches in each for batch in batches) == supervised if lengths else True
 
 
+@given(MANY, st.integers(1, 300), st.integers(2, 6))
+def test_no_process_computes_more_than_another_by_more_than_in_one_round(
+    lengths: list[int], max_tokens: int, world_size: int
+) -> None:
+    """What one has more in a round, the others have more in the next."""
+    _, each = deal(lengths, max_tokens=max_tokens, world_size=world_size)
+    work = [[computed(batch) for batch in batches] for batches in each]
+    totals, rounds = list(map(sum, work)), list(zip(*work, strict=True))
+    assert max(totals) - min(totals) <= max((max(each) - min(each) for each in rounds), default=0)
+
+
 def test_a_dummy_is_of_a_task_that_is_computed() -> None:
     """So that a probe which needs no other task can leave the forward out on all processes."""
     examples, tasks = [example(9), example(8, 100), example(7, 200)], [4, 5, 6]
     each = [micro_batches(examples, tasks, max_tokens=9, rank=rank, world_size=2) for rank in range(2)]
-    assert [[batch.rows.tolist() for batch in batches] for batches in each] == [[[0], [2]], [[1], [-1]]]
-    assert each[1][1].tasks.tolist() == [6]
+    assert [[batch.rows.tolist() for batch in batches] for batches in each] == [[[0], [-1]], [[1], [2]]]
+    assert each[0][1].tasks.tolist() == [6]
 
 
 def test_more_processes_than_examples() -> None:
