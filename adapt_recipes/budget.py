@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from adapt_recipes.mixture.caps import capped
 from adapt_recipes.strict import BUDGETS, STRICT
 
 
@@ -20,11 +21,9 @@ class BudgetConfig:
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """share of the available supervised tokens, in (0, 1]"""
     tokens: Annotated[int, Field(ge=1)] | None = None
-    """supervised tokens"""
+    """supervised tokens; more than there are only with ``tasks.max_epochs_per_task``"""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """times the available supervised tokens"""
-    allow_repeats: bool = False
-    """let ``tokens`` exceed what is available"""
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -32,20 +31,22 @@ class BudgetConfig:
             found = " and ".join(f"budget.{name}" for name in given) or "none"
             raise ValueError(f"budget: give exactly one of {', '.join(BUDGETS)}, not {found}")
 
-    def num_tokens(self, available: int) -> int:
+    def num_tokens(self, available: int, *, max_epochs: float | None = None) -> int:
         """The budget in supervised tokens.
 
         Args:
             available: supervised tokens of the training split.
+            max_epochs: ``tasks.max_epochs_per_task``.
 
         Raises:
-            ValueError: ``tokens`` is more than one epoch of all tasks, and repeats are not allowed.
+            ValueError: ``tokens`` is more than one epoch of all tasks, and ``max_epochs`` does not say how often a task
+                may repeat.
         """
         if self.tokens is not None:
-            if self.tokens > available and not self.allow_repeats:
+            if self.tokens > available and max_epochs is None:
                 raise ValueError(
                     f"budget.tokens: {self.tokens} is more than the {available} supervised tokens there are; "
-                    "lower it, or set budget.allow_repeats=true"
+                    "lower it, or set tasks.max_epochs_per_task"
                 )
             return self.tokens
         share = self.fraction if self.fraction is not None else self.epochs
@@ -59,6 +60,7 @@ class Ledger:
     Args:
         budget_tokens: supervised tokens the run may spend.
         num_tasks: number of tasks.
+        caps: (num_tasks,) int64, supervised tokens that the run may spend on each task; None: any number.
 
     Attributes:
         steps: optimizer steps.
@@ -72,8 +74,9 @@ class Ledger:
 
     COUNTS = ("tokens", "computed_tokens", "unique_supervised_tokens", "probe_tokens", "probe_total_tokens")
 
-    def __init__(self, budget_tokens: int, num_tasks: int) -> None:
+    def __init__(self, budget_tokens: int, num_tasks: int, *, caps: Tensor | None = None) -> None:
         self.budget_tokens = budget_tokens
+        self.caps = caps
         self.steps = 0
         self.task_tokens = torch.zeros(num_tasks, dtype=torch.int64)
         self.tokens = 0
@@ -95,6 +98,18 @@ class Ledger:
     def share(self, pending: float = 0) -> float:
         """Share of the budget that is spent after ``pending`` more tokens."""
         return (self.supervised_tokens + pending) / self.budget_tokens
+
+    def capped(self, probabilities: Tensor) -> Tensor:
+        """The shares to draw by: ``probabilities`` where no cap is in their way, see ``mixture.caps``.
+
+        They follow from what is spent and what is left, so a resume has nothing to restore.
+
+        Args:
+            probabilities: (num_tasks,) float64, of the mixture.
+        """
+        if self.caps is None or self.left == 0:
+            return probabilities
+        return capped(probabilities, self.caps - self.task_tokens, self.left)
 
     def spend(self, task_tokens: Tensor, *, unique: int, batches: Sequence[Any]) -> None:
         """Counts one training step.

@@ -47,7 +47,7 @@ class StepEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureEvent:
-    """The probabilities used from the next step on, and what led to them."""
+    """The probabilities of the mixture from the next step on, and what led to them."""
 
     event: ClassVar[str] = "mixture"
     step: int
@@ -55,6 +55,8 @@ class MixtureEvent:
     probe_tokens: int
     mixture_seconds: float
     probabilities: ByTask
+    effective_probabilities: ByTask | None = None
+    """what the sampler draws by under ``tasks.max_epochs_per_task``; the line has the key only with that"""
     signals: dict[str, Any] = field(default_factory=dict)
     """the measured signals and the values that the mixture logs; keys of the line by their own names"""
 
@@ -147,7 +149,7 @@ def to_line(event: Event) -> dict[str, Any]:
     """An event as an object of ``log.jsonl``."""
     values = {each.name: getattr(event, each.name) for each in fields(event)}
     signals = values.pop("signals", {})
-    if isinstance(event, EndEvent):
+    if isinstance(event, EndEvent | MixtureEvent):
         values = {name: value for name, value in values.items() if value is not None}
     return {"event": event.event, **values, **signals}
 

@@ -277,7 +277,7 @@ class Run:
         config, ledger = self.config, self.ledger
         self._display = Display(tasks, budget_tokens=ledger.budget_tokens, log_every=config.log_every)
         self._open.callback(self._display.close)
-        p = self._mixture.probabilities()
+        p = ledger.capped(self._mixture.probabilities())
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
         one_task = getattr(config, "sampling", "tokens") == "dataset"
         self._display.plan(p, ledger=ledger, batch_size=config.batch_size, where=where, one_task=one_task)
@@ -359,7 +359,8 @@ class Run:
         if signals is not None:
             self._check_same_mixture()
             self.num_updates += 1
-        self._display.mixture(self._mixture.probabilities(), self._phase_seconds["mixture"])
+        effective = self.ledger.capped(self._mixture.probabilities())
+        self._display.mixture(effective, self._phase_seconds["mixture"])
         values = {name: self._by_task(value) if value.dim() else value for name, value in (signals or {}).items()}
         self._log.write(
             MixtureEvent(
@@ -368,6 +369,7 @@ class Run:
                 probe_tokens=self.ledger.probe_tokens,
                 mixture_seconds=self._phase_seconds["mixture"],
                 probabilities=self._by_task(self._mixture.probabilities()),
+                effective_probabilities=None if self.ledger.caps is None else self._by_task(effective),
                 signals=values,
             )
         )

@@ -61,6 +61,7 @@ class Renamed(NamedTuple):
 # a key of the recipe's own beside None.
 RENAMED: dict[tuple[str | None, str], Renamed] = {
     (None, "budget.passes"): Renamed("budget.epochs"),
+    (None, "budget.allow_repeats"): Renamed("tasks.max_epochs_per_task", "a number of epochs"),
     ("adapt_recipes.data.natural_instructions", "group_by"): Renamed("task_per"),
     ("adapt_recipes.mixture.Adapt", "averaging"): Renamed("ema_decay"),
     ("adapt_recipes.mixture.AdaptPlanned", "loss_averaging"): Renamed("ema_decay"),

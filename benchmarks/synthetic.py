@@ -70,7 +70,7 @@ def shipped(
         "validation_examples": sizes["probe_examples"],
         "cache_dir": str(folder / "cache"),
     }
-    config["budget"] = {"tokens": 10**9, "allow_repeats": True}
+    config["budget"] = {"epochs": 10**6}
     config |= {"output_dir": tempfile.mkdtemp(dir=folder), "resume": False, "log_every": 0} | changes
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

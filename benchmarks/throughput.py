@@ -124,8 +124,7 @@ def draw(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     overrides = [
         *common.sources(arguments, folder),
         "tasks.types=null",
-        "budget.tokens=1000000000",
-        "budget.allow_repeats=true",
+        "budget.epochs=1000000",
         f"batch_size={arguments.batch_size}",
         f"dtype={arguments.dtype}",
         # As the others.

@@ -118,8 +118,7 @@ def set_up(
         f"tasks.max_bytes={arguments.max_seq_len - CHAT_TEMPLATE_TOKENS}",
         f"probe.examples={arguments.examples // num_tasks}",
         f"batch_size={arguments.examples}",
-        "budget.tokens=1000000000",
-        "budget.allow_repeats=true",
+        "budget.epochs=1000000",
         "log_every=0",
     ]
     overrides = [f"{o}_{num_tasks}_{strategy}" if o.startswith("output_dir=") else o for o in overrides]

@@ -75,11 +75,12 @@ class Recipe:
         self.tokenizer, self.tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
-        self.ledger = Ledger(config.budget.num_tokens(int(available.sum())), len(self.tasks))
-        self.sampler = data.TokenSampler(self.tasks, seed=config.seed)
+        budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
+        self.sampler = data.TokenSampler(self.tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task)
+        self.ledger = Ledger(budget_tokens, len(self.tasks), caps=self.sampler.caps(budget_tokens))
         with raise_on_all_ranks():
             self.mixture = config.mixture.build(
-                task_names=self.task_names, num_supervised_tokens=available, budget_tokens=self.ledger.budget_tokens
+                task_names=self.task_names, num_supervised_tokens=available, budget_tokens=budget_tokens
             )
             check_mixture(self.mixture, SIGNALS, num_tasks=len(self.tasks), recipe=Path(__file__).stem)
         self.validation = self.batches(data.validation_examples(self.tasks))
@@ -137,7 +138,7 @@ class Recipe:
         config, ledger = self.config, self.ledger
 
         # Draw: the task furthest behind its share comes next.
-        p = self.mixture.probabilities()
+        p = ledger.capped(self.mixture.probabilities())
         draws = self.sampler.draw(p, max_examples=config.batch_size, max_tokens=ledger.left)
         batches = self.batches([(draw.task, self.sampler.example(draw)) for draw in draws])
         task_tokens = data.count_tokens(draws, len(self.tasks))

@@ -27,10 +27,12 @@ def test_passes_and_tokens(values: dict[str, float], tokens: int) -> None:
     assert budget(**values).num_tokens(100) == tokens
 
 
-def test_more_tokens_than_there_are_need_permission() -> None:
-    with pytest.raises(ValueError, match=r"budget\.tokens: 101 is more than the 100 .* budget\.allow_repeats=true"):
+def test_more_tokens_than_there_are_need_a_cap() -> None:
+    """Which says how often a task may repeat. Whether that is enough, the sampler says."""
+    with pytest.raises(ValueError, match=r"budget\.tokens: 101 is more than the 100 .* tasks\.max_epochs_per_task$"):
         budget(tokens=101).num_tokens(100)
-    assert budget(tokens=101, allow_repeats=True).num_tokens(100) == 101
+    assert budget(tokens=101).num_tokens(100, max_epochs=2.0) == 101
+    assert budget(epochs=1.01).num_tokens(100) == 101
 
 
 @pytest.mark.parametrize(

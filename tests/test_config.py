@@ -102,12 +102,8 @@ def test_a_file(file: Path) -> None:
         ("~part.lr", {"part": {"_component_": "test_config.build", "size": 4}}),
         ("part=builtins.dict", {"part": {"_component_": "builtins.dict", "size": 4, "lr": 0.2}}),
         ("part={_component_: builtins.dict, a: 1}", {"part": {"_component_": "builtins.dict", "a": 1}}),
-        ("budget.tokens=7", {"budget": {"fraction": None, "tokens": 7, "epochs": None, "allow_repeats": False}}),
-        ("budget={epochs: 2}", {"budget": {"fraction": None, "tokens": None, "epochs": 2.0, "allow_repeats": False}}),
-        (
-            "budget.allow_repeats=true",
-            {"budget": {"fraction": 0.5, "tokens": None, "epochs": None, "allow_repeats": True}},
-        ),
+        ("budget.tokens=7", {"budget": {"fraction": None, "tokens": 7, "epochs": None}}),
+        ("budget={epochs: 2}", {"budget": {"fraction": None, "tokens": None, "epochs": 2.0}}),
     ],
 )
 def test_an_override(file: Path, override: str, expected: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ EVEN = [
     "tasks.validation_examples=6",
     "batch_size=4",
     "budget.tokens=144",
-    "budget.allow_repeats=true",
+    "tasks.max_epochs_per_task=1000",
 ]
 
 

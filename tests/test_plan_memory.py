@@ -102,7 +102,7 @@ def config_of(case: Case, folder: Path) -> Any:
         "tasks.cache_dir": folder / "cache",
         "tasks.validation_examples": 4,
         "optimizer.fused": "true",  # as shipped for large models
-        "budget.allow_repeats": "true",
+        "tasks.max_epochs_per_task": 1000,
         "max_seq_len": 64,
         "micro_batch_tokens": 256,
         "batch_size": 8,

@@ -27,6 +27,9 @@ class TasksConfig(Component):
     that"""
     max_examples_per_task: Annotated[int, Field(ge=1)] | None = None
     """use at most this many examples of each task"""
+    max_epochs_per_task: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """draw no task more often than this (UniMax, arXiv 2304.09151); a task that would be is spread over the whole run,
+    and the others share what is left; null: no limit"""
     no_validation: list[str] = []
     """tasks to train on, but to leave out of the objective and of the results"""
     supervise: Literal["all", "last"] = "all"

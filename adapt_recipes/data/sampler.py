@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -40,17 +41,22 @@ class TokenSampler:
     Args:
         tasks: the tasks, in the order of the mixture.
         seed: of the run.
+        max_epochs: no task is drawn more often than this; whole examples only. None: any number of epochs.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
+    def __init__(self, tasks: Sequence[Task], *, seed: int, max_epochs: float | None = None) -> None:
         self._tasks = tasks
         self._seed = seed
+        self._max_epochs = max_epochs
         # numpy, because draw loops over examples and operations on small tensors are several times slower.
         self._lengths = [task.train.num_supervised.numpy() for task in tasks]
         self._deficits = np.zeros(len(tasks))
         self._num_drawn = np.zeros(len(tasks), dtype=np.int64)
         # task -> (epoch, order). Computed from the seed, so it is not part of the state.
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._max_drawn = np.full(len(tasks), np.iinfo(np.int64).max)
+        if max_epochs is not None:
+            self._max_drawn, _ = self._within(max_epochs)
 
     def draw(self, probabilities: Tensor, *, max_examples: int, max_tokens: int) -> list[Draw]:
         """The examples of one step.
@@ -61,11 +67,12 @@ class TokenSampler:
             max_tokens: stop after this many supervised tokens; the last example counts only up to there.
 
         Returns:
-            At least one example.
+            At least one example; fewer than ``max_examples`` if all tasks with a share have reached ``max_epochs``.
         """
         assert max_examples >= 1 and max_tokens >= 1
         shares = probabilities.numpy()
-        closed = np.where(shares > 0, 0.0, np.inf)
+        closed = np.where((shares > 0) & (self._num_drawn < self._max_drawn), 0.0, np.inf)
+        assert not closed.all(), "all tasks with a share have reached their cap"
         draws: list[Draw] = []
         while len(draws) < max_examples and max_tokens > 0:
             task = int(np.argmax(self._deficits - closed))
@@ -77,7 +84,31 @@ class TokenSampler:
             self._deficits[task] -= length
             draws.append(Draw(task, index, min(length, max_tokens), epoch == 0))
             max_tokens -= length
+            if self._num_drawn[task] == self._max_drawn[task]:
+                closed[task] = np.inf
+                if closed.all():
+                    break
         return draws
+
+    def caps(self, budget_tokens: int) -> Tensor | None:
+        """(num_tasks,) int64, supervised tokens of the examples within ``max_epochs``; None: any number.
+
+        Raises:
+            ValueError: all together they are less than the budget.
+        """
+        if self._max_epochs is None:
+            return None
+        _, tokens = self._within(self._max_epochs)
+        if budget_tokens > tokens.sum():
+            available = sum(int(lengths.sum()) for lengths in self._lengths)
+            # In steps of 0.01; whole examples may need a little more than budget / available.
+            steps = itertools.count(-(-100 * budget_tokens // available))
+            enough = next(n / 100 for n in steps if self._within(n / 100)[1].sum() >= budget_tokens)
+            raise ValueError(
+                f"tasks.max_epochs_per_task: with {self._max_epochs:.10g} all tasks together have {tokens.sum()} supervised "
+                f"tokens, fewer than the budget of {budget_tokens}; set it to {enough:.10g} or more, or lower the budget"
+            )
+        return torch.from_numpy(tokens)
 
     def example(self, draw: Draw) -> Example:
         """A drawn example, with labels beyond the budget masked."""
@@ -92,6 +123,19 @@ class TokenSampler:
     def num_drawn(self) -> Tensor:
         """(num_tasks,) int64, examples drawn from each task since the run began."""
         return torch.from_numpy(self._num_drawn.copy())
+
+    def _within(self, max_epochs: float) -> tuple[np.ndarray, np.ndarray]:
+        """The whole examples of each task within so many epochs, and their tokens: (num_tasks,) int64 each."""
+        examples, tokens = np.zeros((2, len(self._tasks)), dtype=np.int64)
+        epochs = int(max_epochs)
+        for task, lengths in enumerate(self._lengths):
+            # Of the last, incomplete epoch: as many as fit.
+            in_order = lengths[self._order(task, epochs)].cumsum()
+            total = int(in_order[-1])
+            number = int(np.searchsorted(in_order, max_epochs * total - epochs * total, side="right"))
+            examples[task] = epochs * len(lengths) + number
+            tokens[task] = epochs * total + (in_order[number - 1] if number else 0)
+        return examples, tokens
 
     def _order(self, task: int, epoch: int) -> np.ndarray:
         """The order of the task's examples in one epoch, (num_examples,) int64."""

@@ -13,7 +13,15 @@ from adapt_recipes.errors import nearest
 
 METHODS = ("probabilities", "update", "state_dict", "load_state_dict")
 # Keys of a mixture event that recipes write themselves.
-LOGGED_BY_RECIPES = ("event", "step", "supervised_tokens", "probe_tokens", "mixture_seconds", "probabilities")
+LOGGED_BY_RECIPES = (
+    "event",
+    "step",
+    "supervised_tokens",
+    "probe_tokens",
+    "mixture_seconds",
+    "probabilities",
+    "effective_probabilities",
+)
 
 
 class Mixture(Protocol):

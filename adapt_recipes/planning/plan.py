@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from adapt_recipes import data, models
+from adapt_recipes.budget import Ledger
 from adapt_recipes.config import TrainConfig, to_dict
 from adapt_recipes.display import WIDE, count, left_out_columns, of_available, task_name, task_table, unused_keys
 from adapt_recipes.mixture.interface import check_mixture
@@ -40,7 +41,8 @@ class TaskPlan:
         supervised_tokens: of ``examples``.
         share: of all tasks' supervised tokens.
         mean_supervised_tokens, mean_tokens: of an example; ``tokens`` are all tokens that the model reads.
-        probability: at the start.
+        probability: of the mixture at the start.
+        effective_probability: what the sampler draws by at the start, under ``tasks.max_epochs_per_task``.
         epochs: supervised tokens that the run spends on the task, divided by ``supervised_tokens``.
     """
 
@@ -52,6 +54,7 @@ class TaskPlan:
     mean_supervised_tokens: float
     mean_tokens: float
     probability: float
+    effective_probability: float
     epochs: float
 
 
@@ -121,7 +124,9 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
 
     # Steps, and what probes, validation and test read.
     say("drawing examples")
-    drawn = _draw(config, tasks, mixture.probabilities(), parts.budget_tokens)
+    probabilities = mixture.probabilities()
+    effective = parts.ledger.capped(probabilities)
+    drawn = _draw(config, parts, probabilities)
     update_every = getattr(config, "mixture_update_every", 0)
     num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
     reads = _Reads(tasks, count=parts.probe.examples if parts.probe else 0, seed=config.seed)
@@ -138,9 +143,9 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         num_processes=num_processes,
     )
     plan = Plan(
-        tasks=_task_plans(tasks, mixture.probabilities(), drawn.task_tokens),
+        tasks=_task_plans(tasks, probabilities, effective, drawn.task_tokens),
         available_supervised_tokens=int(parts.available.sum()),
-        budget_tokens=parts.budget_tokens,
+        budget_tokens=parts.ledger.budget_tokens,
         steps=drawn.steps,
         tokens=drawn.tokens,
         parameters=size.parameters,
@@ -214,7 +219,7 @@ _COLUMNS: dict[str, Callable[[TaskPlan], str]] = {
     "share": lambda task: f"{task.share:.1%}",
     "sup./ex.": lambda task: f"{task.mean_supervised_tokens:,.1f}",
     "tok./ex.": lambda task: f"{task.mean_tokens:,.1f}",
-    "start p": lambda task: f"{task.probability:.3f}",
+    "start p": lambda task: f"{task.effective_probability:.3f}",
     "epochs": lambda task: f"{'! ' if _is_odd(task) else ''}{task.epochs:.3g}",
 }
 
@@ -238,7 +243,8 @@ class _Parts:
 
     tasks: list[data.Task]
     available: Tensor  # (num_tasks,) int64, supervised tokens
-    budget_tokens: int
+    sampler: data.TokenSampler
+    ledger: Ledger
     mixture: Any
     model: models.TokenLosses
     reward: Any
@@ -251,7 +257,9 @@ def _build(config: Any) -> _Parts:
     tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
     names = [task.name for task in tasks]
     available = torch.stack([task.train.num_supervised.sum() for task in tasks])
-    budget_tokens = config.budget.num_tokens(int(available.sum()))
+    budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
+    sampler = data.TokenSampler(tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task)
+    ledger = Ledger(budget_tokens, len(tasks), caps=sampler.caps(budget_tokens))
     mixture = config.mixture.build(task_names=names, num_supervised_tokens=available, budget_tokens=budget_tokens)
     _check_mixture(mixture, config, num_tasks=len(tasks))
 
@@ -271,7 +279,7 @@ def _build(config: Any) -> _Parts:
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
     precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
     update = update_of(mixture.observes, probe, reward)
-    return _Parts(tasks, available, budget_tokens, mixture, model, reward, probe, update)
+    return _Parts(tasks, available, sampler, ledger, mixture, model, reward, probe, update)
 
 
 @dataclass
@@ -279,27 +287,26 @@ class _Drawn:
     """Counts of the examples that a run would draw."""
 
     task_tokens: Tensor  # (num_tasks,) int64, supervised
-    tokens: int = 0
-    steps: int = 0
+    tokens: int
+    steps: int
 
 
-def _draw(config: Any, tasks: Sequence[data.Task], probabilities: Tensor, budget_tokens: int) -> _Drawn:
-    """Draws with the sampler of the run and constant probabilities."""
-    sampler = data.TokenSampler(tasks, seed=config.seed)
+def _draw(config: Any, parts: _Parts, probabilities: Tensor) -> _Drawn:
+    """Draws as the run does, with constant probabilities of the mixture."""
+    ledger = parts.ledger
     # After the causal shift.
-    lengths = [(task.train.lengths - 1).tolist() for task in tasks]
-    drawn = _Drawn(torch.zeros(len(tasks), dtype=torch.int64))
-    spent = [0] * len(tasks)
-    while (left := budget_tokens - sum(spent)) > 0:
-        p = probabilities
+    lengths = [(task.train.lengths - 1).tolist() for task in parts.tasks]
+    tokens = 0
+    while ledger.left > 0:
+        p = ledger.capped(probabilities)
         if getattr(config, "sampling", "tokens") == "dataset":
-            p = data.sample_one_hot(p, seed=config.seed, step=drawn.steps)
-        for draw in sampler.draw(p, max_examples=config.batch_size, max_tokens=left):
+            p = data.sample_one_hot(p, seed=config.seed, step=ledger.steps)
+        spent = [0] * len(parts.tasks)
+        for draw in parts.sampler.draw(p, max_examples=config.batch_size, max_tokens=ledger.left):
             spent[draw.task] += draw.num_supervised_tokens
-            drawn.tokens += lengths[draw.task][draw.example_index]
-        drawn.steps += 1
-    drawn.task_tokens = torch.tensor(spent)
-    return drawn
+            tokens += lengths[draw.task][draw.example_index]
+        ledger.spend(torch.tensor(spent), unique=0, batches=[])
+    return _Drawn(ledger.task_tokens, tokens, ledger.steps)
 
 
 class _Reads:
@@ -358,6 +365,7 @@ def _cost_of_probes(
 def _task_plans(
     tasks: Sequence[data.Task],
     probabilities: Tensor,  # (num_tasks,) float64
+    effective: Tensor,  # (num_tasks,) float64
     task_tokens: Tensor,  # (num_tasks,) int64, spent
 ) -> dict[str, TaskPlan]:
     available = torch.stack([task.train.num_supervised.sum() for task in tasks])
@@ -372,10 +380,16 @@ def _task_plans(
             mean_supervised_tokens=tokens / len(task.train),
             mean_tokens=float((task.train.lengths - 1).double().mean()),
             probability=p,
+            effective_probability=effective_p,
             epochs=spent / tokens,
         )
-        for task, tokens, p, spent in zip(
-            tasks, available.tolist(), probabilities.tolist(), task_tokens.tolist(), strict=True
+        for task, tokens, p, effective_p, spent in zip(
+            tasks,
+            available.tolist(),
+            probabilities.tolist(),
+            effective.tolist(),
+            task_tokens.tolist(),
+            strict=True,
         )
     }
 
@@ -401,7 +415,7 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
     warnings = []
     for name, task in plan.tasks.items():
         if task.epochs == 0:
-            warnings.append(f"task '{name}' would never be read: its p is {task.probability:.3g}")
+            warnings.append(f"task '{name}' would never be read: its p is {task.effective_probability:.3g}")
         elif task.epochs > MANY_EPOCHS:
             warnings.append(f"task '{name}' would be read {task.epochs:.3g} times over, more than {MANY_EPOCHS}")
     if learns and not plan.mixture_updates:

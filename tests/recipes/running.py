@@ -160,7 +160,7 @@ class Runs:
             "tokenizer.supervise_end": "true",
             "model.attn_dropout": 0.1,
             "budget.tokens": TOTAL_TOKENS,
-            "budget.allow_repeats": "true",
+            "tasks.max_epochs_per_task": 1000,
             "batch_size": 8,
             "validate_every": 4,
             "checkpoint_every": 2,
