@@ -11,6 +11,7 @@ from adapt_recipes.data.load import TasksConfig, build_tasks, fingerprint, load_
 from adapt_recipes.data.natural_instructions import natural_instructions
 from adapt_recipes.data.prepare import prepare_tasks
 from adapt_recipes.data.sampler import (
+    Draw,
     TokenSampler,
     count_tokens,
     count_unique,
@@ -27,6 +28,7 @@ __all__ = [
     "ByteTokenizer",
     "ChatTokenizer",
     "Conversation",
+    "Draw",
     "Example",
     "Examples",
     "LeftOut",

@@ -105,8 +105,9 @@ class TokenSampler:
             steps = itertools.count(-(-100 * budget_tokens // available))
             enough = next(n / 100 for n in steps if self._within(n / 100)[1].sum() >= budget_tokens)
             raise ValueError(
-                f"tasks.max_epochs_per_task: with {self._max_epochs:.10g} all tasks together have {tokens.sum()} supervised "
-                f"tokens, fewer than the budget of {budget_tokens}; set it to {enough:.10g} or more, or lower the budget"
+                f"tasks.max_epochs_per_task: {self._max_epochs:.10g} epochs of all tasks are {tokens.sum()} supervised "
+                f"tokens, fewer than the budget of {budget_tokens}; set "
+                f"{enough:.10g} or more, or lower the budget"
             )
         return torch.from_numpy(tokens)
 

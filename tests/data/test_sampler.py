@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from adapt_recipes import data as tasks_data
+from adapt_recipes.budget import Ledger
 from adapt_recipes.data import (
     IGNORE_INDEX,
+    Draw,
     Examples,
     Task,
     TokenSampler,
+    count_tokens,
     random_examples,
     sample_one_hot,
     validation_examples,
@@ -168,6 +172,102 @@ def test_the_pool_is_the_same_at_every_update() -> None:
     assert len(pool) == 12 and len(set(pool[:8])) == 8
     assert pool == firsts(0, None) != firsts(1, None)
     assert pool not in [firsts(0, update) for update in range(5)]
+
+
+# -------------------------------------------------------------------------------------------------- a cap on epochs
+
+
+class Capped:
+    """A run as far as sampler and ledger go: a budget that the caps allow."""
+
+    def __init__(self, data: st.DataObject, lengths: list[list[int]]) -> None:
+        self.lengths = lengths
+        self.max_epochs = data.draw(st.one_of(st.integers(1, 3), st.floats(0.4, 3)))
+        self.sampler = TokenSampler(
+            [task(str(i), each) for i, each in enumerate(lengths)], seed=0, max_epochs=self.max_epochs
+        )
+        caps = self.sampler.caps(0)
+        assert caps is not None
+        assume(caps.any())
+        total = int(caps.sum())
+        self.ledger = Ledger(data.draw(st.one_of(st.just(total), st.integers(1, total))), len(lengths), caps=caps)
+        assert torch.equal(caps, self.sampler.caps(self.ledger.budget_tokens))
+
+    def step(self, p: Tensor, *, max_examples: int) -> list[Draw]:
+        draws = self.sampler.draw(p, max_examples=max_examples, max_tokens=self.ledger.left)
+        self.ledger.spend(count_tokens(draws, len(self.lengths)), unique=0, batches=[])
+        return draws
+
+
+@settings(deadline=None)
+@given(st.data(), task_lists, st.booleans())
+def test_no_task_is_drawn_beyond_its_cap(data: st.DataObject, lengths: list[list[int]], one_task: bool) -> None:
+    """Whatever p does, the budget is spent to the token all the same, and in whole examples but for the last one."""
+    run = Capped(data, lengths)
+    draws: list[Draw] = []
+    while run.ledger.left > 0:
+        p = run.ledger.capped(data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))()))
+        if one_task:
+            p = sample_one_hot(p, seed=0, step=run.ledger.steps)
+        draws += run.step(p, max_examples=data.draw(st.integers(1, 9)))
+    assert run.ledger.supervised_tokens == run.ledger.budget_tokens
+    for i, each in enumerate(lengths):
+        assert run.ledger.task_tokens[i] <= run.max_epochs * sum(each)
+    whole = [draw.num_supervised_tokens == lengths[draw.task][draw.example_index] for draw in draws]
+    assert all(whole[:-1])
+
+
+@settings(deadline=None)
+@given(st.data(), task_lists, st.integers(1, 16))
+def test_a_capped_task_is_spread_over_the_whole_budget(
+    data: st.DataObject, lengths: list[list[int]], max_examples: int
+) -> None:
+    """It reaches its cap at the end, to within an example, and is never further ahead on the way there."""
+    run = Capped(data, lengths)
+    ledger, longest = run.ledger, max(map(max, lengths))
+    p = data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))())
+    first = ledger.capped(p)
+    while ledger.left > 0:
+        run.step(ledger.capped(p), max_examples=max_examples)
+        assert (ledger.task_tokens - first * ledger.supervised_tokens).max() <= 2 * longest
+    assert ledger.caps is not None
+    capped = (first - ledger.caps.double() / ledger.budget_tokens).abs() < 1e-12
+    assert ((ledger.caps - ledger.task_tokens)[capped] <= longest).all()
+
+
+@given(st.data(), task_lists)
+def test_a_cap_out_of_reach_changes_no_draw(data: st.DataObject, lengths: list[list[int]]) -> None:
+    budget = data.draw(st.integers(1, 200))
+    tasks = [task(str(i), each) for i, each in enumerate(lengths)]
+    p = data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))())
+    free, limited = TokenSampler(tasks, seed=0), TokenSampler(tasks, seed=0, max_epochs=1000)
+    assert free.caps(budget) is None
+    expected = free.draw(p, max_examples=10**6, max_tokens=budget)
+    assert limited.draw(p, max_examples=10**6, max_tokens=budget) == expected
+
+
+@settings(deadline=None)
+@given(st.data(), task_lists)
+def test_a_budget_above_all_caps_is_refused(data: st.DataObject, lengths: list[list[int]]) -> None:
+    """With the smallest number of epochs, in hundredths, that is enough."""
+    tasks = [task(str(i), each) for i, each in enumerate(lengths)]
+    max_epochs = data.draw(st.one_of(st.integers(1, 3), st.floats(0.1, 3)))
+    sampler = TokenSampler(tasks, seed=0, max_epochs=max_epochs)
+    most = int(sampler.caps(0).sum())  # type: ignore[union-attr]
+    sampler.caps(most)
+    budget = data.draw(st.integers(most + 1, most + 500))
+    with pytest.raises(ValueError) as error:
+        sampler.caps(budget)
+    said = re.fullmatch(
+        r"tasks\.max_epochs_per_task: (\S+) epochs of all tasks are (\d+) supervised tokens, fewer than the budget of (\d+); "
+        r"set (\S+) or more, or lower the budget",
+        str(error.value),
+    )
+    assert said and [int(said[2]), int(said[3])] == [most, budget]
+    enough = float(said[4])
+    TokenSampler(tasks, seed=0, max_epochs=enough).caps(budget)
+    with pytest.raises(ValueError):
+        TokenSampler(tasks, seed=0, max_epochs=round(enough - 0.01, 2)).caps(budget)
 
 
 # ------------------------------------------------------------------------------------------------ one task at a time
