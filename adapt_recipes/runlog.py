@@ -103,6 +103,8 @@ class RunLog:
             return {name: getattr(event, name) for name in names}
         if isinstance(event, MixtureEvent):
             probabilities = {f"p/{task}": p for task, p in event.probabilities.items()}
+            effective = event.effective_probabilities or {}
+            probabilities |= {f"effective_p/{task}": p for task, p in effective.items()}
             return probabilities | {
                 n: getattr(event, n) for n in ("supervised_tokens", "probe_tokens", "mixture_seconds")
             }

@@ -41,6 +41,7 @@ MIXTURE = {
     "mixture_seconds": 0.5,
     "probabilities": {"b": 0.5, "a": 0.5},
 }
+EFFECTIVE: dict[str, Any] = {"effective_probabilities": {"b": 0.25, "a": 0.75}}
 SIGNALS = {"validation_losses": {"b": 1.0, "a": 2.0}, "objective": 1.5}
 
 LINES: list[tuple[Any, dict[str, Any]]] = [
@@ -51,6 +52,7 @@ LINES: list[tuple[Any, dict[str, Any]]] = [
     (StepEvent(**STEP), {"event": "step"} | STEP),
     (MixtureEvent(**MIXTURE), {"event": "mixture"} | MIXTURE),
     (MixtureEvent(**MIXTURE, signals=SIGNALS), {"event": "mixture"} | MIXTURE | SIGNALS),
+    (MixtureEvent(**MIXTURE, **EFFECTIVE), {"event": "mixture"} | MIXTURE | EFFECTIVE),
     (
         ValidationEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": 2.0}),
         {"event": "validation", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": 2.0}},

@@ -35,7 +35,8 @@ KEYS = """
     tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
     mixture_updates mixture_cost_steps probe_tokens exact warnings
 """
-TASK_KEYS = "examples dropped left_out supervised_tokens share mean_supervised_tokens mean_tokens probability epochs"
+TASK_KEYS = "examples dropped left_out supervised_tokens share mean_supervised_tokens mean_tokens probability"
+TASK_KEYS += " effective_probability epochs"
 COMMON = [
     "~tasks.noise",
     "tasks=adapt_recipes.data.jsonl_tasks",
@@ -108,10 +109,12 @@ EVEN = [
     [
         ("uniform", None, ["budget.epochs=2.3", "validate_every=4"]),
         ("uniform", None, ["budget.epochs=1.2", "tasks.test_examples=5"]),
+        ("uniform", None, ["budget.epochs=1.2", "tasks.max_epochs_per_task=1.3"]),
         pytest.param("proportional", None, ["budget.tokens=99", "validate_every=0"], marks=pytest.mark.slow),
         pytest.param("temperature", None, ["budget.fraction=0.9", "seed=3"], marks=pytest.mark.slow),
         ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.epochs=1.5"]),
         ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.epochs=1.5", "seed=5"]),
+        ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.epochs=1.5", "tasks.max_epochs_per_task=1.6"]),
         pytest.param(
             "uniform", "adapt_full_finetune", ["budget.epochs=1.1", "mixture_update_every=2"], marks=pytest.mark.slow
         ),
@@ -128,6 +131,13 @@ def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
     spent = {name: round(task.epochs * task.supervised_tokens) for name, task in plan.tasks.items()}
     assert spent == summary["task_tokens"]
     assert {name: task.probability for name, task in plan.tasks.items()} == summary["probabilities"]
+    log = map(json.loads, Path(loaded.output_dir, "log.jsonl").read_text().splitlines())
+    start = next(line for line in log if line["event"] == "mixture")
+    effective = {name: task.effective_probability for name, task in plan.tasks.items()}
+    assert effective == start.get("effective_probabilities", start["probabilities"])
+    max_epochs = loaded.tasks.max_epochs_per_task
+    assert (effective != summary["probabilities"]) == (max_epochs is not None)
+    assert max_epochs is None or all(task.epochs <= max_epochs for task in plan.tasks.values())
 
 
 def test_the_test_split_is_part_of_the_estimate(folder: Path) -> None:

@@ -259,8 +259,8 @@ def test_a_budget_above_all_caps_is_refused(data: st.DataObject, lengths: list[l
     with pytest.raises(ValueError) as error:
         sampler.caps(budget)
     said = re.fullmatch(
-        r"tasks\.max_epochs_per_task: (\S+) epochs of all tasks are (\d+) supervised tokens, fewer than the budget of (\d+); "
-        r"set (\S+) or more, or lower the budget",
+        r"tasks\.max_epochs_per_task: (\S+) epochs of all tasks are (\d+) supervised tokens, fewer than the budget of "
+        r"(\d+); set (\S+) or more, or lower the budget",
         str(error.value),
     )
     assert said and [int(said[2]), int(said[3])] == [most, budget]

@@ -106,6 +106,9 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Refusal:
         ("device=cude", "device: 'cude' cannot be used: "),
         # the budget
         ("budget.tokens=0", "budget.tokens: has to be greater than or equal to 1, not 0"),
+        ("tasks.max_epochs_per_task=0", "tasks.max_epochs_per_task: has to be greater than 0, not 0"),
+        ("tasks.max_epochs_per_task=-1", "tasks.max_epochs_per_task: has to be greater than 0, not -1"),
+        ("tasks.max_epochs_per_task=.inf", "tasks.max_epochs_per_task: has to be less than or equal to 1000000"),
         ("budget.fraction=0", "budget.fraction: has to be greater than 0, not 0"),
         ("budget.fraction=1.5", "budget.fraction: has to be less than or equal to 1, not 1.5"),
         ("budget.fraction=.nan", "budget.fraction: has to be a finite number, not NaN"),
@@ -286,6 +289,10 @@ def test_two_budgets_on_the_command_line(refusal: Refusal) -> None:
 
 def test_a_budget_of_more_than_there_is(refusal: Refusal) -> None:
     assert refusal("budget.tokens=100000").startswith("budget.tokens: 100000 is more than the 41000 supervised tokens")
+    assert refusal("budget.tokens=100000", "tasks.max_epochs_per_task=2") == (
+        "tasks.max_epochs_per_task: 2 epochs of all tasks are 82000 supervised tokens, fewer than the budget of "
+        "100000; set 2.44 or more, or lower the budget"
+    )
 
 
 def test_several_processes_that_nobody_has_started(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,8 @@ from adapt_recipes.training.rng import rng_state
 
 # One strategy or two of each recipe: what a resume reads is the recipe's, and the mixture's own.
 STRATEGIES = ["adapt", "adapt_planned", "mos_diff", "uniform"]
+# Binds for one task from the start, and for others as the mixture moves.
+CAP = {"tasks.max_epochs_per_task": 1.2}
 ONE_OF_EACH_RECIPE = ["adapt_planned", "mos_diff", "uniform"]
 # What a run carries along from one update to the next, besides that.
 CARRYING: list[tuple[str, dict[str, Any]]] = [
@@ -46,6 +48,8 @@ CARRYING: list[tuple[str, dict[str, Any]]] = [
     ("dro_asymptote", {"mixture_update_every": 1}),
     ("dro_exponentiated", {}),
     ("exp3", {"mixture_update_every": 1}),
+    ("mos_diff", {"sampling": "dataset"} | CAP),
+    ("adapt_planned", CAP),
 ]
 
 
@@ -85,6 +89,7 @@ THREE_STEPS = (5, 8, 11)
     ("strategy", "changes"),
     [
         *((strategy, {}) for strategy in STRATEGIES),
+        ("uniform", CAP),
         *(pytest.param(*carrying, marks=pytest.mark.slow) for carrying in CARRYING),
     ],
     ids=str,

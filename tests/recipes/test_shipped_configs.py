@@ -54,7 +54,8 @@ REWARDS = {
     "multiuat": "Uncertainty",
     "hbo": "GradientNorm",
 }
-STATIC = {name: name for name in ("uniform", "proportional", "temperature")} | {"fixed": "fixed_weights"}
+STATIC = {name: name for name in ("uniform", "proportional", "temperature")}
+STATIC |= {"fixed": "fixed_weights", "unimax": "uniform"}
 REFERENCES = {"oracle": dict, "asymptote": str}  # the types of what losses are counted from, where the name says so
 DATASETS = ["math", "medical", "dialogue", "nlp"]
 SMOLLM2 = {

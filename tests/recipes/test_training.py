@@ -55,6 +55,35 @@ def test_a_static_mixture_is_the_same_in_all_recipes(run: Runner, config: str, w
     assert [line["probe_tokens"] for line in learned.events("mixture")] == [0]
 
 
+def test_a_cap_out_of_reach_changes_nothing(run: Runner) -> None:
+    capped = run("tiny_adapt_planned", "tasks.max_epochs_per_task=2", folder="capped")
+    assert_same_training(capped, run("tiny_adapt_planned", folder="free"))
+    mixtures = capped.events("mixture")
+    assert len(mixtures) == 3
+    assert all(line["effective_probabilities"] == line["probabilities"] for line in mixtures)
+
+
+@pytest.mark.parametrize("config", ["tiny_unimax", "tiny_adapt_planned", "tiny_mos_diff"])
+def test_no_task_is_read_more_often_than_its_cap(run: Runner, config: str) -> None:
+    """To within a token at the end where p alone would go beyond it: an answer has one token, and 128 are spent."""
+    done = run(config, "tasks.max_epochs_per_task=0.004", "tasks.num_validation_rows=16")
+    sizes = [8000, 6000, 4000, 3000, 4000, 6000, 10000]
+    caps = dict(zip(done.summary["task_tokens"], [32, 24, 16, 12, 16, 24, 40], strict=True))
+    assert [*caps.values()] == [int(0.004 * size) for size in sizes]
+    spent, (first, *updates) = done.summary["task_tokens"], done.events("mixture")
+    assert sum(spent.values()) == 128 and all(spent[name] <= cap for name, cap in caps.items())
+    assert len(updates) == done.summary["mixture_updates"]
+    for line in (first, *updates):
+        assert sum(line["effective_probabilities"].values()) == pytest.approx(1)
+        assert line["effective_probabilities"] != line["probabilities"]
+    # At the start p is uniform.
+    limited = [name for name, cap in caps.items() if cap < 128 / 7]
+    rest = (128 - 16 - 12 - 16) / 4
+    shares = [cap / 128 if name in limited else rest / 128 for name, cap in caps.items()]
+    assert [*first["effective_probabilities"].values()] == pytest.approx(shares)
+    assert updates or all(abs(spent[name] - 128 * p) <= 1 for name, p in zip(spent, shares, strict=True))
+
+
 @pytest.mark.slow
 def test_the_mixture_moves_towards_what_is_worst(run: Runner) -> None:
     """Not a stub: after a short run what is learned already has next to nothing left of its seventh."""
