@@ -37,7 +37,7 @@ from adapt_recipes.training.rng import rng_state
 # One strategy or two of each recipe: what a resume reads is the recipe's, and the mixture's own.
 STRATEGIES = ["adapt", "adapt_planned", "mos_diff", "uniform"]
 # Binds for one task from the start, and for others as the mixture moves.
-CAP = {"tasks.max_epochs_per_task": 1.2}
+CAP = {"tasks.max_epochs_per_task": 1.2, "batch_size": 6}
 ONE_OF_EACH_RECIPE = ["adapt_planned", "mos_diff", "uniform"]
 # What a run carries along from one update to the next, besides that.
 CARRYING: list[tuple[str, dict[str, Any]]] = [
