@@ -198,9 +198,12 @@ class Run:
             states: what else an exact resume needs, by name; ledger and mixture included.
 
         Raises:
-            ValueError: the checkpoint is of another config or of other data; it names the keys.
+            ValueError: the checkpoint is of another config or of other data, or the recipe does not use a key; it names
+                the keys.
         """
         config, saved = self.config, self.saved
+        if config.tasks.max_epochs_per_task is not None and ledger.caps is None:
+            raise ValueError("tasks.max_epochs_per_task: the recipe has to give it to TokenSampler, and caps to Ledger")
         self._ledger = ledger
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture

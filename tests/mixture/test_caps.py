@@ -71,7 +71,7 @@ def test_caps_out_of_reach_change_no_bit(problem: tuple[Tensor, Tensor, int]) ->
 
 
 def test_unimax() -> None:
-    """The paper's example of the method: from the smallest, each takes an even part of what is left, or all it has."""
+    """The algorithm of the paper: from the smallest, each takes an even part of what is left, or all that it may."""
     sizes, budget, epochs = [5, 100, 20, 1000], 600, 2
     expected, left = {}, float(budget)
     for number, i in enumerate(sorted(range(4), key=lambda i: sizes[i])):

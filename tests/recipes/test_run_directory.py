@@ -170,7 +170,7 @@ def test_every_recipe_logs_what_the_page_lists(run: Runner, tmp_path: Path, conf
         lines = [f'{{"prompt": "{task}{i}", "response": "{i % 10}"}}\n' for i in range(80)]
         (tmp_path / "tasks" / f"{task}.jsonl").write_text("".join(lines))
     source = "{_component_: adapt_recipes.data.jsonl_tasks, path: tasks, validation_examples: 8, test_examples: 8}"
-    done = run(config, logger, f"tasks={source}")
+    done = run(config, logger, f"tasks={source}", "tasks.max_epochs_per_task=2")
     text = (done.folder.parent / "logs" / "metrics.txt").read_text()
     names = {word.rpartition(":")[0] for line in text.splitlines() for word in line.split(" | ")[1].split()}
     table = (ROOT / "docs" / "watching.md").read_text().partition("| name |")[2]

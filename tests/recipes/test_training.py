@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Runner
-from running import ROOT, Run
+from running import CONFIGS, ROOT, Run
 from safetensors.torch import load_file
 from tiers import slow_but
+
+from adapt_recipes.cli import schema
+from adapt_recipes.config import load
 
 
 def assert_same_training(one: Run, other: Run) -> None:
@@ -82,6 +86,19 @@ def test_no_task_is_read_more_often_than_its_cap(run: Runner, config: str) -> No
     shares = [cap / 128 if name in limited else rest / 128 for name, cap in caps.items()]
     assert [*first["effective_probabilities"].values()] == pytest.approx(shares)
     assert updates or all(abs(spent[name] - 128 * p) <= 1 for name, p in zip(spent, shares, strict=True))
+
+
+def test_a_recipe_of_ones_own_that_knows_no_cap_refuses_it(tmp_path: Path) -> None:
+    text = (ROOT / "recipes" / "sft_full_finetune.py").read_text()
+    before = text.replace(", caps=self.sampler.caps(budget_tokens)", "")
+    assert before != text
+    (tmp_path / "before.py").write_text(before)
+    config_class = schema(str(tmp_path / "before.py"))
+    given = ["recipe=before.py", f"output_dir={tmp_path / 'out'}", "budget.tokens=32", "tasks.max_epochs_per_task=1"]
+    config = load(config_class, CONFIGS["tiny_uniform"], given)
+    with pytest.raises(ValueError, match="^tasks.max_epochs_per_task: the recipe has to give it to TokenSampler"):
+        sys.modules[config_class.__module__].main(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
