@@ -371,7 +371,8 @@ class LongConfig:
 
 def long_plan(**changes: Any) -> Plan:
     """Of tasks with names of 30 characters and counts of seven digits."""
-    numbers = {"share": 1.0, "mean_supervised_tokens": 1234.5, "mean_tokens": 2345.6, "probability": 1.0}
+    numbers = {"share": 1.0, "mean_supervised_tokens": 1234.5, "mean_tokens": 2345.6}
+    numbers |= {"probability": 1.0, "effective_probability": 1.0}
     counts = {"examples": 1_234_567, "dropped": 2_345_678, "supervised_tokens": 345_678_901}
     tasks = {
         name[:30]: TaskPlan(**counts, left_out=LeftOut(too_long=2_345_678), **numbers, epochs=10.25) for name in LONG

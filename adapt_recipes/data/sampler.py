@@ -106,8 +106,7 @@ class TokenSampler:
             enough = next(n / 100 for n in steps if self._within(n / 100)[1].sum() >= budget_tokens)
             raise ValueError(
                 f"tasks.max_epochs_per_task: {self._max_epochs:.10g} epochs of all tasks are {tokens.sum()} supervised "
-                f"tokens, fewer than the budget of {budget_tokens}; set "
-                f"{enough:.10g} or more, or lower the budget"
+                f"tokens, fewer than the budget of {budget_tokens}; set {enough:.10g} or more, or lower the budget"
             )
         return torch.from_numpy(tokens)
 

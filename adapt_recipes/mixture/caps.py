@@ -15,11 +15,11 @@ def capped(
     caps: Tensor,  # (num_tasks,) int64, the most supervised tokens that each task may still get
     budget: int,  # supervised tokens left to spend, > 0; not more than the sum of the caps
 ) -> Tensor:
-    """The shares closest to ``probabilities`` with which no task gets more than its cap until the budget is spent.
+    """``probabilities``, changed so that no task gets more than its cap until the budget is spent (waterfilling).
 
     ``min(caps / budget, scale * probabilities)``, with the ``scale`` for which it sums to 1: a capped task reaches its
     cap when the budget ends, and the others keep their proportions. Tasks of probability 0 get something only if all
-    others are capped, and then in proportion to their caps. Computed exactly, in at most ``num_tasks`` rounds.
+    others are capped, and then in proportion to their caps. Exact, in at most ``num_tasks`` + 1 rounds.
 
     Returns:
         (num_tasks,) float64, on the simplex; ``probabilities`` itself if no cap is below the task's share.
