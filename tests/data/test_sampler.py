@@ -235,6 +235,14 @@ def test_a_capped_task_is_spread_over_the_whole_budget(
     assert ((ledger.caps - ledger.task_tokens)[capped] <= longest).all()
 
 
+@pytest.mark.parametrize(
+    ("max_epochs", "caps"), [(0.1, 0), (0.5, 4), (0.7, 4), (1, 8), (1.5, 12), (1.999, 14), (2, 16)]
+)
+def test_a_cap_is_of_as_many_whole_examples_as_fit(max_epochs: float, caps: int) -> None:
+    found = TokenSampler([task("a", [2] * 4)], seed=0, max_epochs=max_epochs).caps(0)
+    assert found is not None and found.tolist() == [caps]
+
+
 @given(st.data(), task_lists)
 def test_a_cap_out_of_reach_changes_no_draw(data: st.DataObject, lengths: list[list[int]]) -> None:
     budget = data.draw(st.integers(1, 200))
