@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from adapt_recipes.data import RawTask
+from adapt_recipes.data import RawTask, natural_instructions
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +90,29 @@ def test_startup_reports_what_the_runs_wrote() -> None:
         assert all(0 < share < 1 for share in of["mixture_share"])
         milestones = zip(of["startup_seconds"], of["first_step_seconds"], of["wall_seconds"], strict=True)
         assert all(0 < first_line <= first_step <= wall for first_line, first_step, wall in milestones)
+
+
+def test_data_scale_counts_every_example(tmp_path: Path) -> None:
+    """More than the source has: the first copy is the source, and the others differ from it and from each other."""
+    out = tmp_path / "numbers.json"
+    numbers = benchmark("data_scale").main(["--examples", "450", "--json", str(out)])
+    assert json.loads(out.read_text()) == numbers
+    assert numbers["examples"] == 450 and numbers["cold"]["kept"] == 450
+    assert numbers["limit"]["tokens"] == numbers["cold"]["tokens"] == numbers["warm"][0]["tokens"]
+    assert len({each["fingerprint"] for each in (numbers["cold"], *numbers["warm"])}) == 1
+    assert 0 < numbers["warm"][0]["cpu_seconds"] < numbers["cold"]["cpu_seconds"]
+    assert all(each["private"] >= numbers["baseline"]["private"] / 2 > 0 for each in numbers["memory"])
+
+
+def test_data_scale_copies_are_different_examples(tmp_path: Path) -> None:
+    source = benchmark("common").instructions(tmp_path / "source", examples=3)
+    assert benchmark("data_scale").copy_examples(source, tmp_path / "copies", 40) == 40
+
+    def prompts(folder: Path) -> list[str]:
+        return [c.messages[0]["content"] for task in natural_instructions(folder) for c in task.conversations]
+
+    many, few = prompts(tmp_path / "copies"), prompts(source)
+    assert len(many) == len(set(many)) == 40 and set(few) < set(many)
 
 
 def test_soak_ends_as_if_never_killed() -> None:

@@ -23,7 +23,7 @@ from adapt_recipes.events import Summary
 def task(name: str, *, validated: bool = True, tested: bool = False) -> Task:
     """20 examples of one supervised token each."""
     tokens, supervised = torch.zeros(40, dtype=torch.int32), torch.tensor([False, True] * 20)
-    examples = Examples(tokens, supervised, torch.arange(0, 41, 2), torch.arange(20))
+    examples = Examples.in_memory(tokens, supervised, torch.arange(0, 41, 2), torch.arange(20))
     return Task(
         name, examples, examples if validated else None, left_out=LeftOut(too_long=3), test=examples if tested else None
     )

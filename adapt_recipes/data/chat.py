@@ -9,16 +9,22 @@ import json
 import re
 import shutil
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from tokenizers import Encoding
 
 from adapt_recipes.data.chat_template import TEMPLATES_FOLDER, ChatTemplate, read_chat_templates
 from adapt_recipes.data.conversations import error_prefix
 from adapt_recipes.data.examples import Conversation, Message
 from adapt_recipes.data.tokenizer_files import read_json, read_tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Incremented whenever the same files would give other ids or spans.
 _VERSION = 2
@@ -37,6 +43,36 @@ _QUESTION = [{"role": "user", "content": "question"}, {"role": "assistant", "con
 _SYSTEM = {"role": "system", "content": "system"}
 # Stands for an answer, to find what the template puts after one.
 _ANSWER = "\ue000answer\ue000"
+# The keys of a message of text alone.
+_PLAIN = {"role", "content"}
+
+
+class _RenderedAnswer(NamedTuple):
+    """Where an answer is in the rendered text.
+
+    Attributes:
+        message: the answer.
+        start: the length of the text up to the end of the generation prompt.
+        end: the length of the text up to the end of the answer's turn.
+        foot: what the template puts behind an answer.
+    """
+
+    message: Message
+    start: int
+    end: int
+    foot: str
+
+
+class _Layout(NamedTuple):
+    """How a template renders messages of some roles: as fixed text around their contents.
+
+    Attributes:
+        fixed: the text before the first content, between contents, and behind the last.
+        answers: by index, with ``start`` and ``end`` of the fixed text alone.
+    """
+
+    fixed: list[str]
+    answers: dict[int, _RenderedAnswer]
 
 
 class ChatTokenizer:
@@ -76,6 +112,8 @@ class ChatTokenizer:
             templates = read_chat_templates(self._path, files.config, self._template_file)
             self._template = ChatTemplate(templates, files.special_tokens)
         # Then the eos_token of a saved folder has to stay the same.
+        # By the roles of a conversation.
+        self._layouts: dict[tuple[str, ...], _Layout | None] = {}
         self._keeps_eos = files.special_tokens.get("eos_token") in files.only_named or any(
             "eos_token" in source for source in templates.values()
         )
@@ -116,20 +154,99 @@ class ChatTokenizer:
             ValueError: the template refuses the conversation, does not read a part of it, changes a supervised answer,
                 renders it differently when another turn follows, or ends it without a special token.
         """
+        (result,) = self.encode_all([conversation])
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    def encode_all(
+        self, conversations: Sequence[Conversation]
+    ) -> list[tuple[list[int], list[tuple[int, int]]] | ValueError]:
+        """``encode`` of each conversation, or the error that it raises, in less time.
+
+        One kind of work follows the other: tokenizing takes a third longer where other work in between evicts its
+        tables from the caches of the CPU.
+        """
+        texts = [_attempt(self._text, each) for each in conversations]
+        encodings = [each if isinstance(each, ValueError) else _attempt(self._encoding, each) for each in texts]
+        return [
+            encoding if isinstance(encoding, ValueError) else _attempt(self._with_spans, conversation, encoding)
+            for conversation, encoding in zip(conversations, encodings, strict=True)
+        ]
+
+    def _text(self, conversation: Conversation) -> str:
         self._template.check_fields(conversation)
-        text = self._template.render(conversation.messages, conversation.tools)
+        return self._template.render(conversation.messages, conversation.tools)
+
+    def _encoding(self, text: str) -> tuple[str, Encoding]:
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            return text, self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:
             # The tokenizers library raises nothing more specific.
             raise ValueError(f"tokenizer.json: {error}") from None
-        ids, offsets = encoding.ids, encoding.offsets
-        return ids, [self._span(conversation, index, text, ids, offsets) for index in conversation.supervised]
 
-    def _span(
-        self, conversation: Conversation, index: int, text: str, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[int, int]:
-        """First and last + 1 of the tokens of the answer ``index``."""
+    def _with_spans(
+        self, conversation: Conversation, encoded: tuple[str, Encoding]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        text, encoding = encoded
+        ids = encoding.ids
+        return ids, [self._span(answer, text, ids, encoding) for answer in self._rendered_answers(conversation, text)]
+
+    def _rendered_answers(self, conversation: Conversation, text: str) -> list[_RenderedAnswer]:
+        """Where the supervised answers are in the rendered ``text``.
+
+        A template renders most conversations as fixed text around their contents. Where it has done so, lengths say
+        where an answer is; else the conversation is rendered again up to the answer.
+        """
+        messages = conversation.messages
+        if conversation.tools is None and all(map(_is_plain, messages)):
+            roles = tuple(message["role"] for message in messages)
+            if roles not in self._layouts:
+                self._layouts[roles] = self._layout(roles)
+            layout = self._layouts[roles]
+            contents = [message["content"] for message in messages]
+            if layout is not None and text == "".join(_alternating(layout.fixed, contents)):
+                # The positions of the ends of contents, without the fixed text.
+                ends = [0, *accumulate(map(len, contents))]
+                return [
+                    _RenderedAnswer(
+                        messages[index],
+                        layout.answers[index].start + ends[index],
+                        layout.answers[index].end + ends[index + 1],
+                        layout.answers[index].foot,
+                    )
+                    for index in conversation.supervised
+                ]
+        return [self._rendered_answer(conversation, index, text) for index in conversation.supervised]
+
+    def _layout(self, roles: tuple[str, ...]) -> _Layout | None:
+        """How the template renders plain messages with these roles; None: not as fixed text around the contents."""
+        marks = [f"\ue000{index}\ue000" for index in range(len(roles))]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        answers = {}
+        try:
+            text = self._template.render(messages)
+            fixed, rest = [], text
+            for mark in marks:
+                before, found, rest = rest.partition(mark)
+                if not found:
+                    return None
+                fixed.append(before)
+            fixed.append(rest)
+            if "\ue000" in "".join(fixed):
+                return None
+            ends = [0, *accumulate(map(len, marks))]
+            for index, role in enumerate(roles):
+                if role == "assistant":
+                    found_at = self._rendered_answer(Conversation(messages, supervised=(index,)), index, text)
+                    start, end = found_at.start - ends[index], found_at.end - ends[index + 1]
+                    answers[index] = found_at._replace(start=start, end=end)
+        except ValueError:
+            return None
+        return _Layout(fixed, answers)
+
+    def _rendered_answer(self, conversation: Conversation, index: int, text: str) -> _RenderedAnswer:
+        """Renders the turns up to the answer ``index``, with and without it."""
         *before, answer = conversation.messages[: index + 1]
         render = partial(self._template.render, tools=conversation.tools)
         turn, prompt = render([*before, answer]), render(before, add_generation_prompt=True)
@@ -149,19 +266,23 @@ class ChatTokenizer:
         # that end a call with a token of its own (Llama 3.1's <|eom_id|>).
         plain = {key: value for key, value in answer.items() if key != "tool_calls"} | {"content": _ANSWER}
         foot = render([*before, plain]).split(_ANSWER)[-1]
-        start, end = len(prompt), len(turn)
-        first = bisect_right(offsets, start, key=lambda offset: offset[1])
+        return _RenderedAnswer(answer, len(prompt), len(turn), foot)
+
+    def _span(self, answer: _RenderedAnswer, text: str, ids: list[int], encoding: Encoding) -> tuple[int, int]:
+        """First and last + 1 of the tokens of an answer."""
+        start, end = answer.start, answer.end
+        first = _first_token(encoding, start, behind=False)
         # A special token of the header may also consume the white space at the start of the answer.
-        if first < len(ids) and offsets[first][0] < start and ids[first] in self._special_ids:
+        if first < len(ids) and ids[first] in self._special_ids and _chars(encoding, first)[0] < start:
             first += 1
-        turn_end = bisect_left(offsets, end, key=lambda offset: offset[0])
+        turn_end = _first_token(encoding, end, behind=True)
         ends = [position for position in range(first, turn_end) if ids[position] in self._special_ids]
-        if turn.endswith(foot):
-            end -= len(foot)
-            ends = [position for position in ends if offsets[position][1] > end]
+        if text.endswith(answer.foot, 0, end):
+            end -= len(answer.foot)
+            ends = [position for position in ends if _chars(encoding, position)[1] > end]
         else:
             ends = ends[-1:]
-        if missing := _missing_part(answer, turn[start:end]):
+        if missing := _missing_part(answer.message, text[start:end]):
             raise ValueError(f"the chat template does not render an answer as it is written: {missing} is missing")
         if not ends:
             raise ValueError(
@@ -202,6 +323,53 @@ class ChatTokenizer:
             # Where it exists, transformers may prefer its names.
             if "eos_token" in read_json(Path(folder) / "special_tokens_map.json", optional=True):
                 _set_eos_token(Path(folder) / "special_tokens_map.json", token)
+
+
+def _attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | ValueError:
+    """The result of a function, or the ``ValueError`` that it raises."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        return error
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether a message is a text that a template has no reason to treat in a special way."""
+    content = message.get("content")
+    return message.keys() == _PLAIN and isinstance(content, str) and not ("<" in content or content != content.strip())
+
+
+def _alternating(fixed: list[str], contents: list[str]) -> Iterator[str]:
+    for before, content in zip(fixed, contents, strict=False):
+        yield before
+        yield content
+    yield fixed[-1]
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """The first and last + 1 of the characters of a token."""
+    chars = encoding.token_to_chars(token)
+    assert chars is not None
+    return chars
+
+
+def _first_token(encoding: Encoding, position: int, *, behind: bool) -> int:
+    """The first token that ends behind the character at ``position``, or (``behind``) that begins there or later.
+
+    The library converts the offsets of all tokens at once, which takes a tenth of the time of tokenizing. The character
+    is asked for where that gives the same.
+    """
+    token = encoding.char_to_token(position)
+    if token is not None and not behind:
+        return token
+    if token is not None and _chars(encoding, token)[0] == position:
+        if token == 0 or _chars(encoding, token - 1)[0] < position:
+            return token
+    elif token is None and behind and len(encoding) and _chars(encoding, len(encoding) - 1)[0] < position:
+        return len(encoding)
+    if behind:
+        return bisect_left(encoding.offsets, position, key=lambda offset: offset[0])
+    return bisect_right(encoding.offsets, position, key=lambda offset: offset[1])
 
 
 def _missing_part(answer: Message, rendered: str) -> str | None:

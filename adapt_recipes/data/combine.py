@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from adapt_recipes.data.examples import RawTask
+from adapt_recipes.data.source_files import FileTask
 
 
-def task_per_source(**sources: Sequence[RawTask]) -> list[RawTask]:
+def task_per_source(**sources: Sequence[RawTask | FileTask]) -> list[RawTask | FileTask]:
     """One task for every source, called by its key, of all the rows that the source has.
 
     A source with several tasks (splits, files, configurations) becomes one. Its validation split consists of those of
@@ -20,12 +21,14 @@ def task_per_source(**sources: Sequence[RawTask]) -> list[RawTask]:
     if not sources:
         raise ValueError("there is no source; add a key for each, with a _component_ that returns tasks")
     for name, tasks in sources.items():
-        if not isinstance(tasks, Sequence) or not all(isinstance(task, RawTask) for task in tasks):
+        if not isinstance(tasks, Sequence) or not all(isinstance(task, RawTask | FileTask) for task in tasks):
             raise ValueError(f"{name}: must be a node with a _component_ that returns tasks")
     return [_joined(name, tasks) for name, tasks in sources.items()]
 
 
-def _joined(name: str, tasks: Sequence[RawTask]) -> RawTask:
+def _joined(name: str, tasks: Sequence[RawTask | FileTask]) -> RawTask | FileTask:
+    if tasks and all(isinstance(task, FileTask) for task in tasks):
+        return FileTask(name, [file for task in tasks if isinstance(task, FileTask) for file in task.files])
     own = {
         split: [rows for task in tasks if (rows := getattr(task, split)) is not None]
         for split in ("validation", "test")

@@ -102,11 +102,13 @@ def content_hash(messages: Sequence[Message], tools: Sequence[Any] | None = None
 
     ``content_hash(messages[:-1], tools)`` is the hash of the prompt: everything before the last answer.
     """
-    parts: list[Any] = []
-    for message in messages:
-        other = {key: value for key, value in sorted(message.items()) if key not in ("role", "content")}
-        parts.append([message["role"], message.get("content"), *([other] if other else [])])
-    return _hash([*parts, tools] if tools else parts)
+    return _hash_of_parts([_part(message) for message in messages], tools)
+
+
+def prompt_and_content_hash(messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[int, int]:
+    """``content_hash`` of the prompt, and of all messages, in less time than one after the other."""
+    parts = [_part(message) for message in messages]
+    return _hash_of_parts(parts[:-1], tools), _hash_of_parts(parts, tools)
 
 
 def answer_hashes(messages: Sequence[Message], answer: int) -> tuple[int, int]:
@@ -123,5 +125,21 @@ def answer_hashes(messages: Sequence[Message], answer: int) -> tuple[int, int]:
     return pair, pair if is_first else content_hash(messages[: answer + 1])
 
 
+def _part(message: Message) -> str:
+    """What is hashed of a message, as JSON."""
+    if message.keys() == {"role", "content"}:
+        return json.dumps([message["role"], message["content"]])
+    other = {key: value for key, value in sorted(message.items()) if key not in ("role", "content")}
+    return json.dumps([message["role"], message.get("content"), *([other] if other else [])])
+
+
+def _hash_of_parts(parts: Sequence[str], tools: Sequence[Any] | None) -> int:
+    return _hash_of_json(f"[{', '.join([*parts, json.dumps(tools)] if tools else parts)}]")
+
+
 def _hash(value: Any) -> int:
-    return int.from_bytes(blake2b(json.dumps(value).encode(), digest_size=8).digest()) >> 1
+    return _hash_of_json(json.dumps(value))
+
+
+def _hash_of_json(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1

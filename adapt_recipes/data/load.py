@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +17,9 @@ from adapt_recipes.data.prepare import prepare_tasks
 from adapt_recipes.data.tokenize import Reading
 from adapt_recipes.strict import FREE_AT_RESUME, Component
 from adapt_recipes.training.process_group import raise_on_all_ranks
+
+# How long a process waits for another before it says so.
+_SILENT_SECONDS = 10.0
 
 
 class TasksConfig(Component):
@@ -87,14 +92,24 @@ def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) 
     Raises:
         ValueError: see ``load_tasks``.
     """
+    waits = threading.Timer(_SILENT_SECONDS, _say_waiting)
+    waits.daemon = True
+    # One process per host says it.
+    if os.environ.get("LOCAL_RANK", "0") == "1":
+        waits.start()
     with raise_on_all_ranks(in_turn=True):
+        waits.cancel()
         built = tokenizer.build()
         return built, load_tasks(config, tokenizer=built, max_seq_len=max_seq_len)
 
 
+def _say_waiting() -> None:
+    print("waiting for the first process of this host, which prepares the data", file=sys.stderr, flush=True)
+
+
 def max_token(tasks: Sequence[Task]) -> int:
     """The highest token id that any of the tasks holds; 0 where there are no tasks."""
-    return max((int(split.tokens.max()) for task in tasks for split in task.splits.values()), default=0)
+    return max((split.max_token for task in tasks for split in task.splits.values()), default=0)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:
@@ -106,6 +121,6 @@ def fingerprint(tasks: Sequence[Task]) -> str:
             if split is task.test:
                 # Without a test split the hash is that of earlier versions.
                 digest.update(b"test\0")
-            for tensor in (split.tokens, split.supervised, split.offsets):
-                digest.update(tensor.contiguous().numpy().data)
+            for block in (*split.token_blocks(), *split.supervised_blocks(), split.offsets.numpy()):
+                digest.update(block.data)
     return digest.hexdigest()

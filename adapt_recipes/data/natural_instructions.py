@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from adapt_recipes.data.conversations import error_prefix, text_of
-from adapt_recipes.data.examples import BadRow, Conversation, RawTask
-from adapt_recipes.data.rows import folder_of, walk
-from adapt_recipes.errors import closest, nearest, warn
+from adapt_recipes.data.examples import BadRow, Conversation
+from adapt_recipes.data.rows import after_space, folder_of, walk
+from adapt_recipes.data.source_files import FileRows, FileTask, SourceFile
+from adapt_recipes.errors import closest, nearest
+
+_DECODER = json.JSONDecoder()
+# Bytes of a file in which its categories are looked for.
+_BEGINNING = 1 << 16
 
 
 def natural_instructions(
@@ -20,7 +26,7 @@ def natural_instructions(
     task_per: Literal["type", "file"] = "type",
     num_positive_examples: int = 0,
     all_outputs: bool = False,
-) -> list[RawTask]:
+) -> list[FileTask]:
     """Tasks from a folder in the layout of Super-NaturalInstructions v2 (Wang et al. 2022), ``path/tasks/*.json``.
 
     The user's message is the definition, an empty line and the input. With positive examples it has the form on which
@@ -37,7 +43,8 @@ def natural_instructions(
         all_outputs: one example for every different output of an instance; false: the first output only.
 
     Returns:
-        The tasks. Their examples are in the order of the files' names, and in a file in the order of its instances.
+        The tasks, whose files are read when their rows are asked for. Their examples are in the order of the files'
+        names, and in a file in the order of its instances.
 
     Raises:
         ValueError: a folder, file or instance does not have the layout (it is named), or a type is unknown.
@@ -50,7 +57,11 @@ def natural_instructions(
         raise ValueError(f"tasks.task_per: {task_per!r} is not allowed{nearest(str(task_per), ('type', 'file'))}")
     if num_positive_examples < 0:
         raise ValueError(f"tasks.num_positive_examples: {num_positive_examples} is not allowed; at least 0")
-    by_type, read = _read_files(files, types, num_positive_examples, all_outputs)
+    by_type: dict[str, list[Path]] = {}
+    for file in files:
+        with error_prefix(str(file)):
+            for category in _categories(file):
+                by_type.setdefault(category, []).append(file)
 
     # A task per type, or per file.
     types = sorted(by_type) if types is None else types
@@ -64,45 +75,48 @@ def natural_instructions(
     else:
         chosen = dict.fromkeys(file for name in types for file in by_type[name])
         files_of = {str(file.relative_to(folder).with_suffix("")): [file] for file in chosen}
+    reader = partial(_rows, num_positive_examples=num_positive_examples, all_outputs=all_outputs)
     return [
-        RawTask(
-            name,
-            [each for file in files for each in read[file].conversations],
-            bad_rows=[each for file in files for each in read[file].bad_rows],
-        )
-        for name, files in files_of.items()
+        FileTask(name, [SourceFile(file, reader, "instance") for file in files]) for name, files in files_of.items()
     ]
 
 
-class _Instances(NamedTuple):
-    """The instances of a file; ``num_empty`` have only empty outputs."""
+def _categories(file: Path) -> list[str]:
+    """The categories of a file, of which no more is read than its beginning if they are there."""
+    found = _from_beginning(file, "Categories")
+    content = {"Categories": found} if found is not None else _read(file)
+    categories = _texts(content, "Categories")
+    if "" in categories:
+        raise ValueError("a category is blank")
+    return categories
 
-    conversations: list[Conversation]
-    bad_rows: list[BadRow]
-    num_empty: int
+
+def _from_beginning(file: Path, key: str) -> Any:
+    """The value of a key in the beginning of a file; None if it is not found there."""
+    try:
+        with open(file, "rb") as opened:
+            # Incremental, because part of a character may be at the end.
+            text = codecs.getincrementaldecoder("utf-8-sig")().decode(opened.read(_BEGINNING))
+        position, separator = after_space(text, 0), "{"
+        while text[position : position + 1] == separator:
+            name, position = _DECODER.raw_decode(text, after_space(text, position + 1))
+            position = after_space(text, position)
+            if text[position : position + 1] != ":":
+                return None
+            value, position = _DECODER.raw_decode(text, after_space(text, position + 1))
+            if name == key:
+                return value
+            position, separator = after_space(text, position), ","
+    except (OSError, ValueError, RecursionError):
+        # What is wrong is said when the whole file is read.
+        pass
+    return None
 
 
-def _read_files(
-    files: Sequence[Path], types: Collection[str] | None, num_positive_examples: int, all_outputs: bool
-) -> tuple[dict[str, list[Path]], dict[Path, _Instances]]:
-    """The files of each type, and the instances of each file that has one of ``types``."""
-    by_type: dict[str, list[Path]] = {}
-    read: dict[Path, _Instances] = {}
-    for file in files:
-        with error_prefix(str(file)):
-            content = _read(file)
-            categories = _texts(content, "Categories")
-            if "" in categories:
-                raise ValueError("a category is blank")
-            for category in categories:
-                by_type.setdefault(category, []).append(file)
-            if types is None or set(categories) & set(types):
-                read[file] = _instances(file, content, num_positive_examples, all_outputs)
-    if of_files := [f"{file.name}: {each.num_empty}" for file, each in read.items() if each.num_empty]:
-        number = sum(each.num_empty for each in read.values())
-        named = ", ".join(of_files[:5]) + (f", and {len(of_files) - 5} more files" if len(of_files) > 5 else "")
-        warn(f"tasks.path: instances with only empty outputs, which are left out: {number:,} ({named})")
-    return by_type, read
+def _rows(file: Path, *, num_positive_examples: int, all_outputs: bool) -> FileRows:
+    """What is in a file."""
+    with error_prefix(str(file)):
+        return _instances(file, _read(file), num_positive_examples, all_outputs)
 
 
 def _read(file: Path) -> Any:
@@ -143,7 +157,7 @@ def _texts(content: Any, key: str, *, or_empty: bool = False) -> list[str]:
     return list(dict.fromkeys(text_of(value, repr(key)).strip() for value in values))
 
 
-def _instances(file: Path, content: dict[str, Any], num_positive_examples: int, all_outputs: bool) -> _Instances:
+def _instances(file: Path, content: dict[str, Any], num_positive_examples: int, all_outputs: bool) -> FileRows:
     """One conversation per instance, or one per output."""
     opening, closing = _texts(content, "Definition")[0] + "\n\n", ""
     if num_positive_examples:
@@ -158,12 +172,12 @@ def _instances(file: Path, content: dict[str, Any], num_positive_examples: int, 
     for index, instance in enumerate(_list(content, "Instances")):
         try:
             prompt = (opening + _texts(instance, "input")[0] + closing).strip()
-            outputs = [output for output in _texts(instance, "output", or_empty=True) if output]
+            outputs = tuple(output for output in _texts(instance, "output", or_empty=True) if output)
         except ValueError as error:
             bad_rows.append(BadRow(source, index, str(error)))
             continue
         num_empty += not outputs
         for output in outputs[: None if all_outputs else 1]:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
-            conversations.append(Conversation(messages, supervised=(1,), origin=(source, index)))
-    return _Instances(conversations, bad_rows, num_empty)
+            conversations.append(Conversation(messages, supervised=(1,), origin=(source, index), references=outputs))
+    return FileRows(conversations, bad_rows, num_empty)

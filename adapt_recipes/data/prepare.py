@@ -25,20 +25,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from adapt_recipes.data.examples import BadRow, Conversation, Examples, LeftOut, RawTask, Task
+from adapt_recipes.data.examples import BadRow, Examples, LeftOut, RawTask, Task
 from adapt_recipes.data.raw_tasks import Split, bad_rows_error
-from adapt_recipes.data.tokenize import AS_WRITTEN, ConversationTokenizer, Reading, Tokenized, tokenize
+from adapt_recipes.data.source_files import FileTask, SourceFile, total
+from adapt_recipes.data.store import Columns, Entry, concatenated
+from adapt_recipes.data.tokenize import AS_WRITTEN, ConversationTokenizer, Reading, Source, sources_of, tokenize
 from adapt_recipes.errors import nearest, warn
 
 
 def prepare_tasks(
-    raw_tasks: Sequence[RawTask],
+    raw_tasks: Sequence[RawTask | FileTask],
     tokenizer: ConversationTokenizer,
     *,
     max_seq_len: int,
@@ -72,25 +75,33 @@ def prepare_tasks(
             task has no example that can be used, or too few prompts to hold some out.
     """
     _check_names([task.name for task in raw_tasks], no_validation)
-    _check_bad_rows([row for task in raw_tasks for row in task.bad_rows], on_bad_rows)
+    _check_bad_rows([row for task in raw_tasks for row in _own_bad_rows(task)], on_bad_rows)
 
     # Steps 1 to 3. By task and split; a task that is not in the objective has one split.
-    sources: dict[tuple[str, Split], Sequence[Conversation | list[dict[str, str]]]] = {}
-    for task in raw_tasks:
-        sources[task.name, "train"] = task.conversations
-        if task.name not in no_validation:
-            sources |= {(task.name, "validation"): task.validation} if task.validation is not None else {}
-            sources |= {(task.name, "test"): task.test} if task.test is not None else {}
-    tokenized = tokenize(
-        sources, tokenizer, reading=reading, num_workers=num_workers, cache_dir=Path(cache_dir).expanduser()
+    sources = {
+        (task.name, split): each
+        for task in raw_tasks
+        for split, each in sources_of(task).items()
+        if split == "train" or task.name not in no_validation
+    }
+    entries = iter(
+        tokenize(
+            [each for some in sources.values() for each in some],
+            tokenizer,
+            reading=reading,
+            num_workers=num_workers,
+            cache_dir=Path(cache_dir).expanduser(),
+        )
     )
-    bad = {key: _bad_rows(key, sources[key], each) for key, each in tokenized.items()}
+    prepared = {key: list(islice(entries, len(some))) for key, some in sources.items()}
+    _warn_about_empty(sources, prepared)
+    bad = {key: _bad_rows(key, sources[key], some) for key, some in prepared.items()}
     _check_bad_rows([row for rows in bad.values() for row in rows], on_bad_rows)
     for task in raw_tasks:
-        skipped = [*task.bad_rows, *bad[task.name, "train"]]
-        if skipped and len(bad[task.name, "train"]) == len(task.conversations):
+        skipped = [*_own_bad_rows(task), *bad[task.name, "train"]]
+        if skipped and not sum(map(len, prepared[task.name, "train"])):
             raise ValueError(f"task {task.name!r}: no row is an example: {bad_rows_error(skipped)}")
-    splits = {key: _Rows.usable(key, each, max_seq_len) for key, each in tokenized.items()}
+    splits = {key: _Rows.usable(key, [each.columns for each in some], max_seq_len) for key, some in prepared.items()}
     for task in raw_tasks:
         splits[task.name, "train"].limit(max_examples_per_task)
 
@@ -117,13 +128,23 @@ def prepare_tasks(
     for task in raw_tasks:
         names: tuple[Split, ...] = ("train", "validation", "test")
         rows = {split: splits[task.name, split] for split in names if (task.name, split) in splits}
-        num_bad_rows = len(task.bad_rows) + sum(len(bad.get((task.name, split), ())) for split in rows)
-        tasks.append(_without_leaks(task, rows, validated, held_out, num_bad_rows=num_bad_rows))
+        num_bad_rows = len(_own_bad_rows(task)) + sum(len(bad.get((task.name, split), ())) for split in rows)
+        facts = [each.facts.unused_keys for split in rows for each in prepared.get((task.name, split), ())]
+        unused_keys = total([task.unused_keys] if isinstance(task, RawTask) else facts)
+        tasks.append(
+            _without_leaks(task, rows, validated, held_out, num_bad_rows=num_bad_rows, unused_keys=unused_keys)
+        )
     return tasks
 
 
 def _without_leaks(
-    task: RawTask, rows: dict[Split, _Rows], validated: _HeldOut, held_out: _HeldOut, *, num_bad_rows: int
+    task: RawTask | FileTask,
+    rows: dict[Split, _Rows],
+    validated: _HeldOut,
+    held_out: _HeldOut,
+    *,
+    num_bad_rows: int,
+    unused_keys: dict[str, int],
 ) -> Task:
     """Step 6 for one task, with the rows of its splits; ``held_out`` are all answers of validation and test."""
     train, answers, examples = rows["train"], 0, 0
@@ -144,7 +165,7 @@ def _without_leaks(
         unlabeled=sum(each.unlabeled for each in rows.values()),
         leaked_answers=answers,
         leaked_examples=examples,
-        unused_keys=dict(task.unused_keys),
+        unused_keys=unused_keys,
     )
     selected = {split: each.examples() for split, each in rows.items()}
     validation, test = selected.get("validation"), selected.get("test")
@@ -166,6 +187,18 @@ class _HeldOut(NamedTuple):
 _NOTHING = _HeldOut(*np.zeros((2, 0), dtype=np.int64))
 
 
+class _Index(NamedTuple):
+    """What decides on the examples of one split of one task: columns of all its sources, concatenated."""
+
+    lengths: np.ndarray
+    prompt_hashes: np.ndarray
+    content_hashes: np.ndarray
+    # of each answer
+    example_of: np.ndarray
+    pair_of: np.ndarray
+    whole_of: np.ndarray
+
+
 class _Rows:
     """The examples of one split of one task, while it is decided which of them are used.
 
@@ -175,22 +208,33 @@ class _Rows:
         too_long, unlabeled: numbers of examples that are not kept for that.
     """
 
-    def __init__(self, tokenized: Tokenized, kept: np.ndarray, *, too_long: int = 0, unlabeled: int = 0) -> None:
-        self._tokenized = tokenized
+    def __init__(
+        self, sources: Sequence[Columns], index: _Index, kept: np.ndarray, *, too_long: int = 0, unlabeled: int = 0
+    ) -> None:
+        self._sources = sources
+        self._index = index
         self.kept = kept
         self.too_long, self.unlabeled = too_long, unlabeled
-        answers = tokenized.answers.numpy()
-        self._example_of, self._pair_of, self._whole_of = answers[:, 0], answers[:, 3], answers[:, 4]
-        self.hidden = np.zeros(len(answers), dtype=bool)
+        self._example_of, self._pair_of, self._whole_of = index.example_of, index.pair_of, index.whole_of
+        self.hidden = np.zeros(len(index.example_of), dtype=bool)
 
     @classmethod
-    def usable(cls, key: tuple[str, Split], tokenized: Tokenized, max_seq_len: int) -> _Rows:
+    def usable(cls, key: tuple[str, Split], sources: Sequence[Columns], max_seq_len: int) -> _Rows:
         """The examples with an answer to learn that are short enough."""
         name, split = key
-        lengths = tokenized.examples.lengths.numpy()
-        if not len(lengths):
+        if not sum(len(each.rows) for each in sources):
             raise ValueError(f"task {name!r}: there is no {split} example")
-        labeled = np.bincount(tokenized.answers[:, 0].numpy(), minlength=len(lengths)) > 0
+        num_answers = np.concatenate([np.diff(each.answer_offsets) for each in sources])
+        lengths = np.concatenate([np.diff(each.offsets) for each in sources])
+        index = _Index(
+            lengths,
+            concatenated(sources, "prompt_hashes"),
+            concatenated(sources, "content_hashes"),
+            np.arange(len(lengths)).repeat(num_answers),
+            concatenated(sources, "pair_hashes"),
+            concatenated(sources, "whole_hashes"),
+        )
+        labeled = num_answers > 0
         kept = labeled & (lengths <= max_seq_len)
         if not labeled.any():
             raise ValueError(f"task {name!r}: all {len(lengths)} {split} examples have the weight 0")
@@ -200,7 +244,8 @@ class _Rows:
                 f"task {name!r}: all {int(labeled.sum())} {split} examples are longer than max_seq_len={max_seq_len}; "
                 f"the shortest has {shortest}"
             )
-        return cls(tokenized, kept, too_long=int((labeled & ~kept).sum()), unlabeled=int((~labeled).sum()))
+        num_too_long, num_unlabeled = int((labeled & ~kept).sum()), int((~labeled).sum())
+        return cls(sources, index, kept, too_long=num_too_long, unlabeled=num_unlabeled)
 
     @property
     def answers(self) -> _HeldOut:
@@ -211,13 +256,13 @@ class _Rows:
     def limit(self, at_most: int | None) -> None:
         """Keeps the examples with the smallest hash of the whole conversation."""
         indices = self.kept.nonzero()[0]
-        smallest = self._tokenized.content_hashes.numpy()[indices].argsort(kind="stable")[:at_most]
+        smallest = self._index.content_hashes[indices].argsort(kind="stable")[:at_most]
         self.kept = np.zeros_like(self.kept)
         self.kept[indices[smallest]] = True
 
     def prompts(self, without: np.ndarray | None = None) -> np.ndarray:
         """The hashes of all prompts, ascending, without those that have one of the pairs ``without``."""
-        prompts = self._tokenized.prompt_hashes.numpy()
+        prompts = self._index.prompt_hashes
         found = np.unique(prompts[self.kept])
         if without is None:
             return found
@@ -226,9 +271,9 @@ class _Rows:
 
     def take(self, prompts: np.ndarray) -> _Rows:
         """Moves the examples with these prompts to another split."""
-        taken = self.kept & np.isin(self._tokenized.prompt_hashes.numpy(), prompts)
+        taken = self.kept & np.isin(self._index.prompt_hashes, prompts)
         self.kept = self.kept & ~taken
-        return _Rows(self._tokenized, taken)
+        return _Rows(self._sources, self._index, taken)
 
     def hide(self, held_out: _HeldOut, name: str) -> tuple[int, int]:
         """Makes answers that are held out context; returns their number, and that of examples without another."""
@@ -248,13 +293,8 @@ class _Rows:
         return int((leaks & self.kept[self._example_of]).sum()), num_examples
 
     def examples(self) -> Examples:
-        examples = self._tokenized.examples
-        if self.hidden.any():
-            supervised = examples.supervised.clone()
-            for first, end in self._tokenized.answers[torch.from_numpy(self.hidden), 1:3].tolist():
-                supervised[first:end] = False
-            examples = Examples(examples.tokens, supervised, examples.offsets, examples.prompt_hashes)
-        return examples.select(torch.from_numpy(self.kept.nonzero()[0]))
+        rows, hidden = (torch.from_numpy(each.nonzero()[0]) for each in (self.kept, self.hidden))
+        return Examples(self._sources, rows, hidden)
 
 
 def _check_names(names: Sequence[str], no_validation: Collection[str]) -> None:
@@ -274,15 +314,42 @@ def _check_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
         raise ValueError(bad_rows_error(bad_rows) + advice)
 
 
-def _bad_rows(key: tuple[str, Split], conversations: Sequence[object], tokenized: Tokenized) -> list[BadRow]:
-    """The conversations that are no examples, by where they are from."""
+def _own_bad_rows(task: RawTask | FileTask) -> Sequence[BadRow]:
+    """Those known before a task is prepared."""
+    return task.bad_rows if isinstance(task, RawTask) else ()
+
+
+def _bad_rows(key: tuple[str, Split], sources: Sequence[Source], entries: Sequence[Entry]) -> list[BadRow]:
+    """The rows that are no examples, by where they are from."""
     name, split = key
     unnamed = f"task {name!r}, {'' if split == 'train' else split + ' '}example"
     rows = []
-    for i, index in enumerate(tokenized.bad_rows.tolist()):
-        source, number = getattr(conversations[index], "origin", None) or (unnamed, index)
-        rows.append(BadRow(source, number, tokenized.reasons[i] if i < len(tokenized.reasons) else ""))
+    for source, entry in zip(sources, entries, strict=True):
+        for row, reason in entry.facts.bad_rows:
+            where, number = unnamed, row
+            if isinstance(source, SourceFile):
+                where = source.source
+            elif origin := getattr(source.conversations[row - source.start], "origin", None):
+                where, number = origin
+            rows.append(BadRow(where, number, reason))
     return rows
+
+
+def _warn_about_empty(
+    sources: dict[tuple[str, Split], list[Source]], prepared: dict[tuple[str, Split], list[Entry]]
+) -> None:
+    """Says how many rows of which files have no answer, which their source allows."""
+    counts = {
+        source.path: entry.facts.num_empty
+        for key, some in sources.items()
+        for source, entry in zip(some, prepared[key], strict=True)
+        if isinstance(source, SourceFile) and entry.facts.num_empty
+    }
+    if counts:
+        of_files = [f"{file.name}: {number}" for file, number in sorted(counts.items())]
+        named = ", ".join(of_files[:5]) + (f", and {len(of_files) - 5} more files" if len(of_files) > 5 else "")
+        number = sum(counts.values())
+        warn(f"tasks.path: instances with only empty outputs, which are left out: {number:,} ({named})")
 
 
 def _smallest_prompts(name: str, rows: _Rows, number: int, key: str, without: np.ndarray | None = None) -> np.ndarray:

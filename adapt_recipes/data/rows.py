@@ -265,7 +265,7 @@ def _spans_lines(raw: bytes) -> bool:
     """Whether a file begins with a value that does not end in its line."""
     try:
         text = raw.decode()
-        start = _after_space(text, 0)
+        start = after_space(text, 0)
         return "\n" in text[start : _DECODER.raw_decode(text, start)[1]]
     except (ValueError, RecursionError):
         return False
@@ -277,9 +277,9 @@ def _values(raw: bytes, is_array: bool) -> Iterator[Row]:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise _Broken(raw.count(b"\n", 0, error.start) + 1, _reason(error)) from None
-    line, counted, position = 1, 0, _after_space(text, 0)
+    line, counted, position = 1, 0, after_space(text, 0)
     if is_array:
-        position = _after_space(text, position + 1)
+        position = after_space(text, position + 1)
     while position < len(text) and not (is_array and text[position] == "]"):
         line, counted = line + text.count("\n", counted, position), position
         try:
@@ -287,18 +287,18 @@ def _values(raw: bytes, is_array: bool) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             raise _Broken(getattr(error, "lineno", line), _reason(error)) from None
         yield Row(line, value)
-        position = _after_space(text, position)
+        position = after_space(text, position)
         # A comma behind the last element does no harm.
         if is_array and text[position : position + 1] == ",":
-            position = _after_space(text, position + 1)
+            position = after_space(text, position + 1)
         elif is_array and text[position : position + 1] != "]":
             raise _Broken(text.count("\n", 0, position) + 1, "not valid JSON (the array has no comma or end here)")
-    if is_array and (position == len(text) or _after_space(text, position + 1) < len(text)):
+    if is_array and (position == len(text) or after_space(text, position + 1) < len(text)):
         where = "the array has no end" if position == len(text) else "there is text behind the array"
         raise _Broken(text.count("\n", 0, position) + 1, f"not valid JSON ({where})")
 
 
-def _after_space(text: str, position: int) -> int:
+def after_space(text: str, position: int) -> int:
     """The position of the next character that is no white space."""
     match = _SPACE.match(text, position)
     assert match

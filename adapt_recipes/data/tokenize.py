@@ -1,4 +1,4 @@
-"""Tokenizes conversations once, in parallel processes, into a cache on disk that is memory-mapped afterwards."""
+"""Reads and tokenizes sources once, in parallel processes, into the store."""
 
 from __future__ import annotations
 
@@ -6,35 +6,48 @@ import json
 import multiprocessing
 import os
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from concurrent.futures import wait as futures_wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import pyarrow
 
-from adapt_recipes.data.conversations import answer_hashes, checked_conversation, content_hash, merge_system
-from adapt_recipes.data.examples import Conversation, Examples, Message
-from adapt_recipes.files import atomic_file
+from adapt_recipes.data.chat import ChatTokenizer
+from adapt_recipes.data.conversations import (
+    answer_hashes,
+    checked_conversation,
+    merge_system,
+    prompt_and_content_hash,
+)
+from adapt_recipes.data.examples import Conversation, Message, RawTask
+from adapt_recipes.data.progress import Progress
+from adapt_recipes.data.rows import Split
+from adapt_recipes.data.source_files import FileRows, FileTask, SourceFile
+from adapt_recipes.data.store import Columns, Digests, Entry, Facts, lock, read_entry, write_entry
+from adapt_recipes.files import PARTIAL, NoSpaceLeft, is_no_space
 
-# Incremented whenever the same conversations would give other tokens, spans or hashes.
-_CACHE_FORMAT = 2
-# Conversations per work item of a process.
+# Incremented whenever the same sources would give other conversations, tokens, spans or hashes, or other columns.
+_FORMAT = 3
+# Conversations between two reports of progress.
 _CHUNK = 256
-# With fewer conversations, starting processes takes longer than it saves.
-_MIN_PARALLEL = 2_000
-# Bad rows whose reasons are kept.
-_REASONS = 5
+# Conversations of a list that have an entry of their own, and are tokenized by one process.
+_PART = 4096
+# With less, starting processes takes longer than it saves.
+_MIN_PARALLEL_BYTES = 1_000_000
+_BYTES_PER_CONVERSATION = 500
+# After this a temporary file is not being written any more.
+_ABANDONED_SECONDS = 24 * 3600
+
+Conversations = Sequence[Conversation | list[Message]]
 
 
 class ConversationTokenizer(Protocol):
@@ -64,212 +77,434 @@ class Reading(NamedTuple):
 AS_WRITTEN = Reading()
 
 
-class Tokenized(NamedTuple):
-    """Tokenized conversations as the cache stores them: of any length, without bad rows.
+class Given(NamedTuple):
+    """Conversations in memory: a part of a list, which has an entry of the store of its own.
 
     Attributes:
-        tokens: (num_tokens,) int32, the rendered examples, concatenated.
-        supervised: (num_tokens,) bool, True for a token that counts in the loss; never the first of an example.
-        offsets: (num_examples + 1,) int64, the start of each example, and the end of the last.
-        prompt_hashes: (num_examples,) int64, of everything before the last answer.
-        content_hashes: (num_examples,) int64, of prompt and answer.
-        answers: (num_answers, 5) int64, of each supervised answer: the index of its example, its first token and its
-            last + 1 in ``tokens``, and its ``answer_hashes``.
-        bad_rows: (num_bad_rows,) int64, indices of conversations that are no examples.
-        reasons: what is wrong with the first of ``bad_rows``.
+        conversations: of the part.
+        start: index of the first in the list.
     """
 
-    tokens: Tensor
-    supervised: Tensor
-    offsets: Tensor
-    prompt_hashes: Tensor
-    content_hashes: Tensor
-    answers: Tensor
-    bad_rows: Tensor
-    reasons: list[str]
-
-    @property
-    def examples(self) -> Examples:
-        return Examples(self.tokens, self.supervised, self.offsets, self.prompt_hashes)
-
-
-_TENSORS = Tokenized._fields[:-1]
-Conversations = Sequence[Conversation | list[Message]]
-
-
-class _Chunk(NamedTuple):
-    start: int
     conversations: Conversations
+    start: int
+
+
+Source = SourceFile | Given
+
+
+def sources_of(task: RawTask | FileTask) -> dict[Split, list[Source]]:
+    """What the splits of a task consist of."""
+    if isinstance(task, FileTask):
+        return {"train": list(task.files)}
+    splits: dict[Split, Conversations | None] = {
+        "train": task.conversations,
+        "validation": task.validation,
+        "test": task.test,
+    }
+    return {
+        split: [Given(rows[start : start + _PART], start) for start in range(0, len(rows), _PART)]
+        for split, rows in splits.items()
+        if rows is not None
+    }
 
 
 def tokenize(
-    sources: Mapping[Any, Conversations],
+    sources: Iterable[Source],
     tokenizer: ConversationTokenizer,
     *,
     reading: Reading = AS_WRITTEN,
     num_workers: int | None,
     cache_dir: Path,
-) -> dict[Any, Tokenized]:
-    """Tokenizes lists of conversations, or reads them from the cache.
+) -> list[Entry]:
+    """Reads and tokenizes what the store does not have yet.
 
     Args:
-        sources: the lists, by a key of the caller's.
+        sources: files, or conversations in memory.
         tokenizer: sent to every worker once.
         reading: what is supervised, and where the system message goes.
         num_workers: processes; None: one per usable core. A few conversations are tokenized in this process.
-        cache_dir: folder of the cache. The name of an entry is a hash of the conversations, of ``reading`` and of the
-            tokenizer's fingerprint. It is written to a temporary file and renamed, has a checksum, and is computed
-            again if that is wrong.
+        cache_dir: folder of the store. The key of an entry is a hash of the content of the file (or of the
+            conversations), of how it is read, of ``reading`` and of the tokenizer's fingerprint. Processes that need
+            the same entries at the same time share the work.
+
+    Returns:
+        The entry of each source.
+
+    Raises:
+        ValueError: a file cannot be read, or changed while it was read; or the folder cannot be written.
+        NoSpaceLeft: the disk is full; entries that are complete stay.
     """
-    files = {key: cache_dir / f"{_key(each, tokenizer, reading)}.safetensors" for key, each in sources.items()}
-    done = {key: read for key, file in files.items() if (read := _read(file)) is not None}
-    missing = {key: conversations for key, conversations in sources.items() if key not in done}
-    chunks = [
-        _Chunk(start, conversations[start : start + _CHUNK])
-        for conversations in missing.values()
-        for start in range(0, len(conversations), _CHUNK)
-    ]
-    with _workers(tokenizer, reading, num_workers, sum(map(len, missing.values()))) as apply:
-        parts = iter(apply(chunks))
-        for key, conversations in missing.items():
-            done[key] = _joined(islice(parts, -(-len(conversations) // _CHUNK)))
-            _write(files[key], done[key])
-    return done
+    sources = list(sources)
+    store = Store(cache_dir)
+    # A file may be in several tasks.
+    unique: dict[Any, Source] = {_identity(each): each for each in sources}
+    done: dict[Any, Entry] = {}
+    missing: dict[Any, Source] = {}
+    for name, source in unique.items():
+        digest = store.digests.recorded(source.path) if isinstance(source, SourceFile) else None
+        if isinstance(source, Given):
+            digest = _digest(source.conversations)
+        entry = digest and read_entry(store.entries, _key(source, digest, tokenizer, reading))
+        if entry:
+            done[name] = entry
+        else:
+            missing[name] = source
+    if missing:
+        store.create()
+        keys = _prepare_all(list(missing.values()), _Work(store, tokenizer, reading), num_workers)
+        for name, key in zip(missing, keys, strict=True):
+            entry = read_entry(store.entries, key)
+            if entry is None:
+                raise ValueError(f"tasks.cache_dir: {store.entries / key} was removed or changed while it was used")
+            done[name] = entry
+    return [done[_identity(each)] for each in sources]
+
+
+class Store(NamedTuple):
+    """The folders of the store.
+
+    Attributes:
+        cache_dir: the folder that has them.
+    """
+
+    cache_dir: Path
+
+    @property
+    def entries(self) -> Path:
+        return self.cache_dir / "store"
+
+    @property
+    def digests(self) -> Digests:
+        return Digests(self.cache_dir / "files")
+
+    def create(self) -> None:
+        """Creates the folders, and removes what killed processes have left there.
+
+        Raises:
+            ValueError: they cannot be created or written.
+        """
+        try:
+            for folder in (self.entries, self.cache_dir / "files"):
+                folder.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=folder):
+                    pass
+                for partial in folder.glob(f"*{PARTIAL}"):
+                    # A younger one may be of a process that is writing it.
+                    with suppress(FileNotFoundError):
+                        if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                            partial.unlink()
+        except OSError as error:
+            if is_no_space(error):
+                raise NoSpaceLeft(f"tasks.cache_dir: no space left in {self.cache_dir}") from error
+            reason = error.strerror or error
+            raise ValueError(f"tasks.cache_dir: {self.cache_dir} cannot be written ({reason}); name another") from None
+
+
+class _Work(NamedTuple):
+    store: Store
+    tokenizer: ConversationTokenizer
+    reading: Reading
+
+    def prepare(self, source: Source, counts: Any, *, wait: bool) -> str | None:
+        """Adds the entry of a source; returns its key, or None if another process is at it and ``wait`` is false.
+
+        Args:
+            source: a file, or conversations in memory.
+            counts: three numbers to increase: bytes, examples and tokens that are done.
+            wait: for another process that adds the same entry.
+        """
+        if isinstance(source, SourceFile):
+            try:
+                with self.store.digests.reading(source.path) as digest:
+                    return self._add(source, digest, counts, wait=wait)
+            except OSError as error:
+                if error.filename is None or Path(error.filename) != source.path:
+                    raise
+                raise ValueError(f"{source.path}: cannot be read ({error.strerror})") from None
+        return self._add(source, _digest(source.conversations), counts, wait=wait)
+
+    def _add(self, source: Source, digest: str, counts: Any, *, wait: bool) -> str | None:
+        folder, size = self.store.entries, _size(source)
+        key = _key(source, digest, self.tokenizer, self.reading)
+        if read_entry(folder, key) is None:
+            with lock(folder / f"{key}.lock", wait=wait) as is_ours:
+                if not is_ours:
+                    return None
+                # Another process may have added it meanwhile.
+                if read_entry(folder, key) is None:
+                    rows = source.read() if isinstance(source, SourceFile) else FileRows(source.conversations)
+                    parts = []
+                    for chunk in _chunks(source, rows.conversations):
+                        parts.append(_tokenize_chunk(self.tokenizer, self.reading, chunk))
+                        counts[0] += int(size * len(chunk.conversations) / len(rows.conversations))
+                        counts[1] += len(parts[-1].examples)
+                        counts[2] += len(parts[-1].tokens)
+                    bad_rows = [(row.number, row.reason) for row in rows.bad_rows]
+                    bad_rows += [each for part in parts for each in part.bad_rows]
+                    write_entry(folder, key, _joined(parts), Facts(bad_rows, rows.num_empty, dict(rows.unused_keys)))
+                    return key
+        counts[0] += size
+        return key
+
+
+def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) -> list[str]:
+    """Adds the entries of all sources, in parallel processes if they are large; returns their keys."""
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    keys: dict[int, str] = {}
+    total_bytes = sum(map(_size, sources))
+    with Progress("preparing data", total_bytes=total_bytes) as progress:
+        if min(num_workers, len(sources)) <= 1 or total_bytes < _MIN_PARALLEL_BYTES:
+            counts = _Counts(progress)
+            for wait in (False, True):
+                for i in [i for i in range(len(sources)) if i not in keys]:
+                    if wait:
+                        _say_waiting(sources[i])
+                    if (key := work.prepare(sources[i], counts, wait=wait)) is not None:
+                        keys[i] = key
+            return [keys[i] for i in range(len(sources))]
+
+        # Fork where that is safe: a spawned process imports torch first, and needs a guarded main module.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        shared = context.Array("q", 3)
+        num_workers = min(num_workers, len(sources))
+        arguments = (work, sources, shared)
+        try:
+            with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
+                for wait in (False, True):
+                    # The largest first, so that no process is left alone with one at the end.
+                    left = sorted((i for i in range(len(sources)) if i not in keys), key=lambda i: -_size(sources[i]))
+                    if wait and left:
+                        _say_waiting(sources[left[0]])
+                    futures = {pool.submit(_prepare_in_worker, i, wait): i for i in left}
+                    pending = set(futures)
+                    try:
+                        while pending:
+                            ended, pending = futures_wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                            for future in ended:
+                                if (key := future.result()) is not None:
+                                    keys[futures[future]] = key
+                            progress.update(bytes_done=shared[0], examples=shared[1], tokens=shared[2])
+                    except BaseException:
+                        # What has begun is completed, and kept.
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
+        except BrokenProcessPool:
+            raise ValueError(
+                "tasks: a process that tokenized was killed, perhaps for lack of memory; start again to go on"
+            ) from None
+    return [keys[i] for i in range(len(sources))]
+
+
+class _Counts(list[int]):
+    """Counts of a single process, which shows them itself."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__((0, 0, 0))
+        self._progress = progress
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        self._progress.update(bytes_done=self[0], examples=self[1], tokens=self[2])
+
+
+def _say_waiting(source: Source) -> None:
+    what = source.path if isinstance(source, SourceFile) else "the same conversations"
+    print(f"waiting for another process that tokenizes {what}", file=sys.stderr, flush=True)
+
+
+# Only in a worker process: a tokenizer is too large to send with every source.
+_worker: tuple[_Work, list[Source], Any]
+
+
+def _start_worker(work: _Work, sources: list[Source], counts: Any) -> None:
+    global _worker
+    _worker = work, sources, counts
+
+
+def _prepare_in_worker(index: int, wait: bool) -> str | None:
+    work, sources, counts = _worker
+    own = _SharedCounts(counts)
+    return work.prepare(sources[index], own, wait=wait)
+
+
+class _SharedCounts:
+    """Counts that several processes increase."""
+
+    def __init__(self, counts: Any) -> None:
+        self._counts = counts
+        self._own = [0, 0, 0]
+
+    def __getitem__(self, index: int) -> int:
+        return self._own[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        with self._counts.get_lock():
+            self._counts[index] += value - self._own[index]
+        self._own[index] = value
+
+
+def _identity(source: Source) -> Any:
+    """The same for sources that are read in the same way from the same place."""
+    return (source.path, source.settings) if isinstance(source, SourceFile) else id(source)
+
+
+def _size(source: Source) -> int:
+    """Of a source, in bytes; for conversations a guess."""
+    if isinstance(source, SourceFile):
+        try:
+            return source.path.stat().st_size
+        except OSError:
+            # It is named when it is read.
+            return 0
+    return _BYTES_PER_CONVERSATION * len(source.conversations)
+
+
+def _digest(conversations: Conversations) -> str:
+    digest = blake2b(digest_size=16)
+    for each in conversations:
+        parts: Any = each
+        if isinstance(each, Conversation):
+            parts = each.messages, each.supervised, each.tools, each.references
+        digest.update(json.dumps(parts, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _key(source: Source, digest: str, tokenizer: ConversationTokenizer, reading: Reading) -> str:
+    settings = source.settings if isinstance(source, SourceFile) else f"given from {source.start}"
+    text = "\n".join([str(_FORMAT), settings, digest, tokenizer.fingerprint, str(reading)])
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class _Chunk(NamedTuple):
+    # of each conversation: the number of its row in its file, or its index in the list
+    rows: Sequence[int]
+    conversations: Conversations
+
+
+def _chunks(source: Source, conversations: Conversations) -> Iterator[_Chunk]:
+    for first in range(0, len(conversations), _CHUNK):
+        some = conversations[first : first + _CHUNK]
+        if isinstance(source, SourceFile):
+            yield _Chunk([each.origin[1] for each in some if isinstance(each, Conversation) and each.origin], some)
+        else:
+            yield _Chunk(range(source.start + first, source.start + first + len(some)), some)
 
 
 class _Part(NamedTuple):
-    """A chunk's examples. Numpy, because torch would use shared memory to send them."""
+    """A chunk's examples."""
 
+    # (num_tokens,) int32
     tokens: np.ndarray
-    # (num_examples, 3): length, prompt hash, content hash
+    # (num_examples, 6) int64: row, length, highest token, prompt hash, content hash, number of answers
     examples: np.ndarray
-    # (num_answers, 5): index of the example, first and last + 1 within it, and ``answer_hashes``
+    # (num_answers, 5) int64: first and last + 1 within the example, ``answer_hashes``, UTF-8 length
     answers: np.ndarray
+    prompts: list[str]
+    references: list[list[str]]
     bad_rows: list[tuple[int, str]]
 
 
+class _Checked(NamedTuple):
+    """A conversation that is ready to be tokenized, and what is kept of it as it is in its source."""
+
+    conversation: Conversation
+    # of each supervised answer
+    answer_hashes: list[tuple[int, int]]
+    num_bytes: list[int]
+    prompt_and_content_hash: tuple[int, int]
+    prompt: str
+    references: list[str]
+
+
+def _checked(given: Any, reading: Reading) -> _Checked:
+    conversation = checked_conversation(given)
+    if reading.supervise == "last":
+        last = len(conversation.messages) - 1
+        conversation = replace(conversation, supervised=(last,) * (last in conversation.supervised))
+    # Hashes are of the messages as they are: the same whatever the template or the setting.
+    messages, tools, supervised = conversation.messages, conversation.tools, conversation.supervised
+    return _Checked(
+        merge_system(conversation) if reading.system == "merge_into_user" else conversation,
+        [answer_hashes(messages, answer) for answer in supervised],
+        [len((messages[answer].get("content") or "").encode()) for answer in supervised],
+        prompt_and_content_hash(messages, tools),
+        json.dumps([messages[:-1], tools]),
+        list(conversation.references) or [messages[-1].get("content") or ""],
+    )
+
+
+def _encode_all(
+    tokenizer: ConversationTokenizer, conversations: Sequence[Conversation]
+) -> Iterable[tuple[list[int], list[tuple[int, int]]] | ValueError]:
+    """What ``encode`` returns for each conversation, or the error that it raises."""
+    if isinstance(tokenizer, ChatTokenizer):
+        yield from tokenizer.encode_all(conversations)
+        return
+    for each in conversations:
+        try:
+            yield tokenizer.encode(each)
+        except ValueError as error:
+            yield error
+
+
 def _tokenize_chunk(tokenizer: ConversationTokenizer, reading: Reading, chunk: _Chunk) -> _Part:
+    checked: list[_Checked | ValueError] = []
+    for given in chunk.conversations:
+        try:
+            checked.append(_checked(given, reading))
+        except ValueError as error:
+            checked.append(error)
+    encoded = iter(_encode_all(tokenizer, [each.conversation for each in checked if isinstance(each, _Checked)]))
+
     tokens: list[int] = []
     examples: list[tuple[int, ...]] = []
     answers: list[tuple[int, ...]] = []
-    bad_rows = []
-    for row, given in enumerate(chunk.conversations, start=chunk.start):
-        try:
-            conversation = checked_conversation(given)
-            if reading.supervise == "last":
-                last = len(conversation.messages) - 1
-                conversation = replace(conversation, supervised=(last,) * (last in conversation.supervised))
-            # Hashes are of the messages as they are: the same whatever the template or the setting.
-            messages, tools, supervised = conversation.messages, conversation.tools, conversation.supervised
-            hashes = [answer_hashes(messages, answer) for answer in supervised]
-            if reading.system == "merge_into_user":
-                conversation = merge_system(conversation)
-            ids, spans = tokenizer.encode(conversation)
-            # Nothing precedes the first token, so the model cannot predict it.
-            spans = [(max(1, first), end) for first, end in spans]
-            if any(first >= end for first, end in spans):
-                raise ValueError("has an answer without a supervised token")
-        except ValueError as error:
-            bad_rows.append((row, str(error)))
+    prompts, references, bad_rows = [], [], []
+    for row, each in zip(chunk.rows, checked, strict=True):
+        result = each if isinstance(each, ValueError) else next(encoded)
+        if isinstance(each, ValueError) or isinstance(result, ValueError):
+            bad_rows.append((row, str(result)))
+            continue
+        ids, spans = result
+        # Nothing precedes the first token, so the model cannot predict it.
+        spans = [(max(1, first), end) for first, end in spans]
+        if any(first >= end for first, end in spans):
+            bad_rows.append((row, "has an answer without a supervised token"))
             continue
         tokens += ids
-        answers += [(len(examples), *span, *each) for span, each in zip(spans, hashes, strict=True)]
-        examples.append((len(ids), content_hash(messages[:-1], tools), content_hash(messages, tools)))
-    return _Part(np.array(tokens, dtype=np.int32), _table(examples, 3), _table(answers, 5), bad_rows)
+        for span, hashes, num_bytes in zip(spans, each.answer_hashes, each.num_bytes, strict=True):
+            answers.append((*span, *hashes, num_bytes))
+        examples.append((row, len(ids), max(ids), *each.prompt_and_content_hash, len(spans)))
+        prompts.append(each.prompt)
+        references.append(each.references)
+    return _Part(
+        np.array(tokens, dtype=np.int32), _table(examples, 6), _table(answers, 5), prompts, references, bad_rows
+    )
 
 
 def _table(rows: list[tuple[int, ...]], width: int) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, width)
 
 
-def _joined(parts: Iterable[_Part]) -> Tokenized:
-    parts = list(parts) or [_Part(np.zeros(0, np.int32), _table([], 3), _table([], 5), [])]
-    tokens, table = np.concatenate([each.tokens for each in parts]), np.concatenate([each.examples for each in parts])
-    offsets = np.concatenate([[0], table[:, 0].cumsum()])
-    # From indices in a chunk and positions in an example to those in the whole.
-    before = np.cumsum([0, *(len(each.examples) for each in parts)])
-    answers = np.concatenate([each.answers + [[n, 0, 0, 0, 0]] for n, each in zip(before[:-1], parts, strict=True)])
-    answers[:, 1:3] += offsets[answers[:, :1]]
-    # +1 where an answer begins, -1 behind its end.
-    changes = np.zeros(len(tokens) + 1, dtype=np.int8)
-    np.add.at(changes, answers[:, 1], 1)
-    np.add.at(changes, answers[:, 2], -1)
-    bad_rows = [each for part in parts for each in part.bad_rows]
-    return Tokenized(
-        tokens=torch.from_numpy(tokens),
-        supervised=torch.from_numpy(changes[:-1].cumsum() > 0),
-        offsets=torch.from_numpy(offsets),
-        prompt_hashes=torch.from_numpy(table[:, 1].copy()),
-        content_hashes=torch.from_numpy(table[:, 2].copy()),
-        answers=torch.from_numpy(answers),
-        bad_rows=torch.tensor([row for row, _ in bad_rows], dtype=torch.int64),
-        reasons=[reason for _, reason in bad_rows[:_REASONS]],
+def _joined(parts: Sequence[_Part]) -> Columns:
+    parts = list(parts) or [_Part(np.zeros(0, np.int32), _table([], 6), _table([], 5), [], [], [])]
+    examples, answers = (np.concatenate([each[i] for each in parts]) for i in (1, 2))
+    return Columns(
+        tokens=np.concatenate([each.tokens for each in parts]),
+        offsets=np.concatenate([[0], examples[:, 1].cumsum()]),
+        max_tokens=examples[:, 2].astype(np.int32),
+        rows=examples[:, 0].copy(),
+        prompt_hashes=examples[:, 3].copy(),
+        content_hashes=examples[:, 4].copy(),
+        answer_offsets=np.concatenate([[0], examples[:, 5].cumsum()]),
+        firsts=answers[:, 0].astype(np.int32),
+        ends=answers[:, 1].astype(np.int32),
+        pair_hashes=answers[:, 2].copy(),
+        whole_hashes=answers[:, 3].copy(),
+        num_bytes=answers[:, 4].astype(np.int32),
+        prompts=pyarrow.array([each for part in parts for each in part.prompts], pyarrow.large_string()),
+        references=pyarrow.array(
+            [each for part in parts for each in part.references], pyarrow.large_list(pyarrow.large_string())
+        ),
     )
-
-
-@contextmanager
-def _workers(
-    tokenizer: ConversationTokenizer, reading: Reading, num_workers: int | None, num_conversations: int
-) -> Iterator[Callable[[list[_Chunk]], Iterable[_Part]]]:
-    """Yields a function that maps chunks to arrays, in order: in parallel processes if there are many conversations."""
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_workers <= 1 or num_conversations < _MIN_PARALLEL:
-        yield partial(map, partial(_tokenize_chunk, tokenizer, reading))
-        return
-    # Fork where that is safe: a spawned process imports torch first, and needs a guarded main module.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    num_workers = min(num_workers, -(-num_conversations // _CHUNK))
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer, reading)) as pool:
-        yield partial(pool.map, _tokenize_in_worker)
-
-
-# Only in a worker process: a tokenizer is too large to send with every chunk.
-_worker: Callable[[_Chunk], _Part]
-
-
-def _start_worker(tokenizer: ConversationTokenizer, reading: Reading) -> None:
-    global _worker
-    _worker = partial(_tokenize_chunk, tokenizer, reading)
-
-
-def _tokenize_in_worker(chunk: _Chunk) -> _Part:
-    return _worker(chunk)
-
-
-def _key(conversations: Conversations, tokenizer: ConversationTokenizer, reading: Reading) -> str:
-    digest = blake2b(f"{_CACHE_FORMAT} {tokenizer.fingerprint} {reading}\n".encode(), digest_size=16)
-    # json.dumps would build an encoder for each.
-    encode = json.JSONEncoder(default=repr).encode
-    for each in conversations:
-        parts = (each.messages, each.supervised, each.tools) if isinstance(each, Conversation) else each
-        digest.update(encode(parts).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _checksum(tokenized: Tokenized) -> str:
-    checksum = zlib.crc32(json.dumps(tokenized.reasons).encode())
-    for name in _TENSORS:
-        checksum = zlib.crc32(getattr(tokenized, name).numpy().data, checksum)
-    return f"{checksum:08x}"
-
-
-def _read(file: Path) -> Tokenized | None:
-    """An entry of the cache, memory-mapped; None if there is none or it is damaged."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            notes = json.loads((stored.metadata() or {}).get("notes", "{}"))
-            tensors: dict[str, Any] = {name: stored.get_tensor(name) for name in _TENSORS}
-            tokenized = Tokenized(**tensors, reasons=notes.get("reasons", []))
-    except (OSError, SafetensorError):
-        return None
-    return tokenized if notes.get("checksum") == _checksum(tokenized) else None
-
-
-def _write(file: Path, tokenized: Tokenized) -> None:
-    """Writes a temporary file and renames it: another process sees a complete entry or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # In one value, because several are stored in any order.
-    metadata = {"notes": json.dumps({"checksum": _checksum(tokenized), "reasons": tokenized.reasons})}
-    with atomic_file(file, shared=True) as partial_file:
-        save_file({name: getattr(tokenized, name) for name in _TENSORS}, partial_file, metadata=metadata)

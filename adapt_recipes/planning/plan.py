@@ -295,7 +295,7 @@ def _draw(config: Any, parts: _Parts, probabilities: Tensor) -> _Drawn:
     """Draws as the run does, with constant probabilities of the mixture."""
     ledger = parts.ledger
     # After the causal shift.
-    lengths = [(task.train.lengths - 1).tolist() for task in parts.tasks]
+    lengths = [(task.train.lengths - 1).numpy() for task in parts.tasks]
     tokens = 0
     while ledger.left > 0:
         p = ledger.capped(probabilities)

@@ -244,6 +244,27 @@ def test_any_text(pair: Pair, turns: list[dict[str, str]], last: bool) -> None:
     pair.check(turns, last=last)
 
 
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, THINKING])
+@given(contents=st.lists(st.text("ab <>\n/think", min_size=1).filter(str.strip), min_size=2, max_size=6))
+def test_an_answer_found_by_lengths_is_that_found_by_rendering_again(
+    template: str, contents: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if template not in FOUND:
+        folder = make_folder(tmp_path_factory.mktemp("tokenizer"), template)
+        FOUND[template] = ChatTokenizer(folder), ChatTokenizer(folder)
+        again = FOUND[template][1]
+        again._rendered_answers = lambda given, text: [  # type: ignore[method-assign]
+            again._rendered_answer(given, index, text) for index in given.supervised
+        ]
+    by_lengths, again = FOUND[template]
+    turns = conversation(messages(*contents[: len(contents) // 2 * 2]))
+    one, other = by_lengths.encode_all([turns])[0], again.encode_all([turns])[0]
+    assert repr(one) == repr(other)
+
+
+FOUND: dict[str, tuple[ChatTokenizer, ChatTokenizer]] = {}
+
+
 def test_a_token_merged_across_the_start_counts_and_the_new_line_after_the_end_does_not(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(make_folder(tmp_path, CHATML))
     reference = AutoTokenizer.from_pretrained(tmp_path)

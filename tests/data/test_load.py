@@ -13,7 +13,9 @@ def examples(*tokens: int) -> Examples:
     """One example, of which all but the first token are supervised."""
     supervised = torch.arange(len(tokens)) > 0
     offsets = torch.tensor([0, len(tokens)])
-    return Examples(torch.tensor(tokens, dtype=torch.int32), supervised, offsets, torch.zeros(1, dtype=torch.int64))
+    return Examples.in_memory(
+        torch.tensor(tokens, dtype=torch.int32), supervised, offsets, torch.zeros(1, dtype=torch.int64)
+    )
 
 
 TASKS = [Task("a", examples(1, 2, 3), examples(4, 5)), Task("b", examples(6, 7), None)]

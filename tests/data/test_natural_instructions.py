@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from adapt_recipes.data import Conversation, RawTask, natural_instructions
+from adapt_recipes.data import ByteTokenizer, Conversation, natural_instructions, prepare_tasks
 from adapt_recipes.data.raw_tasks import bad_rows_error
+from adapt_recipes.data.source_files import FileTask
 
 
 def content(category: str | list[str] = "Question Answering", **changes: Any) -> dict[str, Any]:
@@ -41,12 +42,12 @@ def turns(prompt: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def read(task: RawTask) -> list[list[dict[str, str]]]:
+def read(task: FileTask) -> list[list[dict[str, str]]]:
     assert all(isinstance(each, Conversation) and each.supervised == (1,) for each in task.conversations)
     return [each.messages for each in task.conversations if isinstance(each, Conversation)]
 
 
-def answers(task: RawTask) -> list[str]:
+def answers(task: FileTask) -> list[str]:
     return [messages[-1]["content"] for messages in read(task)]
 
 
@@ -74,7 +75,9 @@ def test_empty_outputs_are_left_out_and_counted(
     (task,) = natural_instructions(path, all_outputs=all_outputs)
     assert answers(task)[: len(expected)] == expected and not task.bad_rows
     warning = "warning: tasks.path: instances with only empty outputs, which are left out: 3 (task1.json: 3)\n"
-    assert capsys.readouterr().err == warning
+    for _ in ("cold", "warm"):
+        prepare_tasks([task], ByteTokenizer(), max_seq_len=64, validation_examples=1, cache_dir=tmp_path / "cache")
+        assert capsys.readouterr().err == warning
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
@@ -124,7 +127,7 @@ def test_types_select_and_order_and_gather_files(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path, broken: Any, message: str) -> None:
     path = folder_with(tmp_path, task1=broken, task0=content())
     with pytest.raises(ValueError, match=message) as error:
-        natural_instructions(path)
+        assert [task.conversations for task in natural_instructions(path)]
     assert str(tmp_path / "tasks" / "task1.json") in str(error.value) and "\n" not in str(error.value)
 
 
@@ -166,7 +169,7 @@ def test_broken_positive_examples(tmp_path: Path) -> None:
     path = folder_with(tmp_path, task1=content(**{"Positive Examples": [{"input": "a"}]}))
     assert len(natural_instructions(path)) == 1
     with pytest.raises(ValueError, match=r"task1.json: positive example 0: no key 'output'"):
-        natural_instructions(path, num_positive_examples=1)
+        assert natural_instructions(path, num_positive_examples=1)[0].conversations
 
 
 @pytest.mark.parametrize(

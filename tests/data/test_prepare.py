@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapt_recipes.data import ByteTokenizer, Conversation, Examples, LeftOut, RawTask, Task, prepare_tasks, tokenize
+from adapt_recipes.data import (
+    ByteTokenizer,
+    Conversation,
+    Examples,
+    LeftOut,
+    RawTask,
+    Task,
+    prepare_tasks,
+    store,
+    tokenize,
+)
 from adapt_recipes.data.conversations import content_hash
 from adapt_recipes.data.examples import BadRow
+from adapt_recipes.files import NoSpaceLeft
 
 Pair = tuple[str, str]
 
@@ -358,37 +371,59 @@ def test_the_cache_is_read_and_its_key_is_content_and_tokenizer_alone(tmp_path: 
     tokenizer.fingerprint = "another"
     prepare(tmp_path, numbered("A", 41), tokenizer=tokenizer)
     assert tokenizer.calls == 162
-    assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".safetensors"]
+    assert {file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()} == {".arrow", ".json"}
 
 
+@pytest.mark.parametrize("ending", ["arrow", "json"])
 @pytest.mark.parametrize("damage", ["empty", "cut short", "one bit", "another format"])
-def test_a_damaged_cache_is_computed_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_is_computed_again(tmp_path: Path, damage: str, ending: str) -> None:
     tasks = prepare(tmp_path, numbered("A"))
-    (file,) = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache" / "store").glob(f"*.{ending}")
     whole = file.read_bytes()
     bit = bytes([whole[-1] ^ 1])
     damaged = {"empty": b"", "cut short": whole[:-9], "one bit": whole[:-1] + bit, "another format": b"x" * 500}[damage]
+    # Not in place: what is mapped must stay.
+    file.unlink()
     file.write_bytes(damaged)
-    assert same(prepare(tmp_path, numbered("A")), tasks)
-    assert file.read_bytes() == whole
+    tokenizer = Counting()
+    assert same(prepare(tmp_path, numbered("A"), tokenizer=tokenizer), tasks) and tokenizer.calls == 40
+    assert len(file.read_bytes()) == len(whole) and (ending == "json" or file.read_bytes() == whole)
+    assert same(prepare(tmp_path, numbered("A"), tokenizer=tokenizer), tasks) and tokenizer.calls == 40
+
+
+def test_a_copy_of_a_cache_is_used(tmp_path: Path) -> None:
+    """As one from another machine; its checksum is right, though its files are not those that were written."""
+    tasks = prepare(tmp_path, numbered("A"))
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+    tokenizer = Counting()
+    assert same(prepare(tmp_path, numbered("A"), tokenizer=tokenizer, cache_dir=tmp_path / "copy"), tasks)
+    assert tokenizer.calls == 0
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tensors: Any, file: Path, **_: Any) -> None:
-        Path(file).write_bytes(b"half")
-        raise OSError("no space left")
+    def fail(file: Path) -> int:
+        assert file.stat().st_size
+        raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(tokenize, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(store, "_checksum", fail)
+    with pytest.raises(NoSpaceLeft, match="^no space left while writing .*arrow$"):
         prepare(tmp_path, numbered("A"))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"^tasks.cache_dir: .*/file cannot be written \(Not a directory\); name another$"
+    ):
+        prepare(tmp_path, numbered("A"), cache_dir=tmp_path / "file")
 
 
 def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw_tasks = [numbered("A", 700), numbered("B", 3, start=5000), numbered("C", 513, start=1000)]
     options = {"validation_examples": 2}
     expected = prepare(tmp_path, *raw_tasks, num_workers=1, **options)
-    monkeypatch.setattr(tokenize, "_MIN_PARALLEL", 100)
+    monkeypatch.setattr(tokenize, "_MIN_PARALLEL_BYTES", 100)
     tokenizer = Counting()
     for number in (2, 3):
         folder = tmp_path / str(number)

@@ -31,7 +31,7 @@ def task(name: str, lengths: list[int]) -> Task:
     supervised = torch.cat([torch.tensor([False] + [True] * length) for length in lengths])
     offsets = torch.tensor([0] + [length + 1 for length in lengths]).cumsum(0)
     tokens = torch.arange(len(supervised), dtype=torch.int32)
-    examples = Examples(tokens, supervised, offsets, torch.arange(len(lengths)))
+    examples = Examples.in_memory(tokens, supervised, offsets, torch.arange(len(lengths)))
     return Task(name, train=examples, validation=examples)
 
 

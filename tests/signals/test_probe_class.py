@@ -19,7 +19,7 @@ COUNTS = {"train": (3, 1, 4, 2), "validation": (2, 3, 0, 1), "pool": (2, 3, 1, 3
 EXAMPLES = {name: tiny_examples(counts, seed=seed) for seed, (name, counts) in enumerate(COUNTS.items())}
 BATCHES = {name: batched(examples) for name, examples in EXAMPLES.items()}
 WEIGHTS = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=torch.float64)
-NOTHING = Examples(torch.zeros(0), torch.zeros(0), torch.zeros(1), torch.zeros(0))
+NOTHING = Examples.in_memory(torch.zeros(0), torch.zeros(0), torch.zeros(1), torch.zeros(0))
 EXAMPLE = Example(torch.tensor([1, 2, 3]), torch.tensor([IGNORE_INDEX, 3, 4]))
 STEP = 7
 
