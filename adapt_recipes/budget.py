@@ -99,6 +99,13 @@ class Ledger:
         """Share of the budget that is spent after ``pending`` more tokens."""
         return (self.supervised_tokens + pending) / self.budget_tokens
 
+    def step_target(self, batch_tokens: int | None) -> int | None:
+        """Supervised tokens to draw for the next step, so that k steps spend k * ``batch_tokens`` to within an example.
+
+        It is 0 or negative after a step that took more than the next one was to have. None: ``batch_size`` is given.
+        """
+        return None if batch_tokens is None else (self.steps + 1) * batch_tokens - self.supervised_tokens
+
     def capped(self, probabilities: Tensor) -> Tensor:
         """The shares to draw by: ``probabilities`` where no cap is in their way, see ``mixture.caps``.
 

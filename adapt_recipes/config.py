@@ -69,8 +69,10 @@ class TrainConfig:
     optimizer: Annotated[Component, Injected("params")]
     lr_schedule: Component
     """a multiplier of the optimizer's learning rate, by the share of the budget spent in the middle of the step"""
-    batch_size: PositiveInt
-    """examples per optimizer step"""
+    batch_size: PositiveInt | None = None
+    """examples per optimizer step, all processes together; or give ``batch_tokens``"""
+    batch_tokens: PositiveInt | None = None
+    """supervised tokens per optimizer step, in whole examples; what a step takes too many, the next takes fewer"""
     micro_batch_tokens: Annotated[PositiveInt, FREE_AT_RESUME] = 4096
     """bound on the tokens computed in one forward pass; padding is not computed, shared beginnings are once"""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
@@ -98,6 +100,9 @@ class TrainConfig:
     """continue from the newest checkpoint in output_dir; if there is none, start a new run"""
 
     def __post_init__(self) -> None:
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            found = "none" if self.batch_size is None else "both"
+            raise ValueError(f"batch_size, batch_tokens: give exactly one of them, not {found}")
         if self.activation_offloading and not self.activation_checkpointing:
             raise ValueError("activation_offloading: needs activation_checkpointing; set both, or neither")
         if self.micro_batch_tokens < self.max_seq_len:

@@ -131,12 +131,14 @@ class Display:
             share = f"{spent:,}/{total:,} supervised tokens ({spent / total:.1%})"
             self.say(", ".join(filter(None, (f"step {step}: {share}", f"loss {loss:.4f}", speed, left))))
 
-    def plan(
-        self, probabilities: Tensor, *, ledger: Ledger, batch_size: int, where: str, one_task: bool = False
-    ) -> None:
+    def plan(self, probabilities: Tensor, *, ledger: Ledger, steps: str, where: str) -> None:
         """Prints each task's share, training split (in supervised tokens) and held-out examples before a run.
 
-        With ``one_task`` each step has examples of one task, and ``probabilities`` are the chances of the tasks.
+        Args:
+            probabilities: (num_tasks,) float64, of the mixture.
+            ledger: of the run.
+            steps: how many there will be, of which size.
+            where: the run computes, and how.
         """
         available = [int(task.train.num_supervised.sum()) for task in self._tasks]
         columns, cells = left_out_columns([task.left_out for task in self._tasks], width=self.console.width)
@@ -155,16 +157,7 @@ class Display:
         self.console.print(table)
         for line in unused_keys([task.left_out for task in self._tasks]):
             self.say(line)
-        lengths = probabilities.new_tensor(
-            [tokens / len(task.train) for task, tokens in zip(self._tasks, available, strict=True)]
-        )
-        # The mean length of an example. If p is a share of tokens, a task's share of examples is p / its mean length.
-        mean = float(probabilities @ lengths if one_task else 1 / (probabilities / lengths).sum())
-        num_steps = max(1, round(ledger.budget_tokens / mean / batch_size))
-        self.say(
-            f"budget: {of_available(ledger.budget_tokens, sum(available))}, in about {count(num_steps, 'step')} of "
-            f"{count(batch_size, 'example')}, {where}"
-        )
+        self.say(f"budget: {of_available(ledger.budget_tokens, sum(available))}, in {steps}, {where}")
 
     def results(self, summary: Summary, *, folder: Path) -> None:
         """Prints the results at the end of a run."""

@@ -62,6 +62,7 @@ from adapt_recipes.runlog import (
     write_resolved,
     write_summary,
 )
+from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.strict import config_differences, marked
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.interrupt import StopSignals, checkpoint_timeout_warning
@@ -282,8 +283,10 @@ class Run:
         self._open.callback(self._display.close)
         p = ledger.capped(self._mixture.probabilities())
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
-        one_task = getattr(config, "sampling", "tokens") == "dataset"
-        self._display.plan(p, ledger=ledger, batch_size=config.batch_size, where=where, one_task=one_task)
+        steps = expected_steps(tasks, p, ledger, config)
+        self._display.plan(p, ledger=ledger, steps=str(steps), where=where)
+        if text := batch_tokens_warning(tasks, ledger, config.batch_tokens, num_steps=steps.number):
+            warn(text)
         if warning := checkpoint_timeout_warning(self._model):
             self._display.say(warning)
         if self.saved is not None:

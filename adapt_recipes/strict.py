@@ -75,8 +75,9 @@ RENAMED: dict[tuple[str | None, str], Renamed] = {
 # For strict schemas: `@dataclass(kw_only=True, config=STRICT)` with pydantic's dataclass.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-# One of these on the command line replaces the one in the file.
 BUDGETS = ("fraction", "tokens", "epochs")
+# Keys of which exactly one is given. One of them on the command line replaces another one in the file.
+ALTERNATIVES = ([f"budget.{name}" for name in BUDGETS], ["batch_size", "batch_tokens"])
 
 # How long a process waits before it prints an error that the first process should have printed.
 DUPLICATE_ERROR_SECONDS = 10
@@ -399,10 +400,9 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         # As in torchtune, model=other.builder sets model._component_.
         if isinstance(value, str) and isinstance(node.get(last), dict) and "_component_" in node[last]:
             node, last = node[last], "_component_"
-        if parents == ["budget"] and last in BUDGETS:
-            for name in BUDGETS:
-                if f"budget.{name}" not in seen:
-                    node.pop(name, None)
+        for other in next((keys for keys in ALTERNATIVES if key in keys), []):
+            if other not in seen:
+                node.pop(other.rpartition(".")[2], None)
         node[last] = value
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)

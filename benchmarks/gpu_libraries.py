@@ -60,6 +60,7 @@ def torchtune(
     rows = unshifted(examples)
     (folder / "rows.json").write_text(json.dumps(rows))
     length = min(PACK_TOKENS, config.micro_batch_tokens)
+    assert config.batch_size is not None
     tokens = config.batch_size * sum(len(row["tokens"]) for row in rows) / len(rows)
     settings = OmegaConf.load(shipped / "configs" / "llama3_2" / "1B_full_single_device.yaml")
     settings.update(
@@ -130,6 +131,7 @@ def trainer(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             step()
 
+    assert config.batch_size is not None
     with on_meta():
         settings = huggingface_config(config.model.build())
     with device:

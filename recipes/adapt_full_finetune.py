@@ -139,7 +139,8 @@ class Recipe:
 
         # Draw: the task furthest behind its share comes next.
         p = ledger.capped(self.mixture.probabilities())
-        draws = self.sampler.draw(p, max_examples=config.batch_size, max_tokens=ledger.left)
+        target = ledger.step_target(config.batch_tokens)
+        draws = self.sampler.draw(p, max_examples=config.batch_size, target_tokens=target, max_tokens=ledger.left)
         batches = self.batches([(draw.task, self.sampler.example(draw)) for draw in draws])
         task_tokens = data.count_tokens(draws, len(self.tasks))
         step_tokens = int(task_tokens.sum())

@@ -151,7 +151,7 @@ def test_names_in_the_tables_give_way_and_numbers_do_not(width: int, tmp_path: P
     names = [f"A Task Type With a Rather Long Name {i}" for i in range(2)]
     display = Display([task(name) for name in names], budget_tokens=30, log_every=0, console=out)
     p = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    display.plan(p, ledger=Ledger(30, 2), steps="about 6 steps of 5 examples", where="on cpu")
     rows = [line for line in shown(out).splitlines() if line.strip().startswith("A Task")]
     assert [row.split()[-5:] for row in rows] == [["20", "3", "20", "20", f"{each:.3f}"] for each in p.tolist()]
 
@@ -187,7 +187,7 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
     out = console(width=80)
     display = Display([task("one"), task("two", validated=False)], budget_tokens=30, log_every=0, console=out)
     p = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    display.plan(p, ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    display.plan(p, ledger=Ledger(30, 2), steps="about 6 steps of 5 examples", where="on cpu")
     assert "budget: 30 supervised tokens (75.0% of the 40 there are), in about 6 steps of 5" in shown(out)
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["task"] == ["examples", "dropped", "sup.", "tokens", "held", "out", "p"], "the words of a plan"
@@ -203,7 +203,12 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
 def test_the_plan_and_the_results_with_a_test_split(tmp_path: Path) -> None:
     out = console(width=80)
     display = Display([task("one"), task("two", tested=True)], budget_tokens=30, log_every=0, console=out)
-    display.plan(torch.full((2,), 0.5, dtype=torch.float64), ledger=Ledger(30, 2), batch_size=5, where="on cpu")
+    display.plan(
+        torch.full((2,), 0.5, dtype=torch.float64),
+        ledger=Ledger(30, 2),
+        steps="about 6 steps of 5 examples",
+        where="on cpu",
+    )
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["task"][-4:] == ["held", "out", "test", "p"]
     assert rows["one"][-3:] == ["20", "-", "0.500"] and rows["two"][-3:] == ["20", "20", "0.500"]

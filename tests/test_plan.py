@@ -33,7 +33,7 @@ from adapt_recipes.signals.rewards import Uncertainty
 ROOT = Path(__file__).parents[1]
 KEYS = """
     tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
-    mixture_updates mixture_cost_steps probe_tokens exact warnings
+    mixture_updates mixture_cost_steps probe_tokens exact exact_steps warnings
 """
 TASK_KEYS = "examples dropped left_out supervised_tokens share mean_supervised_tokens mean_tokens probability"
 TASK_KEYS += " effective_probability epochs"
@@ -391,6 +391,7 @@ def long_plan(**changes: Any) -> Plan:
         mixture_cost_steps=0.0,
         probe_tokens=1000,
         exact=True,
+        exact_steps=True,
         warnings=["task 'dialogue generation, many turn' would be read 10.2 times over, more than 4"],
     )
     return replace(plan, **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -58,23 +59,38 @@ class TokenSampler:
         if max_epochs is not None:
             self._max_drawn, _ = self._within(max_epochs)
 
-    def draw(self, probabilities: Tensor, *, max_examples: int, max_tokens: int) -> list[Draw]:
-        """The examples of one step.
+    def draw(
+        self,
+        probabilities: Tensor,  # (num_tasks,) float64
+        *,
+        max_tokens: int,
+        max_examples: int | None = None,
+        target_tokens: int | None = None,
+    ) -> list[Draw]:
+        """The examples of one step: so many examples, or as many as hold so many supervised tokens.
 
         Args:
-            probabilities: (num_tasks,) float64.
-            max_examples: stop after this many examples.
-            max_tokens: stop after this many supervised tokens; the last example counts only up to there.
+            probabilities: of the mixture.
+            max_tokens: supervised tokens left in the budget; an example beyond them counts only up to there.
+            max_examples: stop after this many examples; None: ``target_tokens`` says when to stop.
+            target_tokens: stop after the example with which the step holds this many supervised tokens, or more; the
+                first example is taken in any case. None: ``max_examples`` says when to stop.
 
         Returns:
-            At least one example; fewer than ``max_examples`` if all tasks with a share have reached ``max_epochs``.
+            At least one example. The step is smaller if the budget ends within it, or if all tasks with a share have
+            reached ``max_epochs``.
         """
-        assert max_examples >= 1 and max_tokens >= 1
+        if max_examples is None and target_tokens is None:
+            raise ValueError("batch_tokens: the recipe has to give it to TokenSampler.draw, see Ledger.step_target")
+        most = math.inf if max_examples is None else max_examples
+        target = max_tokens if target_tokens is None else min(target_tokens, max_tokens)
+        assert most >= 1 and max_tokens >= 1
         shares = probabilities.numpy()
         closed = np.where((shares > 0) & (self._num_drawn < self._max_drawn), 0.0, np.inf)
         assert not closed.all(), "all tasks with a share have reached their cap"
         draws: list[Draw] = []
-        while len(draws) < max_examples and max_tokens > 0:
+        held = 0
+        while not draws or (len(draws) < most and held < target):
             task = int(np.argmax(self._deficits - closed))
             epoch, position = divmod(int(self._num_drawn[task]), len(self._lengths[task]))
             index = int(self._order(task, epoch)[position])
@@ -82,8 +98,8 @@ class TokenSampler:
             self._num_drawn[task] += 1
             self._deficits += shares * length
             self._deficits[task] -= length
-            draws.append(Draw(task, index, min(length, max_tokens), epoch == 0))
-            max_tokens -= length
+            draws.append(Draw(task, index, min(length, max_tokens - held), epoch == 0))
+            held += length
             if self._num_drawn[task] == self._max_drawn[task]:
                 closed[task] = np.inf
                 if closed.all():

@@ -21,6 +21,7 @@ from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import Pass, Source, Update, update_of
 from adapt_recipes.run_directory import check_output_dir
 from adapt_recipes.signals.reward_interface import check_reward
+from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.training import precision
 
 # Of a task; further epochs are worth less and less (Muennighoff et al., arXiv 2305.16264).
@@ -75,8 +76,9 @@ class Plan:
         mixture_cost_steps: cost of all updates in training steps. It counts forward and backward passes over tokens; a
             forward pass is 1/3 of a step.
         probe_tokens: supervised tokens read by probes, validation and test.
-        exact: whether the mixture keeps its starting probabilities. If not, ``steps``, ``epochs`` and the counts that
-            follow from them assume that it does.
+        exact: whether the mixture keeps its starting probabilities. If not, ``tokens`` and ``epochs`` assume that it
+            does, and so do ``steps`` and the counts that follow from them unless ``exact_steps``.
+        exact_steps: whether ``steps`` are exact: with ``batch_tokens`` a learned mixture makes as many.
         warnings: one line each.
     """
 
@@ -92,6 +94,7 @@ class Plan:
     mixture_cost_steps: float
     probe_tokens: int
     exact: bool
+    exact_steps: bool
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     if not isinstance(config, TrainConfig):
         raise ValueError("the recipe's Config does not inherit TrainConfig, which a plan needs")
     # The same error as in ``training.process_group``.
-    if config.batch_size < num_processes:
+    if config.batch_size is not None and config.batch_size < num_processes:
         raise ValueError(
             f"batch_size: {config.batch_size} examples are too few for {num_processes} processes; one each"
         )
@@ -133,7 +136,9 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     probe_tokens, cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
 
     say("estimating memory")
-    in_step, in_reading = _shapes(config, tasks, reads, num_processes)
+    in_step, in_reading = _shapes(
+        config, tasks, reads, num_processes, most_examples=_most_examples(config, tasks, parts.ledger)
+    )
     memory, size = estimate_memory(
         parts.model,
         config,
@@ -155,8 +160,11 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         mixture_cost_steps=cost,
         probe_tokens=probe_tokens,
         exact=num_updates == 0,
+        exact_steps=num_updates == 0 or expected_steps(tasks, effective, parts.ledger, config).exact,
         warnings=[],
     )
+    if text := batch_tokens_warning(tasks, parts.ledger, config.batch_tokens, num_steps=plan.steps):
+        plan.warnings.append(text)
     learns = bool(mixture.observes)
     plan.warnings.extend(_warnings(plan, update_every=update_every, learns=learns, reward=parts.reward))
     return plan
@@ -188,6 +196,7 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
 
     # Lines about the run.
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
+    about_steps = "" if plan.exact_steps else "about "
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
     mixture, cost = "fixed", plan.mixture_cost_steps
@@ -197,17 +206,18 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     if cost:
         mixture += f"; costs as much as {about}{cost:,.1f} steps ({cost / (plan.steps + cost):.1%} of the time)"
     lines = [
-        f"budget: {of_available(plan.budget_tokens, plan.available_supervised_tokens)}, in {about}"
-        f"{count(plan.steps, 'step')} that read {count(plan.tokens, 'token')}",
+        f"budget: {of_available(plan.budget_tokens, plan.available_supervised_tokens)}, in {about_steps}"
+        f"{count(plan.steps, 'step')} that read {about if plan.exact_steps else ''}{count(plan.tokens, 'token')}",
         f"model: {count(plan.parameters, 'parameter')}",
         f"disk: a checkpoint takes {_size(plan.checkpoint_bytes)}; while one is saved there are keep_checkpoints + 1, "
         f"{_size((config.keep_checkpoints + 1) * plan.checkpoint_bytes)}",
         f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         f"mixture: {mixture}",
-        f"probes, validation and test read {about}{count(plan.probe_tokens, 'supervised token')} more",
+        f"probes, validation and test read {about_steps}{count(plan.probe_tokens, 'supervised token')} more",
     ]
     if not plan.exact:
-        lines.append("the mixture is learned: steps and epochs assume that it stays at its starting probabilities")
+        what = "steps are exact; tokens and epochs assume" if plan.exact_steps else "steps and epochs assume"
+        lines.append(f"the mixture is learned: {what} that it stays at its starting probabilities")
     for line in lines:
         console.print(line, markup=False, soft_wrap=soft_wrap)
     for warning in plan.warnings:
@@ -293,7 +303,7 @@ class _Drawn:
 
 def _draw(config: Any, parts: _Parts, probabilities: Tensor) -> _Drawn:
     """Draws as the run does, with constant probabilities of the mixture."""
-    ledger = parts.ledger
+    ledger, batch_size = parts.ledger, config.batch_size
     # After the causal shift.
     lengths = [(task.train.lengths - 1).numpy() for task in parts.tasks]
     tokens = 0
@@ -302,9 +312,10 @@ def _draw(config: Any, parts: _Parts, probabilities: Tensor) -> _Drawn:
         if getattr(config, "sampling", "tokens") == "dataset":
             p = data.sample_one_hot(p, seed=config.seed, step=ledger.steps)
         spent = [0] * len(parts.tasks)
-        for draw in parts.sampler.draw(p, max_examples=config.batch_size, max_tokens=ledger.left):
+        target = ledger.step_target(config.batch_tokens)
+        for draw in parts.sampler.draw(p, max_examples=batch_size, target_tokens=target, max_tokens=ledger.left):
             spent[draw.task] += draw.num_supervised_tokens
-            tokens += lengths[draw.task][draw.example_index]
+            tokens += int(lengths[draw.task][draw.example_index])
         ledger.spend(torch.tensor(spent), unique=0, batches=[])
     return _Drawn(ledger.task_tokens, tokens, ledger.steps)
 
@@ -394,7 +405,21 @@ def _task_plans(
     }
 
 
-def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processes: int) -> tuple[Shape, Shape]:
+def _most_examples(config: Any, tasks: Sequence[data.Task], ledger: Ledger) -> int:
+    """An upper bound of the examples in a step. With ``batch_tokens`` all of them have the shortest answer.
+
+    The target of a step is at most ``batch_tokens``, or what is left of the budget. Under caps it also is what earlier
+    steps could not take.
+    """
+    if config.batch_size is not None:
+        return config.batch_size
+    most_tokens = ledger.budget_tokens if ledger.caps is not None else min(config.batch_tokens, ledger.budget_tokens)
+    return math.ceil(most_tokens / min(int(task.train.num_supervised.min()) for task in tasks))
+
+
+def _shapes(
+    config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processes: int, *, most_examples: int
+) -> tuple[Shape, Shape]:
     """Upper bounds of the micro-batches of a step, and of those of probes, validation and test.
 
     They assume that all examples have the length of the longest, and the supervised share of the most supervised task.
@@ -408,7 +433,7 @@ def _shapes(config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processe
         computed = min(most, max(longest, config.micro_batch_tokens))
         return Shape(computed, longest, math.ceil(computed * supervised), several=most > computed)
 
-    return shape(config.batch_size), shape(max(reads.num_validation, reads.num_test, reads.num_probed))
+    return shape(most_examples), shape(max(reads.num_validation, reads.num_test, reads.num_probed))
 
 
 def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> list[str]:

@@ -52,7 +52,7 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def process_group(device: str | None, *, batch_size: int) -> Iterator[None]:
+def process_group(device: str | None, *, batch_size: int | None) -> Iterator[None]:
     """The group of the processes that torchrun has started, for the time of the block; one process needs none.
 
     Only process 0 prints to standard output. An error that ``raise_on_all_ranks`` has shared is printed by it alone.
@@ -60,7 +60,7 @@ def process_group(device: str | None, *, batch_size: int) -> Iterator[None]:
 
     Args:
         device: of the config; ``cpu`` uses gloo, ``cuda`` nccl.
-        batch_size: of the config.
+        batch_size: of the config; None: it has ``batch_tokens``, and a step may have fewer examples than processes.
 
     Raises:
         ValueError: the processes do not connect, there are too few devices or examples for them, or the device cannot
@@ -77,7 +77,7 @@ def process_group(device: str | None, *, batch_size: int) -> Iterator[None]:
     try:
         with raise_on_all_ranks():
             get_device(device)
-            if batch_size < size:
+            if batch_size is not None and batch_size < size:
                 raise ValueError(f"batch_size: {batch_size} examples are too few for {size} processes; one each")
         with open(os.devnull, "w") as devnull, contextlib.ExitStack() as silence:
             if rank() > 0:

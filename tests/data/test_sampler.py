@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from adapt_recipes.data import (
     sample_one_hot,
     validation_examples,
 )
+from adapt_recipes.steps import expected_steps
 
 
 def task(name: str, lengths: list[int]) -> Task:
@@ -172,6 +175,85 @@ def test_the_pool_is_the_same_at_every_update() -> None:
     assert len(pool) == 12 and len(set(pool[:8])) == 8
     assert pool == firsts(0, None) != firsts(1, None)
     assert pool not in [firsts(0, update) for update in range(5)]
+
+
+# ------------------------------------------------------------------------------------------- steps of so many tokens
+
+
+class Spent(NamedTuple):
+    """The steps of a run whose mixture changes at each of them, as far as sampler and ledger go."""
+
+    steps: list[list[Draw]]
+    totals: list[int]  # supervised tokens after each step
+
+
+def spend(data: st.DataObject, tasks: list[Task], *, batch_tokens: int, budget: int) -> Spent:
+    sampler, ledger, spent = TokenSampler(tasks, seed=0), Ledger(budget, len(tasks)), Spent([], [])
+    while ledger.left:
+        p = data.draw(st.composite(lambda draw: mixture(draw, len(tasks)))())
+        target = ledger.step_target(batch_tokens)
+        draws = sampler.draw(p, target_tokens=target, max_tokens=ledger.left)
+        ledger.spend(count_tokens(draws, len(tasks)), unique=0, batches=[])
+        spent.steps.append(draws)
+        spent.totals.append(ledger.supervised_tokens)
+    return spent
+
+
+@settings(deadline=None)
+@given(st.data(), task_lists, st.integers(1, 60), st.integers(1, 400))
+def test_k_steps_spend_k_times_batch_tokens(
+    data: st.DataObject, lengths: list[list[int]], batch_tokens: int, budget: int
+) -> None:
+    """And less than an example more; at least one example each, of which the budget's last alone is cut."""
+    tasks = [task(str(i), each) for i, each in enumerate(lengths)]
+    spent = spend(data, tasks, batch_tokens=batch_tokens, budget=budget)
+    longest = max(map(max, lengths))
+    for k, (draws, total) in enumerate(zip(spent.steps, spent.totals, strict=True), start=1):
+        before = total - sum(draw.num_supervised_tokens for draw in draws)
+        assert len(draws) == 1 or total - draws[-1].num_supervised_tokens < k * batch_tokens, "no example too many"
+        assert total == budget or total >= k * batch_tokens, "nor one too few"
+        assert before < budget and (longest > batch_tokens or total < k * batch_tokens + longest)
+    whole = [lengths[draw.task][draw.example_index] for draws in spent.steps for draw in draws]
+    counted = [draw.num_supervised_tokens for draws in spent.steps for draw in draws]
+    assert counted[:-1] == whole[:-1] and counted[-1] <= whole[-1] and sum(counted) == budget
+
+
+@settings(deadline=None)
+@given(st.data(), task_lists, st.integers(1, 60), st.integers(1, 400))
+def test_every_mixture_makes_the_same_steps(
+    data: st.DataObject, lengths: list[list[int]], batch_tokens: int, budget: int
+) -> None:
+    tasks = [task(str(i), each) for i, each in enumerate(lengths)]
+    config: Any = SimpleNamespace(batch_size=None, batch_tokens=batch_tokens)
+    p = torch.full((len(tasks),), 1 / len(tasks), dtype=torch.float64)
+    expected = expected_steps(tasks, p, Ledger(budget, len(tasks)), config)
+    num_steps = len(spend(data, tasks, batch_tokens=batch_tokens, budget=budget).steps)
+    most, last = -(-budget // batch_tokens), (budget - 1) % batch_tokens + 1
+    assert expected.exact == (most == 1 or max(map(max, lengths)) <= last)
+    assert num_steps <= most
+    if expected.exact:
+        assert num_steps == expected.number == most
+    elif max(map(max, lengths)) <= batch_tokens:
+        assert most - 1 <= num_steps, "the last one alone may be needless"
+
+
+@given(st.data(), task_lists, st.integers(1, 60))
+def test_the_size_of_steps_changes_no_draw(data: st.DataObject, lengths: list[list[int]], batch_tokens: int) -> None:
+    """None is drawn twice, and none is lost, where a step ends."""
+    tasks = [task(str(i), each) for i, each in enumerate(lengths)]
+    p = data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))())
+    sampler, ledger, draws = TokenSampler(tasks, seed=0), Ledger(200, len(tasks)), []
+    while ledger.left:
+        draws.append(sampler.draw(p, target_tokens=ledger.step_target(batch_tokens), max_tokens=ledger.left))
+        ledger.spend(count_tokens(draws[-1], len(tasks)), unique=0, batches=[])
+    expected = TokenSampler(tasks, seed=0).draw(p, max_examples=10**6, max_tokens=200)
+    assert [draw for step in draws for draw in step] == expected
+
+
+def test_a_step_needs_a_size() -> None:
+    """A recipe of before ``batch_tokens`` that is given it does not spend its budget in one step."""
+    with pytest.raises(ValueError, match=r"^batch_tokens: the recipe has to give it to TokenSampler\.draw"):
+        TokenSampler([task("a", [1])], seed=0).draw(torch.ones(1, dtype=torch.float64), max_tokens=9)
 
 
 # -------------------------------------------------------------------------------------------------- a cap on epochs

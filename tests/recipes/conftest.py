@@ -52,7 +52,12 @@ def run(tmp_path: Path) -> Runner:
         if learns(CONFIGS[config]):
             short |= {"mixture_update_every": 3, "probe.examples": 8}
         for key in (override.partition("=")[0] for override in overrides):
-            short.pop("budget.tokens" if key.startswith("budget.") else key, None)
+            others = {
+                "batch_tokens": "batch_size",
+                "budget.fraction": "budget.tokens",
+                "budget.epochs": "budget.tokens",
+            }
+            short.pop(others.get(key, key), None)
         shortened = [f"{key}={value}" for key, value in short.items()]
         return finished(config, *shortened, *overrides, output_dir=tmp_path / folder)
 

@@ -291,6 +291,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "static": ("proportional", SMALL | {"micro_batch_tokens": 48, "budget.tokens": 1180}),
     "static, checkpointed": ("proportional", SMALL | CHECKPOINTED | {"budget.tokens": 1180}),
     "three examples a step": ("uniform", {"batch_size": 3, "budget.tokens": 379}),
+    "fewer examples than processes": ("uniform", {"batch_size": "null", "batch_tokens": 6, "budget.tokens": 187}),
+    "adapt, steps of so many tokens": ("adapt", SMALL | {"batch_size": "null", "batch_tokens": 30}),
     "adapt": ("adapt", SMALL),
     "adapt by backward, ahead, with adapters": (
         "adapt",
@@ -354,7 +356,7 @@ def cases(request: pytest.FixtureRequest) -> dict[str, tuple[str, dict[str, Any]
         if isinstance(item, pytest.Function) and hasattr(item, "callspec")
     ]
     if any(item.name == "test_the_cases_have_what_they_are_for" for item in request.session.items):
-        wanted += ["static", "three examples a step"]
+        wanted += ["static", "three examples a step", "fewer examples than processes"]
     return {case: settings for case, settings in CASES.items() if case in wanted}
 
 
@@ -484,6 +486,12 @@ def test_the_cases_have_what_they_are_for(both: Any) -> None:
     assert sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in last) == 1
     assert [-1] in [batch.rows.tolist() for batch in last], "nothing but a dummy"
     assert {len(draws) for _, draws in first["draws"]} == {1, 3}
+    few = both["fewer examples than processes"]
+    num_drawn = [len(draws) for _, draws in few[0]["draws"]]
+    assert num_drawn.count(1) > 5 and num_drawn.count(2) > 5
+    for number, *steps in zip(num_drawn, *(each["steps"] for each in few), strict=True):
+        dummies = [[-1] in [batch.rows.tolist() for batch in step] for step in steps]
+        assert dummies.count(True) == (number == 1), "one of the two has nothing but a dummy"
     tasks = [[{*torch.cat([b.tasks for b in step]).tolist()} for step in each["steps"]] for each in both["static"]]
     assert any(one != other for one, other in zip(*tasks, strict=True))
     assert max(len(step) for step in both["static"][0]["steps"]) > 1, "several micro-batches"

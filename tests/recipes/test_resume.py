@@ -38,6 +38,8 @@ from adapt_recipes.training.rng import rng_state
 STRATEGIES = ["adapt", "adapt_planned", "mos_diff", "uniform"]
 # Binds for one task from the start, and for others as the mixture moves.
 CAP = {"tasks.max_epochs_per_task": 1.2, "batch_size": 6}
+# Whole examples, with the excess carried over: of 4 to 8 tokens, so that few steps take 21.
+TOKENS = {"batch_size": "null", "batch_tokens": 21}
 ONE_OF_EACH_RECIPE = ["adapt_planned", "mos_diff", "uniform"]
 # What a run carries along from one update to the next, besides that.
 CARRYING: list[tuple[str, dict[str, Any]]] = [
@@ -50,6 +52,8 @@ CARRYING: list[tuple[str, dict[str, Any]]] = [
     ("exp3", {"mixture_update_every": 1}),
     ("mos_diff", {"sampling": "dataset"} | CAP),
     ("adapt_planned", CAP),
+    ("mos_diff", {"sampling": "dataset"} | TOKENS),
+    ("uniform", CAP | TOKENS),
 ]
 
 
@@ -90,6 +94,7 @@ THREE_STEPS = (5, 8, 11)
     [
         *((strategy, {}) for strategy in STRATEGIES),
         ("uniform", CAP),
+        ("adapt_planned", TOKENS),
         *(pytest.param(*carrying, marks=pytest.mark.slow) for carrying in CARRYING),
     ],
     ids=str,
@@ -326,6 +331,11 @@ def test_a_changed_key_of_mos_is_refused_by_name(runs: Runs, tmp_path: Path, key
     assert state_of(tmp_path / "run") == before
 
 
+def test_tokens_in_place_of_examples_are_refused(runs: Runs, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^resume: batch_size, batch_tokens changed since"):
+        runs.run("adapt_planned", folder, **TOKENS)
+
+
 def test_every_changed_key_is_named(runs: Runs, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^resume: seed, mixture\.floor, optimizer\.eps changed since"):
         runs.run("adapt_planned", folder, seed=3, **{"mixture.floor": 0, "optimizer.eps": 1e-6})
@@ -386,7 +396,7 @@ def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None
     for recipe in set(RECIPES.values()):
         assert set(marked(load_recipe(recipe).Config, FREE_AT_RESUME)) == free
     keys = {field.name for recipe in set(RECIPES.values()) for field in fields(load_recipe(recipe).Config)}
-    assert keys == {key.split(".")[0] for key in (*CHANGES, *CHANGES_OF_MOS, *free)}
+    assert keys == {key.split(".")[0] for key in (*CHANGES, *CHANGES_OF_MOS, *TOKENS, *free)}
 
 
 @pytest.mark.parametrize("change", ["an answer", "a row more", "a task less"])
