@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import TextIO
 
-# Between lines, and between redrawings of the bar.
-_LINE_SECONDS, _BAR_SECONDS = 10.0, 0.5
-_BAR_WIDTH = 24
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_LINE_SECONDS = 10.0
 
 
 class Progress:
@@ -25,39 +28,31 @@ class Progress:
         self._what = what
         self._total = max(1, total_bytes)
         self._stream = stream or sys.stderr
-        self._is_terminal = self._stream.isatty()
         self._began = self._shown = time.monotonic()
-        self._has_bar = False
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[counts]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns, console=Console(file=self._stream), disable=not self._stream.isatty())
+        self._task = self._bar.add_task(what, total=self._total, counts="")
 
     def __enter__(self) -> Progress:
+        self._bar.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._has_bar:
-            print(file=self._stream)
+        self._bar.stop()
 
     def update(self, *, bytes_done: int, examples: int, tokens: int) -> None:
-        """Shows what is done so far, if it is time to."""
+        """What is done so far; shows it if it is time to."""
         now = time.monotonic()
-        if now - self._shown < (_BAR_SECONDS if self._is_terminal else _LINE_SECONDS):
-            return
-        self._shown = now
         seconds, share = now - self._began, min(1.0, bytes_done / self._total)
-        text = f"{examples:,} examples, {tokens / seconds:,.0f} tokens/s"
-        if share > 0:
-            text += f", {_duration(seconds / share - seconds)} left"
-        if self._is_terminal:
-            done = round(share * _BAR_WIDTH)
-            bar = f"[{'#' * done}{'.' * (_BAR_WIDTH - done)}]"
-            # \x1b[K clears what is left of a longer line.
-            print(f"\r{self._what} {bar} {share:4.0%}, {text}\x1b[K", end="", file=self._stream, flush=True)
-            self._has_bar = True
-        else:
-            print(f"{self._what}: {share:.0%}, {text}", file=self._stream, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    """1:02:03, 2:03."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        counts = f"{examples:,} examples, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        self._bar.update(self._task, completed=bytes_done, counts=counts)
+        if self._bar.disable and now - self._shown >= _LINE_SECONDS:
+            self._shown = now
+            left = f", {timedelta(seconds=round(seconds / share - seconds))} left" if share else ""
+            print(f"{self._what}: {share:.0%}, {counts}{left}", file=self._stream, flush=True)
