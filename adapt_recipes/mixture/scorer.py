@@ -1,18 +1,24 @@
-"""MoS: a scorer network that learns the mixture by REINFORCE (Mixture-of-Skills, arXiv 2406.08811).
+"""MoS: a scorer that learns the mixture by REINFORCE (Mixture-of-Skills, arXiv 2406.08811).
 
-psi is a perceptron of two layers. Its input says which tasks are accessible, its output is one score per task. (1) to
-(5) of the paper are the loss of the model under a mixture, which the recipe computes. The equations here have the
-paper's numbers, or letters where the paper has text:
+psi gives one score per task. (1) to (5) of the paper are the loss of the model under a mixture, which the recipe
+computes. The equations here have the paper's numbers, or letters where the paper has text:
 
     (a)  q_i ~ M_i^(1/tau)                                         the prior; M_i: supervised tokens of task i
-    (b)  z = W2 tanh(W1 x + b1) + b2,   x_i = 1 where M_i > 0      psi = (W1, b1, W2, b2)
+    (b)  z = W2 tanh(W1 x + b1) + b2,   x_i = 1 where M_i > 0      psi = (W1, b1, W2, b2), a perceptron
          p_psi(i) ~ q_i exp(z_i)                                   over accessible tasks; any other has 0
     (6)  psi <- psi + gamma * sum_i R(i) * grad_psi log p_psi(i)   REINFORCE
     (11) R = (1 - ema_decay) * R_new + ema_decay * R_previous      the paper's beta, of the *new*, is 1 - ema_decay
 
-Two things are ours. W2 and b2 start at 0 and the prior is a factor outside of psi, so that p starts as the prior to the
-last bit (it does in the paper too, which does not say how). All tasks start with the same weights into the hidden
-layer, so that their order does not matter. The rewards, (7) to (10), are measured by the recipe.
+The authors' code (github.com/minghao-wu/mixture_of_skills) differs from that, and is ``form: authors``:
+
+    (B)  psi = z                                                   one number per task
+    (C)  (6) is 200 steps of Adam with gamma = 1e-4                per update, one optimizer for the whole run
+    (D)  R_previous = 1 before the first update                    in the paper's forms the first R is R_new
+
+Two things are ours. z starts at 0 (W2 and b2 do) and the prior is a factor outside of psi, so that p starts as the
+prior to the last bit (it does in the paper too, which does not say how; the authors fit z to it). All tasks start with
+the same weights into the hidden layer, so that their order does not matter. The rewards, (7) to (10), are measured by
+the recipe.
 """
 
 from __future__ import annotations
@@ -33,7 +39,9 @@ from adapt_recipes.mixture.common import floored, number
 # Ours; the paper does not give it.
 HIDDEN_UNITS = 64
 
-FORMS = ("paper", "policy_gradient")
+FORMS = ("authors", "paper", "policy_gradient")
+# (C)
+AUTHORS_STEPS, AUTHORS_LEARNING_RATE = 200, 1e-4
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 # tau of (a); None: the argument ``temperature``.
 PRIORS = {"uniform": math.inf, "proportional": 1.0, "temperature": None}
@@ -43,9 +51,10 @@ class Scorer:
     """Learns the mixture from one reward per task.
 
     **A trap.** (6) sums over all tasks and counts each once. It is not a policy gradient, which would weight a task by
-    p. Its fixed point is p = R / sum R. So it needs R >= 0, similar rewards give a nearly uniform mixture however long
-    it learns, and only ratios of rewards matter. ``form: policy_gradient`` climbs the expected reward instead. With
-    small steps it ends with everything on the task with the highest reward, however small its lead.
+    p. Its fixed point is p = R / sum R. So similar rewards give a nearly uniform mixture however long it learns, and
+    only ratios of rewards matter. ``form: authors`` approaches it by at most .02 per score and update, whatever the
+    size of the rewards. ``form: policy_gradient`` climbs the expected reward instead. With small steps it ends with
+    everything on the task with the highest reward, however small its lead.
 
     Args:
         task_names: the tasks, in order.
@@ -54,18 +63,21 @@ class Scorer:
         budget_tokens: supervised tokens to spend; not used.
         prior: the starting p: ``uniform`` (the paper's default), ``proportional``, or ``temperature``.
         temperature: tau of (a), > 0; for ``prior: temperature`` only. 1 is proportional, infinity uniform.
-        form: ``paper``: (6) (the paper's). ``policy_gradient``: sum_i p(i) R(i) grad log p(i) instead (ours).
-        optimizer: ``sgd``: (6) as it is written. ``adam``: its gradient with Adam, which ignores the size of rewards.
-        learning_rate: gamma of (6), >= 0 (the paper's 1e-4). With ``sgd`` the score of a task changes by about
-            15 gamma (R(i) - p(i) sum R) per update, so 1e-4 hardly changes the mixture in a short run. A rate that is
-            too large for the rewards, such as 0.05 for gradient norms that sum to 50, overshoots the fixed point more
-            and more: the mixture oscillates between tasks, and there is a warning. ``adam`` accepts rewards of any
-            size.
+        form: ``authors``: (B) to (D). ``paper``: (b) and one step (6), which needs R >= 0. ``policy_gradient``: that
+            step with sum_i p(i) R(i) grad log p(i) instead (ours).
+        optimizer: of the paper's forms; ``authors`` has its own. ``sgd``, the default: (6) as it is written. ``adam``:
+            its gradient with Adam, which ignores the size of rewards.
+        learning_rate: gamma of (6) in the paper's forms, >= 0 (the default is the paper's 1e-4). With ``sgd`` the score
+            of a task changes by about 15 gamma (R(i) - p(i) sum R) per update, so 1e-4 hardly changes the mixture in a
+            short run. A rate that is too large for the rewards, such as 0.05 for gradient norms that sum to 50,
+            overshoots the fixed point more and more: the mixture oscillates between tasks, and there is a warning.
+            ``adam`` accepts rewards of any size.
         ema_decay: weight of the old reward in (11), 0 <= ema_decay < 1. The paper's beta = 0.9 is the weight of the new
-            one, so ema_decay = 0.1. 0: rewards are not averaged. The first reward of a task is not averaged either.
+            one, so ema_decay = 0.1. 0: rewards are not averaged.
         floor: the part of the mixture that is distributed evenly over the accessible tasks, 0 <= floor < 1 (the paper's
             0: none).
-        seed: of the first weights of the hidden layer. The global generator is neither used nor changed.
+        seed: of the first weights of the hidden layer; ``authors`` has none. The global generator is neither used nor
+            changed.
 
     Raises:
         ValueError: an argument is out of range; one line that names it.
@@ -81,14 +93,19 @@ class Scorer:
         budget_tokens: int,
         prior: str = "uniform",
         temperature: float | None = None,
-        form: str = "paper",
-        optimizer: str = "sgd",
-        learning_rate: float = 1e-4,
+        form: str = "authors",
+        optimizer: str | None = None,
+        learning_rate: float | None = None,
         ema_decay: float = 0.1,
         floor: float = 0.0,
         seed: int = 0,
     ) -> None:
         # Arguments.
+        for key, given in (("optimizer", optimizer), ("learning_rate", learning_rate)):
+            if form == "authors" and given is not None:
+                fixed = f"{AUTHORS_STEPS} steps of adam with {AUTHORS_LEARNING_RATE:g} per update"
+                raise ValueError(f"mixture.{key} is for form: paper and policy_gradient; form: authors takes {fixed}")
+        optimizer = "sgd" if optimizer is None else optimizer
         choices = (("prior", prior, PRIORS), ("form", form, FORMS), ("optimizer", optimizer, OPTIMIZERS))
         for key, value, allowed in choices:
             if value not in list(allowed):
@@ -99,7 +116,7 @@ class Scorer:
             raise ValueError(f"mixture.temperature is for mixture.prior: temperature, not for {prior}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"mixture.seed must be a whole number, not {seed!r}")
-        learning_rate = number("learning_rate", learning_rate, at_least=0)
+        learning_rate = number("learning_rate", 1e-4 if learning_rate is None else learning_rate, at_least=0)
         self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
         self.floor = number("floor", floor, at_least=0, below=1)
         self.form = form
@@ -117,7 +134,14 @@ class Scorer:
 
         # State: R of (11), NaN until measured; psi and its optimizer.
         self.averaged_rewards = torch.full_like(self.prior, math.nan)
-        self.psi = _perceptron(len(self.task_names), seed=seed)
+        if form == "authors":
+            # (B), (C)
+            self.psi: nn.Module = _Logits(len(self.task_names))
+            self.num_steps = AUTHORS_STEPS
+            optimizer, learning_rate = "adam", AUTHORS_LEARNING_RATE
+        else:
+            self.psi = _perceptron(len(self.task_names), seed=seed)
+            self.num_steps = 1
         self.optimizer = OPTIMIZERS[optimizer](self.psi.parameters(), lr=learning_rate, maximize=True)
         self._warned = False
 
@@ -141,7 +165,7 @@ class Scorer:
         rewards: Tensor,  # (num_tasks,) float64, R_new; NaN: not measured
         **signals: Tensor,
     ) -> dict[str, Tensor]:
-        """Averages the rewards (11) and takes one step (6).
+        """Averages the rewards (11) and takes the step (6), or the steps (C).
 
         A task that was not measured keeps its reward. While it has none, (6) is that of a mixture of the others.
 
@@ -154,24 +178,25 @@ class Scorer:
         measured = self.accessible & ~rewards.isnan()
         self._check(rewards, measured)
 
-        # (11): R = (1 - ema_decay) * R_new + ema_decay * R_previous
-        previous = torch.where(self.averaged_rewards.isnan(), rewards, self.averaged_rewards)
+        # (11): R = (1 - ema_decay) * R_new + ema_decay * R_previous, (D)
+        first = torch.ones_like(rewards) if self.form == "authors" else rewards
+        previous = torch.where(self.averaged_rewards.isnan(), first, self.averaged_rewards)
         averaged = (1 - self.ema_decay) * rewards + self.ema_decay * previous
         self.averaged_rewards = torch.where(measured, averaged, self.averaged_rewards)
 
         known = ~self.averaged_rewards.isnan()
-        if known.any():
+        R = self.averaged_rewards[known]
+        for _ in range(self.num_steps if len(R) else 0):
             # log p, also where p itself would be rounded to 0. Without a floor ``even`` is log 0.
-            R = self.averaged_rewards[known]
             scores = (self.prior.log() + self._scores())[known]
             even = torch.full_like(R, self.floor / len(R)).log()
             log_p = torch.logaddexp(torch.log_softmax(scores, dim=0) + math.log1p(-self.floor), even)
             # (6): psi <- psi + gamma * sum_i R(i) * grad_psi log p_psi(i); policy gradient: p grad log p = grad p
-            expected = R * (log_p if self.form == "paper" else log_p.exp())
+            expected = R * (log_p.exp() if self.form == "policy_gradient" else log_p)
             self.optimizer.zero_grad()
             expected.sum().backward()
             self.optimizer.step()
-            self._warn_of_overshooting(R)
+        self._warn_of_overshooting(R)
         return {"averaged_rewards": self.averaged_rewards.clone()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,7 +229,7 @@ class Scorer:
             if math.isinf(reward):
                 raise ValueError(f"mixture: the reward of task '{name}' is {reward}; rewards have to be finite")
             if reward < 0 and self.form == "paper":
-                needs = "mixture.form: paper needs rewards >= 0 (policy_gradient does not)"
+                needs = "mixture.form: paper needs rewards >= 0 (authors and policy_gradient do not)"
                 raise ValueError(f"{needs}, and that of task '{name}' is {reward:g}")
 
     def _warn_of_overshooting(self, R: Tensor) -> None:
@@ -233,8 +258,20 @@ class Scorer:
 
     def _scores(self) -> Tensor:
         """z of (b): (num_tasks,) float64, with a gradient to psi."""
-        # (b): z = W2 tanh(W1 x + b1) + b2, x_i = 1 where M_i > 0
-        return self.psi(self.accessible.to(torch.float64))
+        # (b): z = W2 tanh(W1 x + b1) + b2, x_i = 1 where M_i > 0; (B): z = psi
+        scores: Tensor = self.psi(self.accessible.to(torch.float64))
+        return scores
+
+
+class _Logits(nn.Module):
+    """psi of (B): z itself, 0 at first."""
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.zeros(num_tasks, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.z * x
 
 
 def _perceptron(num_tasks: int, *, seed: int) -> nn.Sequential:

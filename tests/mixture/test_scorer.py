@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
+from random import Random
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adapt_recipes.mixture import Scorer, proportional, temperature, uniform
@@ -20,7 +21,10 @@ SIZES = st.lists(st.integers(0, 10**9), min_size=1, max_size=8).filter(any)
 
 
 def make(sizes, kind=Scorer, **arguments):
+    """A mixture; a scorer of the paper's form unless ``form`` is given."""
     names = [f"task {i}" for i in range(len(sizes))]
+    if kind is Scorer:
+        arguments = {"form": "paper"} | arguments
     return kind(task_names=names, num_supervised_tokens=sizes, budget_tokens=1000, **arguments)
 
 
@@ -106,6 +110,43 @@ def test_an_update_is_the_gradient_that_its_form_says(form, floor) -> None:
     update(mixture, rewards)
     for parameter, start, gradient in zip(mixture.psi.parameters(), before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), (start + rate * gradient).detach(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("rewards", [[0.55, 0.65, 0.75, 0.95], [-1.0, 3.0, 0.5, 20.0]])
+def test_the_authors_form_is_their_loop(rewards) -> None:
+    """A linear layer on 1, one Adam for the whole run, 200 steps per update, and rewards averaged from 1."""
+    layer = torch.nn.Linear(1, len(rewards), bias=False, dtype=torch.float64)
+    torch.nn.init.ones_(layer.weight)
+    adam, averaged = torch.optim.Adam(layer.parameters(), lr=1e-4), torch.ones(len(rewards), dtype=torch.float64)
+    mixture = make([1] * len(rewards), form="authors")
+    for update_number in range(3):
+        new = tensor(rewards) + 0.1 * update_number
+        averaged = 0.9 * new + 0.1 * averaged
+        for _ in range(200):
+            adam.zero_grad()
+            loss = -(averaged * torch.log_softmax(layer(torch.ones(1, dtype=torch.float64)), dim=0)).sum()
+            loss.backward()
+            adam.step()
+        update(mixture, new)
+        expected = torch.softmax(layer.weight[:, 0].detach(), dim=0)
+        torch.testing.assert_close(mixture.probabilities(), expected, rtol=0, atol=1e-12)
+        assert expected.std() > 0.003
+
+
+@pytest.mark.slow
+@settings(max_examples=2)
+@given(st.lists(st.floats(0.6, 1.2), min_size=2, max_size=5), st.sampled_from([0.01, 100.0]))
+def test_the_authors_form_ends_at_rewards_over_their_sum_at_a_speed_that_ignores_their_size(rewards, scale) -> None:
+    """A score moves at most .02 per update."""
+    mixture, scaled = (make([1] * len(rewards), form="authors", ema_decay=0) for _ in range(2))
+    for _ in range(60):
+        before = mixture.psi.z.detach().clone()
+        update(mixture, rewards)
+        update(scaled, [scale * reward for reward in rewards])
+        assert (mixture.psi.z - before).abs().max() <= 0.0201
+    expected = tensor(rewards) / sum(rewards)
+    torch.testing.assert_close(mixture.probabilities(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(scaled.probabilities(), expected, rtol=0, atol=1e-3)
 
 
 REWARDS = st.lists(st.floats(0.5, 3), min_size=2, max_size=4)
@@ -201,22 +242,26 @@ def test_a_task_that_was_not_measured_keeps_its_reward_in_the_update() -> None:
     torch.testing.assert_close(missing.probabilities(), measured.probabilities(), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("form", ["paper", "policy_gradient"])
+@pytest.mark.parametrize("form", ["authors", "paper", "policy_gradient"])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_a_task_never_measured_takes_no_part(form, floor) -> None:
     """The others move as they would alone, and its own weights stay."""
-    mixture = make([100, 100, 50], prior="proportional", form=form, floor=floor, ema_decay=0, learning_rate=0.05)
+    rate = {} if form == "authors" else {"learning_rate": 0.05}
+    mixture = make([100, 100, 50], prior="proportional", form=form, floor=floor, ema_decay=0, **rate)
     before = mixture.probabilities()
     update(mixture, [NAN] * 3)
     assert torch.equal(mixture.probabilities(), before)
     for _ in range(80):
         update(mixture, [3.0, 1.0, NAN])
-    output = mixture.psi[2]
-    assert (output.weight[2] == 0).all() and output.bias[2] == 0
+    if form == "authors":
+        assert mixture.psi.z[2] == 0
+    else:
+        output = mixture.psi[2]
+        assert (output.weight[2] == 0).all() and output.bias[2] == 0
     p = mixture.probabilities()
     assert p[0] > 1.3 * p[1]
-    if form == "paper" and floor == 0:
-        torch.testing.assert_close(p[0], 3 * p[1], rtol=1e-6, atol=0)
+    if form != "policy_gradient" and floor == 0:
+        torch.testing.assert_close(p[0], 3 * p[1], rtol=1e-6 if form == "paper" else 2e-3, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +270,8 @@ def test_a_task_never_measured_takes_no_part(form, floor) -> None:
         (
             {},
             [1.0, -0.25, NAN],
-            "mixture.form: paper needs rewards >= 0 (policy_gradient does not), and that of task 'task 1' is -0.25",
+            "mixture.form: paper needs rewards >= 0 (authors and policy_gradient do not), and that of task 'task 1' is "
+            "-0.25",
         ),
         ({}, [1.0, math.inf, NAN], "mixture: the reward of task 'task 1' is inf; rewards have to be finite"),
         ({"form": "policy_gradient"}, [-math.inf, 1.0, NAN], "mixture: the reward of task 'task 0' is -inf"),
@@ -255,6 +301,9 @@ OPTIONS = st.fixed_dictionaries(
         "floor": st.sampled_from([0.0, 0.05, 0.5]),
     }
 )
+# Its 200 steps per update take longer.
+AUTHORS = {"prior": "proportional", "form": "authors", "ema_decay": 0.1, "floor": 0.05}
+ONE_CASE = ([3, 0, 2, 5], [[1.0, NAN, 2.0, 0.0], [0.5, 1.0, NAN, 1.0]])
 UPDATES = st.integers(1, 6).flatmap(
     lambda n: st.tuples(
         st.lists(st.integers(0, 5), min_size=n, max_size=n).filter(any),
@@ -265,6 +314,7 @@ UPDATES = st.integers(1, 6).flatmap(
 
 @settings(max_examples=30)
 @given(UPDATES, OPTIONS)
+@example(ONE_CASE, AUTHORS)
 def test_always_a_mixture_above_the_floor_and_the_state_carries_everything(case, options) -> None:
     sizes, updates = case
     mixture, resumed = make(sizes, **options), make(sizes, **options)
@@ -281,10 +331,13 @@ def test_always_a_mixture_above_the_floor_and_the_state_carries_everything(case,
         assert torch.equal(resumed.probabilities(), p)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_state_neither_follows_nor_is_followed(optimizer) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [{"optimizer": "sgd", "learning_rate": 0.1}, {"optimizer": "adam", "learning_rate": 0.1}, {"form": "authors"}],
+)
+def test_a_state_neither_follows_nor_is_followed(arguments) -> None:
     """What is saved stays as it was while the run goes on, and so does what was loaded."""
-    first, second = (make([3, 2, 1], optimizer=optimizer, learning_rate=0.1) for _ in range(2))
+    first, second = (make([3, 2, 1], **arguments) for _ in range(2))
     update(first, [1.0, 2.0, 3.0])
     state = first.state_dict()
     kept = saved_and_loaded(state)
@@ -292,7 +345,7 @@ def test_a_state_neither_follows_nor_is_followed(optimizer) -> None:
     for mixture in (first, second):
         for _ in range(3):
             update(mixture, [3.0, 1.0, 0.5])
-    again = make([3, 2, 1], optimizer=optimizer, learning_rate=0.1)
+    again = make([3, 2, 1], **arguments)
     again.load_state_dict(kept)
     expected = again.probabilities()
     again.load_state_dict(state)
@@ -305,12 +358,13 @@ def test_a_state_neither_follows_nor_is_followed(optimizer) -> None:
 
 @settings(max_examples=30)
 @given(UPDATES, OPTIONS, st.randoms(use_true_random=False))
+@example(ONE_CASE, AUTHORS, Random(0))
 def test_the_order_of_the_tasks_does_not_matter(case, options, random) -> None:
     """Also where some are not accessible: all tasks start with the same weights into the hidden layer."""
     sizes, updates = case
     order = list(range(len(sizes)))
     random.shuffle(order)
-    options = {**options, "learning_rate": 0.01}
+    options = options if options["form"] == "authors" else {**options, "learning_rate": 0.01}
     mixture, permuted = make(sizes, **options), make([sizes[i] for i in order], **options)
     for rewards in updates:
         update(mixture, rewards)
@@ -351,6 +405,16 @@ def test_keeps_the_contract() -> None:
         ({"temperature": 10}, "mixture.temperature is for mixture.prior: temperature, not for uniform"),
         ({"form": "policy-gradient"}, "mixture.form: 'policy-gradient'; did you mean 'policy_gradient'?"),
         ({"optimizer": "adamw"}, "mixture.optimizer: 'adamw'; did you mean 'adam'?"),
+        (
+            {"form": "authors", "learning_rate": 1e-4},
+            "mixture.learning_rate is for form: paper and policy_gradient; form: authors takes 200 steps of adam with "
+            "0.0001 per update",
+        ),
+        (
+            {"form": "authors", "optimizer": "adam"},
+            "mixture.optimizer is for form: paper and policy_gradient; form: authors takes 200 steps of adam with "
+            "0.0001 per update",
+        ),
         ({"learning_rate": -1e-4}, "mixture.learning_rate must be a finite number >= 0, not -0.0001"),
         ({"ema_decay": -0.1}, "mixture.ema_decay must be a finite number >= 0 and < 1, not -0.1"),
         ({"ema_decay": 1.0}, "mixture.ema_decay must be a finite number >= 0 and < 1, not 1.0"),
