@@ -136,7 +136,7 @@ class Scorer:
         self.averaged_rewards = torch.full_like(self.prior, math.nan)
         if form == "authors":
             # (B), (C)
-            self.psi: nn.Module = _Logits(len(self.task_names))
+            self.psi: _Logits | nn.Sequential = _Logits(len(self.task_names))
             self.num_steps = AUTHORS_STEPS
             optimizer, learning_rate = "adam", AUTHORS_LEARNING_RATE
         else:
@@ -250,6 +250,7 @@ class Scorer:
         """
         if self.form != "paper" or not isinstance(self.optimizer, torch.optim.SGD) or R.sum() == 0:
             return False
+        assert isinstance(self.psi, nn.Sequential)
         p = R / R.sum()
         with torch.no_grad():
             c = 1 + self.psi[:2](self.accessible.to(torch.float64)).square().sum()
