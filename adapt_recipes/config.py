@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -73,6 +73,8 @@ class TrainConfig:
     """examples per optimizer step, all processes together; or give ``batch_tokens``"""
     batch_tokens: PositiveInt | None = None
     """supervised tokens per optimizer step, in whole examples; what a step takes too many, the next takes fewer"""
+    sampling: Literal["tokens", "example", "dataset"] = "tokens"
+    """tokens: p is a share of supervised tokens; example, dataset: the chance of an example, or of a whole step"""
     micro_batch_tokens: Annotated[PositiveInt, FREE_AT_RESUME] = 4096
     """bound on the tokens computed in one forward pass; padding is not computed, shared beginnings are once"""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None

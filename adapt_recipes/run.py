@@ -205,6 +205,8 @@ class Run:
         config, saved = self.config, self.saved
         if config.tasks.max_epochs_per_task is not None and ledger.caps is None:
             raise ValueError("tasks.max_epochs_per_task: the recipe has to give it to TokenSampler, and caps to Ledger")
+        if config.sampling != getattr(states.get("sampler"), "sampling", "tokens"):
+            raise ValueError("sampling: the recipe has to give it to TokenSampler")
         self._ledger = ledger
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture

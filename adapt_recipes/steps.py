@@ -44,8 +44,7 @@ def expected_steps(
     """The steps of a run whose mixture stays as it is, without drawing its examples."""
     budget, lengths = ledger.budget_tokens, _mean_answers(tasks)
     # The mean length of an example. If p is a share of tokens, a task's share of examples is p / its mean length.
-    one_task = getattr(config, "sampling", "tokens") == "dataset"
-    mean = float(probabilities @ lengths if one_task else 1 / (probabilities / lengths).sum())
+    mean = float(1 / (probabilities / lengths).sum() if config.sampling == "tokens" else probabilities @ lengths)
     if config.batch_tokens is None:
         assert config.batch_size is not None
         size = count(config.batch_size, "example")

@@ -76,7 +76,9 @@ class Recipe:
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
         budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
-        self.sampler = data.TokenSampler(self.tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task)
+        self.sampler = data.TokenSampler(
+            self.tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task, sampling=config.sampling
+        )
         self.ledger = Ledger(budget_tokens, len(self.tasks), caps=self.sampler.caps(budget_tokens))
         with raise_on_all_ranks():
             self.mixture = config.mixture.build(
@@ -137,7 +139,7 @@ class Recipe:
         """One optimizer step on examples drawn as the mixture says."""
         config, ledger = self.config, self.ledger
 
-        # Draw: the task furthest behind its share comes next.
+        # Draw: the task furthest behind its share comes next, unless ``sampling`` draws tasks at random.
         p = ledger.capped(self.mixture.probabilities())
         target = ledger.step_target(config.batch_tokens)
         draws = self.sampler.draw(p, max_examples=config.batch_size, target_tokens=target, max_tokens=ledger.left)

@@ -4,7 +4,8 @@
 
 The loop of ``sft_full_finetune``, and every ``mixture_update_every`` steps one reward per task, from which the mixture
 learns. Any reward of ``adapt_recipes.signals.rewards`` works (MoS, MoSpec, MultiDDS, MultiUAT, HBO), and any of yours.
-With ``sampling: dataset``, as in the paper, each batch is of one task, drawn by the mixture.
+With ``sampling: example``, as in the authors' code, the task of every example is drawn by the mixture; with ``sampling:
+dataset``, as in their paper, that of every batch is.
 
 Copy and edit it: ``tune cp mos_full_finetune mine.py``, then ``tune run mine.py --config ...``.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveInt
@@ -50,8 +51,6 @@ class Config(TrainConfig):
     mixture_update_every: Steps = 100
     """steps; 0: never"""
     probe: ProbeConfig = Field(default_factory=ProbeConfig)
-    sampling: Literal["tokens", "dataset"] = "tokens"
-    """tokens: p is a share of supervised tokens; dataset: each batch is of one task, and p is its chance (MoS)"""
 
 
 # The signals that this recipe measures for a mixture, if it observes them.
@@ -73,7 +72,9 @@ class Recipe:
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
         budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
-        self.sampler = data.TokenSampler(self.tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task)
+        self.sampler = data.TokenSampler(
+            self.tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task, sampling=config.sampling
+        )
         self.ledger = Ledger(budget_tokens, len(self.tasks), caps=self.sampler.caps(budget_tokens))
         with raise_on_all_ranks():
             self.mixture = config.mixture.build(
@@ -143,10 +144,8 @@ class Recipe:
         """One optimizer step on examples drawn as the mixture says."""
         config, ledger = self.config, self.ledger
 
-        # Draw: the task furthest behind its share comes next; with sampling=dataset all examples are of one task.
+        # Draw: the task furthest behind its share comes next, unless ``sampling`` draws tasks at random.
         p = ledger.capped(self.mixture.probabilities())
-        if config.sampling == "dataset":
-            p = data.sample_one_hot(p, seed=config.seed, step=ledger.steps)
         target = ledger.step_target(config.batch_tokens)
         draws = self.sampler.draw(p, max_examples=config.batch_size, target_tokens=target, max_tokens=ledger.left)
         batches = self.batches([(draw.task, self.sampler.example(draw)) for draw in draws])

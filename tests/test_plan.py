@@ -114,6 +114,7 @@ EVEN = [
         pytest.param("temperature", None, ["budget.fraction=0.9", "seed=3"], marks=pytest.mark.slow),
         ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.epochs=1.5"]),
         ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.epochs=1.5", "seed=5"]),
+        ("uniform", "sft_full_finetune", ["sampling=example", "budget.epochs=1.5", "seed=5"]),
         ("uniform", "mos_full_finetune", ["sampling=dataset", "budget.epochs=1.5", "tasks.max_epochs_per_task=1.6"]),
         pytest.param(
             "uniform", "adapt_full_finetune", ["budget.epochs=1.1", "mixture_update_every=2"], marks=pytest.mark.slow
@@ -161,7 +162,7 @@ def test_the_test_split_is_part_of_the_estimate(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", ["tokens", "dataset"])
+@pytest.mark.parametrize("sampling", ["tokens", "example", "dataset"])
 def test_a_run_knows_about_how_many_steps_it_makes(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As it starts, without drawing: to a few per cent where it is long, whether p is of tokens or of steps."""
     overrides = [f"sampling={sampling}", "budget.epochs=9", "batch_size=4"]

@@ -27,7 +27,7 @@ HALVES = torch.tensor([0.5, 0.5], dtype=torch.float64)
 
 
 def said(ledger: Ledger, **config: Any) -> str:
-    values: Any = SimpleNamespace(**{"batch_size": None, "batch_tokens": None} | config)
+    values: Any = SimpleNamespace(**{"batch_size": None, "batch_tokens": None, "sampling": "tokens"} | config)
     return str(expected_steps(TASKS, HALVES, ledger, values))
 
 

@@ -17,7 +17,6 @@ from adapt_recipes.data.sampler import (
     count_unique,
     draw_names,
     random_examples,
-    sample_one_hot,
     test_examples,
     validation_examples,
 )
@@ -51,7 +50,6 @@ __all__ = [
     "natural_instructions",
     "prepare_tasks",
     "random_examples",
-    "sample_one_hot",
     "task_per_source",
     "test_examples",
     "toy_tasks",

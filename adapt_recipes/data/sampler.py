@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ class Draw(NamedTuple):
     first_time: bool
 
 
+Sampling = Literal["tokens", "example", "dataset"]
+
+
 class TokenSampler:
     """The deficit sampler: ``p`` is a task's share of *supervised tokens*, however long its examples are.
 
@@ -43,11 +46,16 @@ class TokenSampler:
         tasks: the tasks, in the order of the mixture.
         seed: of the run.
         max_epochs: no task is drawn more often than this; whole examples only. None: any number of epochs.
+        sampling: ``tokens``: as above. ``example``: the task of every example is drawn at random with the chances p, as
+            in the authors' code of MoS (arXiv 2406.08811). ``dataset``: that of a whole step is, as in their paper.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int, max_epochs: float | None = None) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], *, seed: int, max_epochs: float | None = None, sampling: Sampling = "tokens"
+    ) -> None:
         self._tasks = tasks
         self._seed = seed
+        self.sampling = sampling
         self._max_epochs = max_epochs
         # numpy, because draw loops over examples and operations on small tensors are several times slower.
         self._lengths = [task.train.num_supervised.numpy() for task in tasks]
@@ -85,13 +93,22 @@ class TokenSampler:
         most = math.inf if max_examples is None else max_examples
         target = max_tokens if target_tokens is None else min(target_tokens, max_tokens)
         assert most >= 1 and max_tokens >= 1
+        # The same examples drawn before give the same tasks, so a resume has nothing more to restore.
+        generator = _generator("task", self._seed, self._num_drawn.sum())
+        if self.sampling == "dataset":
+            task = torch.multinomial(probabilities, 1, generator=generator)
+            probabilities = torch.zeros_like(probabilities).scatter(0, task, 1.0)
         shares = probabilities.numpy()
         closed = np.where((shares > 0) & (self._num_drawn < self._max_drawn), 0.0, np.inf)
         assert not closed.all(), "all tasks with a share have reached their cap"
         draws: list[Draw] = []
         held = 0
         while not draws or (len(draws) < most and held < target):
-            task = int(np.argmax(self._deficits - closed))
+            if self.sampling == "example":
+                chances = probabilities.masked_fill(torch.from_numpy(closed) > 0, 0.0)
+                task = int(torch.multinomial(chances, 1, generator=generator))
+            else:
+                task = int(np.argmax(self._deficits - closed))
             epoch, position = divmod(int(self._num_drawn[task]), len(self._lengths[task]))
             index = int(self._order(task, epoch)[position])
             length = int(self._lengths[task][index])
@@ -184,21 +201,6 @@ def count_unique(draws: Sequence[Draw]) -> int:
 def draw_names(draws: Sequence[Draw], tasks: Sequence[Task]) -> list[str]:
     """The name of each draw in an error."""
     return [f"training example {draw.example_index} of task '{tasks[draw.task].name}'" for draw in draws]
-
-
-def sample_one_hot(probabilities: Tensor, *, seed: int, step: int) -> Tensor:
-    """Samples one task: MoS (arXiv 2406.08811) takes each batch from one dataset.
-
-    Args:
-        probabilities: (num_tasks,) float64, the probability of each task.
-        seed: of the run.
-        step: of the batch; the same seed and step give the same task.
-
-    Returns:
-        (num_tasks,) float64, 1 for the sampled task and 0 for the others.
-    """
-    task = torch.multinomial(probabilities, 1, generator=_generator("task", seed, step))
-    return torch.zeros_like(probabilities).scatter(0, task, 1.0)
 
 
 def validation_examples(tasks: Sequence[Task], count: int | None = None) -> list[tuple[int, Example]]:

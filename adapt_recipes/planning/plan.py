@@ -268,7 +268,9 @@ def _build(config: Any) -> _Parts:
     names = [task.name for task in tasks]
     available = torch.stack([task.train.num_supervised.sum() for task in tasks])
     budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
-    sampler = data.TokenSampler(tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task)
+    sampler = data.TokenSampler(
+        tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task, sampling=config.sampling
+    )
     ledger = Ledger(budget_tokens, len(tasks), caps=sampler.caps(budget_tokens))
     mixture = config.mixture.build(task_names=names, num_supervised_tokens=available, budget_tokens=budget_tokens)
     _check_mixture(mixture, config, num_tasks=len(tasks))
@@ -309,8 +311,6 @@ def _draw(config: Any, parts: _Parts, probabilities: Tensor) -> _Drawn:
     tokens = 0
     while ledger.left > 0:
         p = ledger.capped(probabilities)
-        if getattr(config, "sampling", "tokens") == "dataset":
-            p = data.sample_one_hot(p, seed=config.seed, step=ledger.steps)
         spent = [0] * len(parts.tasks)
         target = ledger.step_target(config.batch_tokens)
         for draw in parts.sampler.draw(p, max_examples=batch_size, target_tokens=target, max_tokens=ledger.left):

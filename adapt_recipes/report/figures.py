@@ -179,11 +179,20 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
     runs = [run for group in groups for run in group.runs]
     named = named_tasks(runs)
     one = len(runs) == 1
-    # With sampling: dataset each step has examples of one task.
-    of_tokens, of_steps = "its share of the next supervised tokens", "the chance that a step is of this task"
-    sampled = {run.config.get("sampling") == "dataset" for run in runs}
-    p_is = f"{of_tokens}, or with sampling: dataset {of_steps}" if len(sampled) > 1 else of_tokens
-    p_is = of_steps if sampled == {True} else p_is
+    meanings = {
+        "tokens": "its share of the next supervised tokens",
+        "example": "the chance that an example is of this task",
+        "dataset": "the chance that a step is of this task",
+    }
+    sampled = [key for key in meanings if key in {run.config.get("sampling", "tokens") for run in runs}]
+    p_is = ", or ".join(
+        f"with sampling: {key} {meanings[key]}" if len(sampled) > 1 and key != "tokens" else meanings[key]
+        for key in sampled
+    )
+    requests = {"example": "examples", "dataset": "steps"}
+    no_tokens = "".join(
+        f" With sampling: {key} the mixture requests {requests[key]}, not tokens." for key in sampled if key in requests
+    )
     each = "A line per task." if one else "A panel per task, a line per run."
     all_charts = [
         Chart(
@@ -212,8 +221,7 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
             name="share_against_probability",
             title="Requested and actual share",
             caption="Each point is a task: its probability, averaged over the tokens spent, and its share of these "
-            "tokens. On the gray line the share is the one that the mixture requested."
-            + (" With sampling: dataset the mixture requests steps, not tokens." if True in sampled else ""),
+            "tokens. On the gray line the share is the one that the mixture requested." + no_tokens,
             x_title="probability, averaged over tokens",
             y_title="share of supervised tokens",
             kind="points",

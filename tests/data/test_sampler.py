@@ -23,9 +23,9 @@ from adapt_recipes.data import (
     TokenSampler,
     count_tokens,
     random_examples,
-    sample_one_hot,
     validation_examples,
 )
+from adapt_recipes.data.sampler import Sampling
 from adapt_recipes.steps import expected_steps
 
 
@@ -224,7 +224,7 @@ def test_every_mixture_makes_the_same_steps(
     data: st.DataObject, lengths: list[list[int]], batch_tokens: int, budget: int
 ) -> None:
     tasks = [task(str(i), each) for i, each in enumerate(lengths)]
-    config: Any = SimpleNamespace(batch_size=None, batch_tokens=batch_tokens)
+    config: Any = SimpleNamespace(batch_size=None, batch_tokens=batch_tokens, sampling="tokens")
     p = torch.full((len(tasks),), 1 / len(tasks), dtype=torch.float64)
     expected = expected_steps(tasks, p, Ledger(budget, len(tasks)), config)
     num_steps = len(spend(data, tasks, batch_tokens=batch_tokens, budget=budget).steps)
@@ -262,11 +262,14 @@ def test_a_step_needs_a_size() -> None:
 class Capped:
     """A run as far as sampler and ledger go: a budget that the caps allow."""
 
-    def __init__(self, data: st.DataObject, lengths: list[list[int]]) -> None:
+    def __init__(self, data: st.DataObject, lengths: list[list[int]], sampling: Sampling = "tokens") -> None:
         self.lengths = lengths
         self.max_epochs = data.draw(st.one_of(st.integers(1, 3), st.floats(0.4, 3)))
         self.sampler = TokenSampler(
-            [task(str(i), each) for i, each in enumerate(lengths)], seed=0, max_epochs=self.max_epochs
+            [task(str(i), each) for i, each in enumerate(lengths)],
+            seed=0,
+            max_epochs=self.max_epochs,
+            sampling=sampling,
         )
         caps = self.sampler.caps(0)
         assert caps is not None
@@ -282,15 +285,13 @@ class Capped:
 
 
 @settings(deadline=None)
-@given(st.data(), task_lists, st.booleans())
-def test_no_task_is_drawn_beyond_its_cap(data: st.DataObject, lengths: list[list[int]], one_task: bool) -> None:
+@given(st.data(), task_lists, st.sampled_from(["tokens", "example", "dataset"]))
+def test_no_task_is_drawn_beyond_its_cap(data: st.DataObject, lengths: list[list[int]], sampling: Sampling) -> None:
     """Whatever p does, the budget is spent to the token all the same, and in whole examples but for the last one."""
-    run = Capped(data, lengths)
+    run = Capped(data, lengths, sampling)
     draws: list[Draw] = []
     while run.ledger.left > 0:
         p = run.ledger.capped(data.draw(st.composite(lambda draw: mixture(draw, len(lengths)))()))
-        if one_task:
-            p = sample_one_hot(p, seed=0, step=run.ledger.steps)
         draws += run.step(p, max_examples=data.draw(st.integers(1, 9)))
     assert run.ledger.supervised_tokens == run.ledger.budget_tokens
     for i, each in enumerate(lengths):
@@ -360,45 +361,51 @@ def test_a_budget_above_all_caps_is_refused(data: st.DataObject, lengths: list[l
         TokenSampler(tasks, seed=0, max_epochs=round(enough - 0.01, 2)).caps(budget)
 
 
-# ------------------------------------------------------------------------------------------------ one task at a time
+# --------------------------------------------------------------------------------------- tasks that are drawn at random
 
 
-@given(st.data(), st.integers(1, 6), st.integers(0, 2**32 - 1), st.integers(0, 10**6))
-def test_one_task_depends_on_seed_and_step_alone(data: st.DataObject, num_tasks: int, seed: int, step: int) -> None:
-    p = data.draw(st.composite(lambda draw: mixture(draw, num_tasks))())
-    given_p, generator = p.clone(), torch.get_rng_state()
-    alone = sample_one_hot(p, seed=seed, step=step)
-    assert alone.dtype == torch.float64 and sorted(alone.tolist()) == [0.0] * (num_tasks - 1) + [1.0]
-    assert p[alone.argmax()] > 0
-    assert torch.equal(p, given_p) and torch.equal(torch.get_rng_state(), generator)
-    sample_one_hot(p, seed=seed + 1, step=step), torch.rand(2)
-    assert torch.equal(sample_one_hot(p, seed=seed, step=step), alone)
+def drawn_tasks(p: Tensor, sampling: Sampling, *, seed: int, num_steps: int, max_examples: int) -> list[list[Draw]]:
+    sampler = TokenSampler([task(str(i), [1, 5, 2]) for i in range(len(p))], seed=seed, sampling=sampling)
+    return [sampler.draw(p, max_examples=max_examples, max_tokens=10**9) for _ in range(num_steps)]
 
 
-def test_one_task_is_drawn_as_often_as_the_mixture_says() -> None:
-    """Within four standard deviations, in pairs of steps too; the draws are the same every time."""
-    p, num_steps = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64), 4000
-    drawn = torch.stack([sample_one_hot(p, seed=0, step=step) for step in range(num_steps)])
-    assert ((drawn.mean(0) - p).abs() <= 4 * (p * (1 - p) / num_steps).sqrt()).all()
-    pairs, expected = drawn[:-1].T @ drawn[1:] / (num_steps - 1), torch.outer(p, p)
-    assert ((pairs - expected).abs() <= 4 * (expected / num_steps).sqrt()).all(), "a step says nothing about the next"
-    other = torch.stack([sample_one_hot(p, seed=1, step=step) for step in range(num_steps)])
-    same = float((drawn * other).sum(1).mean())
-    assert same == pytest.approx(float(p.square().sum()), abs=4 * (0.25 / num_steps) ** 0.5), "nor a seed about another"
+@pytest.mark.parametrize("sampling", ["example", "dataset"])
+def test_tasks_are_drawn_as_often_as_the_mixture_says(sampling: Sampling) -> None:
+    """Within four standard deviations, in pairs of draws too; the draws are the same every time."""
+    p, size, number = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64), 4, 4000
+    num_steps = number if sampling == "dataset" else number // size
+
+    def drawn(seed: int) -> Tensor:
+        """(number, num_tasks), one-hot: of every example, or of every step, all of whose examples are of one task."""
+        steps = drawn_tasks(p, sampling, seed=seed, num_steps=num_steps, max_examples=size)
+        assert steps == drawn_tasks(p, sampling, seed=seed, num_steps=num_steps, max_examples=size)
+        if sampling == "dataset":
+            assert all(len({draw.task for draw in step}) == 1 for step in steps)
+            steps = [step[:1] for step in steps]
+        of_draw = torch.tensor([draw.task for step in steps for draw in step])
+        return torch.nn.functional.one_hot(of_draw, len(p)).double()
+
+    one, other = drawn(0), drawn(1)
+    assert ((one.mean(0) - p).abs() <= 4 * (p * (1 - p) / number).sqrt()).all()
+    pairs, expected = one[:-1].T @ one[1:] / (number - 1), torch.outer(p, p)
+    assert ((pairs - expected).abs() <= 4 * (expected / number).sqrt()).all(), "a draw says nothing about the next"
+    same = float((one * other).sum(1).mean())
+    assert same == pytest.approx(float(p.square().sum()), abs=4 * (0.25 / number) ** 0.5), "nor a seed about another"
 
 
-def test_a_batch_is_of_the_task_that_was_drawn() -> None:
-    sampler = TokenSampler([task(str(i), [1, 5, 2]) for i in range(3)], seed=0)
-    p = torch.tensor([0.2, 0.0, 0.8], dtype=torch.float64)
-    for step in range(20):
-        alone = sample_one_hot(p, seed=0, step=step)
-        draws = sampler.draw(alone, max_examples=4, max_tokens=10**9)
-        assert {draw.task for draw in draws} == {int(alone.argmax())}
+@pytest.mark.parametrize("sampling", ["example", "dataset"])
+def test_each_example_comes_once_before_any_comes_twice(sampling: Sampling) -> None:
+    p = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    draws = [draw for step in drawn_tasks(p, sampling, seed=0, num_steps=60, max_examples=4) for draw in step]
+    for i in range(2):
+        of_task = [draw.example_index for draw in draws if draw.task == i]
+        assert len(of_task) > 9 and all(sorted(of_task[k : k + 3]) == [0, 1, 2] for k in range(0, len(of_task) - 2, 3))
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3])
 def test_drawing_leaves_torchs_generator_alone(num_tasks: int) -> None:
     before = torch.get_rng_state()
-    sampler = TokenSampler([task(str(i), [1] * 5) for i in range(num_tasks)], seed=0)
-    sampler.draw(torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64), max_examples=9, max_tokens=9)
+    for sampling in ("tokens", "example", "dataset"):
+        sampler = TokenSampler([task(str(i), [1] * 5) for i in range(num_tasks)], seed=0, sampling=sampling)
+        sampler.draw(torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64), max_examples=9, max_tokens=9)
     assert torch.equal(before, torch.get_rng_state())

@@ -221,7 +221,7 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
 @pytest.mark.parametrize(
     ("config", "overrides", "message"),
     [
-        (COSSIM, ["sampling=foo"], "sampling: has to be 'tokens' or 'dataset', not \"foo\""),
+        (COSSIM, ["sampling=foo"], "sampling: has to be 'tokens', 'example' or 'dataset', not \"foo\""),
         # the reward
         (
             MOSPEC,
@@ -282,7 +282,6 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
             "mixture: Scorer observes 'rewards', which sft_full_finetune does not measure; it measures nothing",
         ),
         (PLANNED, [f"reward={REWARDS}.GradientNorm"], "unknown key 'reward'"),
-        (PLANNED, ["sampling=dataset"], "unknown key 'sampling'"),
         (ORACLE, ["~mixture.reference.facts_64"], "mixture.reference has no loss for the task 'facts_64'; "),
         (ORACLE, ["mixture.reference=asymptot"], "mixture.reference: asymptot is no file; did you mean 'asymptote'?"),
         (ORACLE, ["mixture.form=sofmax"], "mixture.form: 'sofmax'; did you mean 'softmax'?"),

@@ -310,12 +310,8 @@ def test_mos_is_set_as_in_its_paper() -> None:
         "multidds": {"_component_": "adapt_recipes.signals.rewards.GradientAlignment"},
         "multiuat": {"_component_": "adapt_recipes.signals.rewards.Uncertainty", "measure": "EntSent"},
     }
-    scorer = {
-        "_component_": "adapt_recipes.mixture.Scorer",
-        "prior": "uniform",
-        "learning_rate": 1e-4,
-        "ema_decay": 0.1,
-    }
+    scorer = {"_component_": "adapt_recipes.mixture.Scorer", "prior": "uniform", "ema_decay": 0.1}
+    authors, paper = {"form": "authors"}, {"form": "paper", "optimizer": "adam", "learning_rate": 1e-4}
     for config in MOS:
         values, strategy = VALUES[config], NAMES[config].strategy
         assert (values["batch_size"], values["optimizer"]["lr"], values["lr_schedule"]["warmup"]) == (64, 1e-5, 0.1)
@@ -324,7 +320,8 @@ def test_mos_is_set_as_in_its_paper() -> None:
         assert values.get("reward") == rewards.get(strategy)
         if strategy in rewards:
             assert (values["mixture_update_every"], values["probe"]) == (100, {"examples": 64})
-            assert (values["mixture"], values["sampling"]) == (scorer, "dataset")
+            assert values["mixture"] == scorer | (authors if strategy.startswith("mos") else paper)
+            assert values["sampling"] == "example"
         else:
             temperature = {"temperature": 10} if strategy == "temperature" else {}
             assert values["mixture"] == {"_component_": f"adapt_recipes.mixture.{strategy}"} | temperature
@@ -642,17 +639,15 @@ def test_the_remedy_takes_the_memory_that_it_says() -> None:
     assert f"about {memory.total / 1e9:.0f} GB (estimated" in REMEDY.replace("\n", " ")
 
 
-def test_shares_of_batches_for_a_fixed_mixture(tmp_path: Path, hub: Path) -> None:
+def test_shares_of_examples_for_a_fixed_mixture(tmp_path: Path, hub: Path) -> None:
     """The command that the headers of fixed mixtures offer."""
     for config in (config for config in MOS if NAMES[config].strategy in STATIC):
         header = WRITTEN[f"{config}.yaml"].partition("\n\n")[0]
         assert re.findall(r"^# +(tune run .*)$", header, re.MULTILINE)[1:] == [
-            f"tune run mos_full_finetune --config yaml/{config}.yaml sampling=dataset"
+            f"tune run sft_full_finetune --config yaml/{config}.yaml sampling=example"
         ]
-    options = ["budget.epochs=3", "validate_every=0", "checkpoint_every=0", "sampling=dataset"]
-    done = finished(config, *tiny(config, hub), *options, output_dir=tmp_path / "run", recipe="mos_full_finetune")
-    assert {len(step["task_losses"]) for step in done.events("step")} == {1}
-    assert done.summary["mixture_updates"] == 0
+    options = ["budget.epochs=3", "validate_every=0", "checkpoint_every=0", "sampling=example"]
+    done = finished(config, *tiny(config, hub), *options, output_dir=tmp_path / "run")
     assert done.summary["probabilities"] == dict.fromkeys(DATASETS, 0.25)
 
 

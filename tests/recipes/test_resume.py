@@ -51,6 +51,7 @@ CARRYING: list[tuple[str, dict[str, Any]]] = [
     ("dro_exponentiated", {}),
     ("exp3", {"mixture_update_every": 1}),
     ("mos_diff", {"sampling": "dataset"} | CAP),
+    ("uniform", {"sampling": "example"} | CAP),
     ("adapt_planned", CAP),
     ("mos_diff", {"sampling": "dataset"} | TOKENS),
     ("uniform", CAP | TOKENS),

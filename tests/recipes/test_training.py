@@ -90,15 +90,23 @@ def test_no_task_is_read_more_often_than_its_cap(run: Runner, config: str) -> No
         assert all(abs(tokens - p * line["supervised_tokens"]) <= 1.5 for tokens, p in had)
 
 
-def test_a_recipe_of_ones_own_that_knows_no_cap_refuses_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("unknown", "given", "message"),
+    [
+        (", caps=self.sampler.caps(budget_tokens)", "tasks.max_epochs_per_task=1", "tasks.max_epochs_per_task"),
+        (", sampling=config.sampling", "sampling=example", "sampling"),
+    ],
+)
+def test_a_recipe_of_ones_own_that_does_not_know_a_key_refuses_it(
+    unknown: str, given: str, message: str, tmp_path: Path
+) -> None:
     text = (ROOT / "recipes" / "sft_full_finetune.py").read_text()
-    before = text.replace(", caps=self.sampler.caps(budget_tokens)", "")
-    assert before != text
-    (tmp_path / "before.py").write_text(before)
+    assert unknown in text
+    (tmp_path / "before.py").write_text(text.replace(unknown, ""))
     config_class = schema(str(tmp_path / "before.py"))
-    given = ["recipe=before.py", f"output_dir={tmp_path / 'out'}", "budget.tokens=32", "tasks.max_epochs_per_task=1"]
-    config = load(config_class, CONFIGS["tiny_uniform"], given)
-    with pytest.raises(ValueError, match="^tasks.max_epochs_per_task: the recipe has to give it to TokenSampler"):
+    overrides = ["recipe=before.py", f"output_dir={tmp_path / 'out'}", "budget.tokens=32", given]
+    config = load(config_class, CONFIGS["tiny_uniform"], overrides)
+    with pytest.raises(ValueError, match=f"^{message}: the recipe has to give it to TokenSampler"):
         sys.modules[config_class.__module__].main(config)
     assert not (tmp_path / "out").exists()
 

@@ -81,13 +81,16 @@ def test_captions_say_what_a_probability_is(tmp_path: Path) -> None:
     """A share of tokens, or where a step is of one task the chance of it."""
     tokens = write_run(tmp_path / "a", resolved={"sampling": "tokens"})
     dataset = write_run(tmp_path / "b", resolved={"sampling": "dataset"})
+    example = write_run(tmp_path / "c", resolved={"sampling": "example"})
     share, chance, steps = (
         "its share of the next supervised tokens",
         "the chance that a step is of this task",
-        "steps",
+        "requests steps",
     )
+    of_examples = "the chance that an example is of this task"
     for folders, said, unsaid in [
-        ([tokens], [share], [chance, steps]),
+        ([tokens], [share], [chance, steps, of_examples]),
+        ([example], [of_examples, "requests examples"], [share, chance]),
         ([dataset], [chance, steps], [share]),
         ([tokens, dataset], [share, chance, steps], []),
     ]:
