@@ -114,15 +114,17 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
 
 
 def test_a_fixed_mixture(tmp_path: Path) -> None:
-    assert "The mixture was fixed; probes" in page_of(write_run(tmp_path / "run", update_every=0)).text
+    assert (
+        "The mixture was fixed; validations and test read" in page_of(write_run(tmp_path / "run", update_every=0)).text
+    )
 
 
 @pytest.mark.parametrize(
     ("resolved", "said"),
     [
-        ({"mixture_update_every": 50}, "The mixture has not been updated yet; probes"),
-        ({"mixture_update_every": 0}, "The mixture was fixed; probes"),
-        ({}, "The mixture was fixed; probes"),
+        ({"mixture_update_every": 50}, "The mixture has not been updated yet; validations and test read"),
+        ({"mixture_update_every": 0}, "The mixture was fixed; validations and test read"),
+        ({}, "The mixture was fixed; validations and test read"),
     ],
 )
 def test_a_mixture_before_its_first_update_is_not_called_fixed(tmp_path: Path, resolved: dict, said: str) -> None:
