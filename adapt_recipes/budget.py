@@ -68,11 +68,21 @@ class Ledger:
         tokens: positions read in training, without padding.
         computed_tokens: positions computed in training, without padding, and beginnings that examples share once.
         unique_supervised_tokens: supervised tokens spent on examples seen for the first time.
-        probe_tokens: supervised tokens read by probes, validation and test, which are not part of the budget.
-        probe_total_tokens: all positions read by probes, validation and test, without padding.
+        probe_tokens: supervised tokens read by mixture updates, which are not part of the budget.
+        probe_total_tokens: all positions read by them, without padding.
+        validation_tokens: supervised tokens read by validations and the test, which are not part of it either.
+        validation_total_tokens: all positions read by them, without padding.
     """
 
-    COUNTS = ("tokens", "computed_tokens", "unique_supervised_tokens", "probe_tokens", "probe_total_tokens")
+    COUNTS = (
+        "tokens",
+        "computed_tokens",
+        "unique_supervised_tokens",
+        "probe_tokens",
+        "probe_total_tokens",
+        "validation_tokens",
+        "validation_total_tokens",
+    )
 
     def __init__(self, budget_tokens: int, num_tasks: int, *, caps: Tensor | None = None) -> None:
         self.budget_tokens = budget_tokens
@@ -84,11 +94,18 @@ class Ledger:
         self.unique_supervised_tokens = 0
         self.probe_tokens = 0
         self.probe_total_tokens = 0
+        self.validation_tokens = 0
+        self.validation_total_tokens = 0
 
     @property
     def supervised_tokens(self) -> int:
         """Supervised tokens spent."""
         return int(self.task_tokens.sum())
+
+    @property
+    def total_tokens(self) -> int:
+        """All positions read: in training, by mixture updates, validations and the test, without padding."""
+        return self.tokens + self.probe_total_tokens + self.validation_total_tokens
 
     @property
     def left(self) -> int:
@@ -134,9 +151,14 @@ class Ledger:
         self.computed_tokens += sum(batch.computed_tokens for batch in batches)
 
     def probe(self, batches: Sequence[Any]) -> None:
-        """Counts micro-batches read by a probe, a validation or the test."""
+        """Counts micro-batches read by a mixture update."""
         self.probe_tokens += sum(batch.num_supervised_tokens for batch in batches)
         self.probe_total_tokens += sum(batch.num_tokens for batch in batches)
+
+    def validate(self, batches: Sequence[Any]) -> None:
+        """Counts micro-batches read by a validation or the test."""
+        self.validation_tokens += sum(batch.num_supervised_tokens for batch in batches)
+        self.validation_total_tokens += sum(batch.num_tokens for batch in batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -176,8 +176,9 @@ class Display:
         self.say(
             f"{summary.strategy}: validation loss worst {summary.worst_validation_loss:.4f}, "
             f"mean {summary.mean_validation_loss:.4f}{test}\n"
-            f"{summary.supervised_tokens:,} supervised tokens in {summary.steps:,} steps and "
-            f"{summary.seconds:.1f} s; probes, validation and test read {summary.probe_tokens:,} more\n"
+            f"{summary.supervised_tokens:,} supervised tokens in {summary.steps:,} steps and {summary.seconds:.1f} s; "
+            f"mixture updates read {summary.probe_tokens:,} more, validation and test {summary.validation_tokens:,}; "
+            f"{summary.total_tokens:,} tokens read in all\n"
             f"results: {folder}/summary.json, log.jsonl, model/"
         )
 

@@ -35,10 +35,12 @@ class StepEvent:
     grad_norm: float
     """before clipping"""
     supervised_tokens: int
+    total_tokens: int
+    """read in training, by mixture updates and validations, including prompts, excluding padding"""
     tokens: int
-    """including prompts, excluding padding"""
+    """those read in training"""
     computed_tokens: int
-    """computed: beginnings that examples share are computed once"""
+    """those computed in training: beginnings that examples share are computed once"""
     task_tokens: ByTask
     task_losses: ByTask
     """of the tasks in the step"""
@@ -52,7 +54,10 @@ class MixtureEvent:
     event: ClassVar[str] = "mixture"
     step: int
     supervised_tokens: int
+    total_tokens: int
     probe_tokens: int
+    """supervised tokens read by mixture updates so far, in addition to the budget"""
+    seconds: float
     mixture_seconds: float
     probabilities: ByTask
     effective_probabilities: ByTask | None = None
@@ -68,6 +73,10 @@ class ValidationEvent:
     event: ClassVar[str] = "validation"
     step: int
     supervised_tokens: int
+    total_tokens: int
+    validation_tokens: int
+    """supervised tokens read by validations and the test so far, in addition to the budget"""
+    seconds: float
     losses: ByTask
     """nats per supervised token; null for a task without a validation split"""
 
@@ -79,6 +88,10 @@ class SavedValidationEvent:
     event: ClassVar[str] = "saved_validation"
     step: int
     supervised_tokens: int
+    total_tokens: int
+    validation_tokens: int
+    """supervised tokens read by validations and the test so far, in addition to the budget"""
+    seconds: float
     losses: ByTask
     """nats per supervised token; null for a task without a validation split"""
 
@@ -90,6 +103,10 @@ class TestEvent:
     event: ClassVar[str] = "test"
     step: int
     supervised_tokens: int
+    total_tokens: int
+    validation_tokens: int
+    """supervised tokens read by validations and the test so far, in addition to the budget"""
+    seconds: float
     losses: ByTask
     """nats per supervised token; null for a task without a test split"""
 
@@ -166,11 +183,18 @@ class Summary:
     seed: int
     budget_tokens: int
     supervised_tokens: int
+    total_tokens: int
+    """read in training, by mixture updates, validations and the test"""
     tokens: int
+    """those read in training"""
     computed_tokens: int
     unique_supervised_tokens: int
     probe_tokens: int
+    """supervised tokens read by mixture updates"""
     probe_total_tokens: int
+    validation_tokens: int
+    """supervised tokens read by validations and the test"""
+    validation_total_tokens: int
     task_tokens: ByTask
     probabilities: ByTask
     validation_losses: ByTask

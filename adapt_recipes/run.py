@@ -349,6 +349,7 @@ class Run:
                 lr=lr,
                 grad_norm=grad_norm,
                 supervised_tokens=ledger.supervised_tokens,
+                total_tokens=ledger.total_tokens,
                 tokens=ledger.tokens,
                 computed_tokens=ledger.computed_tokens,
                 task_tokens=self._by_task(ledger.task_tokens),
@@ -372,8 +373,7 @@ class Run:
         values = {name: self._by_task(value) if value.dim() else value for name, value in (signals or {}).items()}
         self._log.write(
             MixtureEvent(
-                step=self.ledger.steps,
-                supervised_tokens=self.ledger.supervised_tokens,
+                **self._spent(),
                 probe_tokens=self.ledger.probe_tokens,
                 mixture_seconds=self._phase_seconds["mixture"],
                 probabilities=self._by_task(self._mixture.probabilities()),
@@ -387,10 +387,11 @@ class Run:
 
         ``saved``: of the model after ``models.round_as_saved``.
         """
-        spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
+        spent = {**self._spent(), "validation_tokens": self.ledger.validation_tokens}
+        by_task = self._by_task(losses)
         if saved:
             self.saved_validation_losses = losses
-            self._log.write(SavedValidationEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
+            self._log.write(SavedValidationEvent(**spent, losses=by_task))
             stages = (self.initial_validation_losses, self.validation_losses, losses)
             has_adapters = (self.output_dir / ADAPTER).is_dir()
             if text := rounding_warning(*(float(each.nanmean()) for each in stages), has_adapters=has_adapters):
@@ -400,14 +401,14 @@ class Run:
         self.validation_losses = losses
         if self.ledger.steps == 0:
             self.initial_validation_losses = losses
-        self._log.write(ValidationEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
+        self._log.write(ValidationEvent(**spent, losses=by_task))
         self._display.validation(losses)
 
     def log_test(self, losses: Tensor) -> None:
         """(num_tasks,) float64, nats per supervised token on the whole test split; NaN for a task without."""
         self.test_losses = losses
-        spent, by_task = self.ledger.supervised_tokens, self._by_task(losses)
-        self._log.write(TestEvent(step=self.ledger.steps, supervised_tokens=spent, losses=by_task))
+        spent = {**self._spent(), "validation_tokens": self.ledger.validation_tokens}
+        self._log.write(TestEvent(**spent, losses=self._by_task(losses)))
 
     def note(self, component: str, text: str) -> None:
         """Logs and prints a remark of a component about the run."""
@@ -449,11 +450,14 @@ class Run:
             seed=self.config.seed,
             budget_tokens=ledger.budget_tokens,
             supervised_tokens=ledger.supervised_tokens,
+            total_tokens=ledger.total_tokens,
             tokens=ledger.tokens,
             computed_tokens=ledger.computed_tokens,
             unique_supervised_tokens=ledger.unique_supervised_tokens,
             probe_tokens=ledger.probe_tokens,
             probe_total_tokens=ledger.probe_total_tokens,
+            validation_tokens=ledger.validation_tokens,
+            validation_total_tokens=ledger.validation_total_tokens,
             task_tokens=self._by_task(ledger.task_tokens),
             probabilities=self._by_task(self._mixture.probabilities()),
             validation_losses=self._by_task(losses),
@@ -496,6 +500,16 @@ class Run:
         self.num_updates = state["num_updates"]
         self.validation_losses = state["validation_losses"]
         self.initial_validation_losses = state["initial_validation_losses"]
+
+    def _spent(self) -> dict[str, Any]:
+        """What events have in common: what the run has spent so far."""
+        ledger = self.ledger
+        return {
+            "step": ledger.steps,
+            "supervised_tokens": ledger.supervised_tokens,
+            "total_tokens": ledger.total_tokens,
+            "seconds": self.seconds,
+        }
 
     def _by_task(self, values: Tensor) -> dict[str, Any]:
         return dict(zip(self._task_names, values.tolist(), strict=True))

@@ -99,8 +99,8 @@ class RunLog:
             is_last = event.supervised_tokens == self._budget_tokens
             if event.step > 1 and not is_last and not (self._log_every and event.step % self._log_every == 0):
                 return {}
-            names = ("loss", "lr", "grad_norm", "supervised_tokens", "tokens", "computed_tokens", "seconds")
-            return {name: getattr(event, name) for name in names}
+            totals = ("supervised_tokens", "total_tokens", "tokens", "computed_tokens", "seconds")
+            return {name: getattr(event, name) for name in ("loss", "lr", "grad_norm", *totals)}
         if isinstance(event, MixtureEvent):
             probabilities = {f"p/{task}": p for task, p in event.probabilities.items()}
             effective = event.effective_probabilities or {}
@@ -112,6 +112,7 @@ class RunLog:
             split = event.event
             measured = {f"{split}_loss/{task}": loss for task, loss in event.losses.items() if loss == loss}
             worst, mean = max(measured.values()), sum(measured.values()) / len(measured)
+            measured["validation_tokens"] = event.validation_tokens
             return measured | {f"worst_{split}_loss": worst, f"mean_{split}_loss": mean}
         return {}
 

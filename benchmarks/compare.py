@@ -104,6 +104,7 @@ def line(name: str, runs: Sequence[Run], baselines: Sequence[Run]) -> list[str]:
         of_summary(lambda s: s["steps"], 0),
         of_summary(lambda s: s["mixture_updates"], 0),
         of_summary(lambda s: s["probe_tokens"], 0),
+        of_summary(lambda s: s.get("total_tokens", math.nan), 0),
         of_summary(lambda s: s["seconds"], 0),
         of_summary(lambda s: s["mixture_seconds"] / s["seconds"], 2),
     ]
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = {name: [next(read) for _ in folders[name]] for name in names}
     split = runs[names[0]][0].split
     columns = ["", f"worst {split} excess", f"mean {split} excess", "tokens to its loss", "noise share", "steps"]
-    columns += ["updates", "probe tokens", "seconds", "of them updates"]
+    columns += ["updates", "probe tokens", "tokens read", "seconds", "of them updates"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for name in names:

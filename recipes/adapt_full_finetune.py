@@ -194,7 +194,7 @@ class Recipe:
             if "train_losses" in observes:
                 signals["train_losses"] = self.train_losses.mean()
             if "validation_losses" in observes and "gradient_dots" not in observes:
-                signals["validation_losses"] = self.probe.losses(self.probe_validation)
+                signals["validation_losses"] = self.probe.losses(self.probe_validation, for_mixture=True)
             # Gradients: ADAPT's one-step form.
             if "gradient_dots" in observes:
                 signals |= self.gradient_signals()
@@ -218,7 +218,7 @@ class Recipe:
                 gradient = probe.gradient(train, self.mixture.probabilities(), of="training")
                 lookahead.enter_context(passes.stepped(self.model, gradient, -self.mixture.lookahead_lr))
             # (3): L_val_j, at theta' or, to first order in eta, at theta
-            losses = probe.losses(self.probe_validation)
+            losses = probe.losses(self.probe_validation, for_mixture=True)
             # (4): v = sum_j w_j / c_j * grad L_val_j
             v = probe.gradient(self.probe_validation, self.mixture.objective_weights(losses), of="validation")
         # (5): <v, grad L_train_i>

@@ -199,7 +199,7 @@ class Recipe:
             if "train_losses" in observes:
                 signals["train_losses"] = self.train_losses.mean()
             if "validation_losses" in observes:
-                signals["validation_losses"] = self.probe.losses(self.probe_validation)
+                signals["validation_losses"] = self.probe.losses(self.probe_validation, for_mixture=True)
             # MoS, equations (7) to (10): the reward of each task.
             if self.reward is not None:
                 batches = {"validation": self.probe_validation, "pool": self.pool}

@@ -50,9 +50,12 @@ def test_the_ledger_counts_and_comes_back() -> None:
     batch = SimpleNamespace(computed_tokens=10, num_tokens=7, num_supervised_tokens=4)
     ledger.spend(torch.tensor([3, 0, 1]), unique=2, batches=[batch])
     ledger.probe([batch, batch])
+    ledger.validate([batch])
     assert (ledger.supervised_tokens, ledger.left, ledger.share(), ledger.share(pending=2)) == (4, 6, 0.4, 0.6)
     assert (ledger.tokens, ledger.computed_tokens, ledger.unique_supervised_tokens) == (7, 10, 2)
     assert (ledger.probe_tokens, ledger.probe_total_tokens) == (8, 14)
+    assert (ledger.validation_tokens, ledger.validation_total_tokens) == (4, 7)
+    assert ledger.total_tokens == 7 + 14 + 7
     with pytest.raises(AssertionError):
         ledger.spend(torch.tensor([7, 0, 0]), unique=0, batches=[])
 
@@ -60,3 +63,4 @@ def test_the_ledger_counts_and_comes_back() -> None:
     other.load_state_dict(ledger.state_dict())
     ledger.spend(torch.tensor([0, 1, 0]), unique=1, batches=[])
     assert other.task_tokens.tolist() == [3, 0, 1] and other.state_dict()["probe_tokens"] == 8
+    assert other.total_tokens == 28

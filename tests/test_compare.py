@@ -43,7 +43,11 @@ def test_a_comparison(
         assert cells[0][1:3] == [f"worst {split} excess", f"mean {split} excess"]
         losses = summary[f"{split}_losses"]
         worst = max(loss - (math.log(16) if name == "noise" else 0) for name, loss in losses.items())
-        assert cells[1][1] == f"{worst:.3f}" and cells[1][4] == "0.12" and cells[1][7] == str(summary["probe_tokens"])
+        assert (
+            cells[1][1] == f"{worst:.3f}"
+            and cells[1][4] == "0.12"
+            and cells[1][7:9] == ["0", str(summary["total_tokens"])]
+        )
         assert 0 < int(cells[1][3]) <= 320, "it reaches its own loss at the latest at the end"
         assert [row[5:7] for row in cells[1:3]] == [["5", "0"], ["5", "2"]]
         resolved = yaml.safe_load((tmp_path / "out" / "mild_7" / "resolved.yaml").read_text())

@@ -161,11 +161,14 @@ SUMMARY = Summary(
     seed=0,
     budget_tokens=30,
     supervised_tokens=30,
+    total_tokens=300,
     tokens=60,
     computed_tokens=90,
     unique_supervised_tokens=30,
     probe_tokens=40,
     probe_total_tokens=120,
+    validation_tokens=50,
+    validation_total_tokens=120,
     task_tokens={"one": 10, "two": 20},
     probabilities={"one": 0.25, "two": 0.75},
     validation_losses={"one": 1.0, "two": float("nan")},
@@ -197,7 +200,9 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
     assert rows["one"] == ["0.250", "10", "33.3%", "2.000", "1.000"]
     assert rows["two"] == ["0.750", "20", "66.7%", "-", "-"]
     assert "uniform: validation loss worst 1.0000, mean 1.0000\n" in shown(out)
-    assert "probes, validation and test read 40 more" in shown(out) and str(tmp_path) in shown(out)
+    said = " ".join(shown(out).split())
+    assert "mixture updates read 40 more, validation and test 50; 300 tokens read in all" in said
+    assert str(tmp_path) in shown(out)
 
 
 def test_the_plan_and_the_results_with_a_test_split(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ STEP = {
     "lr": 0.1,
     "grad_norm": 2.0,
     "supervised_tokens": 8,
+    "total_tokens": 40,
     "tokens": 16,
     "computed_tokens": 24,
     "task_tokens": {"b": 5, "a": 3},
@@ -37,11 +38,14 @@ STEP = {
 MIXTURE = {
     "step": 3,
     "supervised_tokens": 8,
+    "total_tokens": 40,
     "probe_tokens": 4,
+    "seconds": 1.5,
     "mixture_seconds": 0.5,
     "probabilities": {"b": 0.5, "a": 0.5},
 }
 EFFECTIVE: dict[str, Any] = {"effective_probabilities": {"b": 0.25, "a": 0.75}}
+MEASURED = {"step": 3, "supervised_tokens": 8, "total_tokens": 40, "validation_tokens": 6, "seconds": 1.5}
 SIGNALS = {"validation_losses": {"b": 1.0, "a": 2.0}, "objective": 1.5}
 
 LINES: list[tuple[Any, dict[str, Any]]] = [
@@ -54,16 +58,16 @@ LINES: list[tuple[Any, dict[str, Any]]] = [
     (MixtureEvent(**MIXTURE, signals=SIGNALS), {"event": "mixture"} | MIXTURE | SIGNALS),
     (MixtureEvent(**MIXTURE, **EFFECTIVE), {"event": "mixture"} | MIXTURE | EFFECTIVE),
     (
-        ValidationEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": 2.0}),
-        {"event": "validation", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": 2.0}},
+        ValidationEvent(**MEASURED, losses={"b": 1.0, "a": 2.0}),
+        {"event": "validation", **MEASURED, "losses": {"b": 1.0, "a": 2.0}},
     ),
     (
-        SavedValidationEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": None}),
-        {"event": "saved_validation", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": None}},
+        SavedValidationEvent(**MEASURED, losses={"b": 1.0, "a": None}),
+        {"event": "saved_validation", **MEASURED, "losses": {"b": 1.0, "a": None}},
     ),
     (
-        events.TestEvent(step=3, supervised_tokens=8, losses={"b": 1.0, "a": None}),
-        {"event": "test", "step": 3, "supervised_tokens": 8, "losses": {"b": 1.0, "a": None}},
+        events.TestEvent(**MEASURED, losses={"b": 1.0, "a": None}),
+        {"event": "test", **MEASURED, "losses": {"b": 1.0, "a": None}},
     ),
     (CheckpointEvent(step=3), {"event": "checkpoint", "step": 3}),
     (ResumeEvent(step=3, supervised_tokens=8), {"event": "resume", "step": 3, "supervised_tokens": 8}),

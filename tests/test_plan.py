@@ -33,7 +33,8 @@ from adapt_recipes.signals.rewards import Uncertainty
 ROOT = Path(__file__).parents[1]
 KEYS = """
     tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
-    mixture_updates mixture_cost_steps probe_tokens exact exact_steps warnings
+    mixture_updates mixture_cost_steps probe_tokens validation_tokens total_tokens exact
+    exact_steps warnings
 """
 TASK_KEYS = "examples dropped left_out supervised_tokens share mean_supervised_tokens mean_tokens probability"
 TASK_KEYS += " effective_probability epochs"
@@ -87,7 +88,15 @@ def run(config: Any) -> dict[str, Any]:
 
 
 def assert_same(plan: Plan, summary: dict[str, Any]) -> None:
-    for key in ("steps", "tokens", "budget_tokens", "probe_tokens", "mixture_updates"):
+    for key in (
+        "steps",
+        "tokens",
+        "budget_tokens",
+        "probe_tokens",
+        "validation_tokens",
+        "total_tokens",
+        "mixture_updates",
+    ):
         assert getattr(plan, key) == summary[key], key
 
 
@@ -238,6 +247,32 @@ def test_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (sum(work) - work_of_validation) / (3 * plan.tokens / plan.steps) == pytest.approx(plan.mixture_cost_steps)
 
 
+@pytest.mark.parametrize("name", slow_but(["dro"], ["dro", "mos_diff", "adapt"]))
+def test_steps_of_tokens_are_exact_with_a_learned_mixture(name: str) -> None:
+    """And so is what its updates and validations read; training reads other tokens, as it draws other examples."""
+    size = ["batch_size=null", "batch_tokens=50", "budget.epochs=1.0"]
+    config = config_of(name, *both(UNEVEN, size), "mixture_update_every=2", "probe.examples=2")
+    plan, summary = make_plan(config), run(config)
+    assert plan.exact_steps and not plan.exact
+    for key in ("steps", "budget_tokens", "probe_tokens", "validation_tokens", "mixture_updates"):
+        assert getattr(plan, key) == summary[key], key
+    assert plan.steps == -(-plan.budget_tokens // 50) and plan.mixture_updates >= 5
+    (warning,) = (each for each in plan.warnings if each.startswith("batch_tokens"))
+    assert warning.endswith(f"expect {plan.steps} steps")
+
+
+def test_memory_of_a_step_of_tokens_is_that_of_as_many_of_the_shortest_answer() -> None:
+    """Here two tokens, an "x" and its end; the micro-batch bounds it all the same."""
+
+    def memory(*overrides: str) -> Memory:
+        small = ["tasks.max_epochs_per_task=null", "budget.tokens=60", "micro_batch_tokens=10000"]
+        return make_plan(config_of("uniform", *both(both(UNEVEN, small), overrides))).memory_bytes
+
+    assert memory("batch_size=null", "batch_tokens=8") == memory("batch_size=4")
+    assert memory("batch_size=null", "batch_tokens=9") == memory("batch_size=5") != memory("batch_size=4")
+    assert memory("batch_size=null", "batch_tokens=5000") == memory("batch_size=30"), "no more than the budget"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapt", "hbo", "mos_diff"])
 def test_learned_of_unlike_examples(name: str) -> None:
@@ -353,8 +388,8 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"memory of each of 2 processes: {plan.memory_bytes.total / 1e6:.1f} MB (parameters" in out
     assert f"mixture: {plan.mixture_updates} updates; costs as much as about {plan.mixture_cost_steps:.1f} steps" in out
     assert out.startswith("adapt_full_finetune: strategy adapt, on cpu in fp32\n")
-    assert f"read about {plan.probe_tokens} supervised tokens more" in out
-    assert "starting probabilities" in out and "\nwarning: probes, validation and test would read" in out
+    assert f"read about {plan.probe_tokens} supervised tokens more, validation and test about" in out
+    assert "starting probabilities" in out and "\nwarning: mixture updates, validation and test would read" in out
     for name, task in plan.tasks.items():
         (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == [name])
         assert row[1:4] == [str(task.examples), "0", str(task.supervised_tokens)]
@@ -391,6 +426,8 @@ def long_plan(**changes: Any) -> Plan:
         mixture_updates=0,
         mixture_cost_steps=0.0,
         probe_tokens=1000,
+        validation_tokens=2000,
+        total_tokens=1_243_567,
         exact=True,
         exact_steps=True,
         warnings=["task 'dialogue generation, many turn' would be read 10.2 times over, more than 4"],
@@ -431,16 +468,27 @@ def test_what_is_said_of_a_plan() -> None:
         "memory of the process: 5.0 GB (parameters 1.0 GB, gradients 1.0 GB, optimizer 2.0 GB, activations 1.0 GB, "
         "mixture 0.0 MB), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         "mixture: fixed",
-        "probes, validation and test read 1,000 supervised tokens more",
+        "mixture updates read 1,000 supervised tokens more, validation and test 2,000; 1,243,567 tokens read in all",
         "warning: task 'dialogue generation, many turn' would be read 10.2 times over, more than 4",
     ]
-    learned = {"exact": False, "mixture_updates": 1, "mixture_cost_steps": 1.0, "steps": 1, "budget_tokens": 6154}
+    learned = {
+        "exact": False,
+        "exact_steps": False,
+        "mixture_updates": 1,
+        "mixture_cost_steps": 1.0,
+        "steps": 1,
+        "budget_tokens": 6154,
+    }
     lines = shown(long_plan(**learned, tasks={}, warnings=[]), width=300).splitlines()
     assert "mixture: 1 update; costs as much as about 1.0 steps (50.0% of the time)" in lines
     assert any(
         "6,154 supervised tokens (10.0% of the 61,536 there are), in about 1 step that" in line for line in lines
     )
     assert lines[-1] == "the mixture is learned: steps and epochs assume that it stays at its starting probabilities"
+    certain = shown(long_plan(**learned | {"exact_steps": True}, tasks={}, warnings=[]), width=300).splitlines()
+    assert any("in 1 step that read about 1,234,567 tokens" in line for line in certain)
+    assert any(line.startswith("mixture updates read 1,000 supervised tokens more, validat") for line in certain)
+    assert certain[-1].startswith("the mixture is learned: steps are exact; tokens and epochs assume that it stays")
     assert not any(line.startswith("!") for line in lines), "no legend of a mark that is not there"
 
 

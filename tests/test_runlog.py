@@ -32,11 +32,14 @@ SUMMARY = Summary(
     seed=0,
     budget_tokens=30,
     supervised_tokens=30,
+    total_tokens=114,
     tokens=60,
     computed_tokens=90,
     unique_supervised_tokens=30,
     probe_tokens=8,
     probe_total_tokens=24,
+    validation_tokens=10,
+    validation_total_tokens=30,
     task_tokens={"one": 10, "two": 20},
     probabilities={"one": 0.25, "two": 0.75},
     validation_losses={"one": 1.5, "two": math.nan},
@@ -61,6 +64,7 @@ def step(number: int, *, spent: int = 0) -> StepEvent:
         lr=0.1,
         grad_norm=1.0,
         supervised_tokens=spent,
+        total_tokens=4 * spent,
         tokens=2 * spent,
         computed_tokens=3 * spent,
         task_tokens={"one": spent},
@@ -76,14 +80,17 @@ def test_lines_are_json_and_there_at_once(tmp_path: Path) -> None:
         MixtureEvent(
             step=3,
             supervised_tokens=8,
+            total_tokens=40,
             probe_tokens=4,
+            seconds=1.5,
             mixture_seconds=0.5,
             probabilities={"é": math.inf},
             signals=signals,
         )
     )
     line = (tmp_path / "log.jsonl").read_text(encoding="utf-8")
-    expected = {"event": "mixture", "step": 3, "supervised_tokens": 8, "probe_tokens": 4, "mixture_seconds": 0.5}
+    expected = {"event": "mixture", "step": 3, "supervised_tokens": 8, "total_tokens": 40, "probe_tokens": 4}
+    expected |= {"seconds": 1.5, "mixture_seconds": 0.5}
     assert json.loads(line) == expected | {"probabilities": {"é": None}, "z": [1.0, None], "objective": 0.5}
     assert "é" in line and line.endswith("\n") and log.num_bytes == len(line.encode())
     log.close()
@@ -155,7 +162,7 @@ def test_a_metric_logger_gets_the_first_the_last_and_some_steps(tmp_path: Path) 
     for number in range(1, 9):
         log.write(step(number, spent=10 * number))
     assert [number for number, _ in logger.lines] == [1, 3, 6, 8]
-    numbers = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "supervised_tokens": 60, "tokens": 120}
+    numbers = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "supervised_tokens": 60, "total_tokens": 240, "tokens": 120}
     assert logger.lines[2][1] == numbers | {"computed_tokens": 180, "seconds": 0.5}
     log.close()
 
@@ -184,11 +191,16 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
     logger = Logger()
     log = RunLog(tmp_path, metric_logger=logger)
     shares = {"step": 3, "supervised_tokens": 8, "probe_tokens": 4, "mixture_seconds": 0.5}
-    log.write(MixtureEvent(**shares, probabilities={"one": 0.25, "two": 0.75}, signals={"z": 1.0}))
+    spent = {"supervised_tokens": 9, "total_tokens": 40, "validation_tokens": 6, "seconds": 1.5}
+    log.write(
+        MixtureEvent(
+            **shares, total_tokens=40, seconds=1.5, probabilities={"one": 0.25, "two": 0.75}, signals={"z": 1.0}
+        )
+    )
     measured = {"one": 1.0, "two": 2.0, "unmeasured": math.nan}
-    log.write(ValidationEvent(step=4, supervised_tokens=9, losses=measured))
-    log.write(SavedValidationEvent(step=4, supervised_tokens=9, losses=measured))
-    log.write(events.TestEvent(step=5, supervised_tokens=9, losses=measured))
+    log.write(ValidationEvent(step=4, **spent, losses=measured))
+    log.write(SavedValidationEvent(step=4, **spent, losses=measured))
+    log.write(events.TestEvent(step=5, **spent, losses=measured))
     for event in (
         CheckpointEvent(step=5),
         ResumeEvent(step=5, supervised_tokens=9),
@@ -203,6 +215,8 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
         {name.replace("validation", split): value for name, value in losses.items()}
         for split in ("saved_validation", "test")
     )
+    for each in (losses, of_saved, of_test):
+        each["validation_tokens"] = 6
     probabilities = {"p/one": 0.25, "p/two": 0.75}
     assert logger.lines == [(3, probabilities | totals), (4, losses), (4, of_saved), (5, of_test)]
 

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -75,7 +75,9 @@ class Plan:
         mixture_updates: number of updates.
         mixture_cost_steps: cost of all updates in training steps. It counts forward and backward passes over tokens; a
             forward pass is 1/3 of a step.
-        probe_tokens: supervised tokens read by probes, validation and test.
+        probe_tokens: supervised tokens read by mixture updates.
+        validation_tokens: supervised tokens read by validations and the test.
+        total_tokens: all tokens read, those of ``tokens`` included.
         exact: whether the mixture keeps its starting probabilities. If not, ``tokens`` and ``epochs`` assume that it
             does, and so do ``steps`` and the counts that follow from them unless ``exact_steps``.
         exact_steps: whether ``steps`` are exact: with ``batch_tokens`` a learned mixture makes as many.
@@ -93,6 +95,8 @@ class Plan:
     mixture_updates: int
     mixture_cost_steps: float
     probe_tokens: int
+    validation_tokens: int
+    total_tokens: int
     exact: bool
     exact_steps: bool
     warnings: list[str]
@@ -133,7 +137,10 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     update_every = getattr(config, "mixture_update_every", 0)
     num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
     reads = _Reads(tasks, count=parts.probe.examples if parts.probe else 0, seed=config.seed)
-    probe_tokens, cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
+    (probe_tokens, probe_total_tokens), cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
+    validate_every = getattr(config, "validate_every", 0)
+    num_validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
+    validation_total_tokens = num_validations * reads.validation.tokens + reads.test.tokens
 
     say("estimating memory")
     in_step, in_reading = _shapes(
@@ -159,6 +166,8 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         mixture_updates=num_updates,
         mixture_cost_steps=cost,
         probe_tokens=probe_tokens,
+        validation_tokens=num_validations * reads.validation.supervised + reads.test.supervised,
+        total_tokens=drawn.tokens + probe_total_tokens + validation_total_tokens,
         exact=num_updates == 0,
         exact_steps=num_updates == 0 or expected_steps(tasks, effective, parts.ledger, config).exact,
         warnings=[],
@@ -213,7 +222,8 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
         f"{_size((config.keep_checkpoints + 1) * plan.checkpoint_bytes)}",
         f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         f"mixture: {mixture}",
-        f"probes, validation and test read {about_steps}{count(plan.probe_tokens, 'supervised token')} more",
+        f"mixture updates read {about_steps}{count(plan.probe_tokens, 'supervised token')} more, validation and test "
+        f"{about_steps}{plan.validation_tokens:,}; {about}{count(plan.total_tokens, 'token')} read in all",
     ]
     if not plan.exact:
         what = "steps are exact; tokens and epochs assume" if plan.exact_steps else "steps and epochs assume"
@@ -325,8 +335,8 @@ class _Reads:
 
     def __init__(self, tasks: Sequence[data.Task], *, count: int, seed: int) -> None:
         self._tasks, self._count, self._seed = tasks, count, seed
-        self.num_validation, self.validation_tokens = _totals([task.validation for task in tasks])
-        self.num_test, self.test_tokens = _totals([task.test for task in tasks])
+        self.validation = _totals([task.validation for task in tasks])
+        self.test = _totals([task.test for task in tasks])
         self.num_probed = count * len(tasks)
         self._always: dict[Source, tuple[int, int]] = {}
 
@@ -348,19 +358,27 @@ class _Reads:
         return supervised, sum(len(example.tokens) for _, example in examples)
 
 
-def _totals(splits: Sequence[data.Examples | None]) -> tuple[int, int]:
-    """Examples, and supervised tokens, of the splits that there are."""
+class _Totals(NamedTuple):
+    """Counts of all tasks."""
+
+    examples: int
+    supervised: int
+    tokens: int
+
+
+def _totals(splits: Sequence[data.Examples | None]) -> _Totals:
+    """Those of the splits that there are."""
     present = [split for split in splits if split is not None]
-    return sum(map(len, present)), sum(int(split.num_supervised.sum()) for split in present)
+    # After the causal shift.
+    tokens = sum(int((split.lengths - 1).sum()) for split in present)
+    return _Totals(sum(map(len, present)), sum(int(split.num_supervised.sum()) for split in present), tokens)
 
 
 def _cost_of_probes(
     config: Any, update: Update, reads: _Reads, drawn: _Drawn, *, num_updates: int
-) -> tuple[int, float]:
-    """Supervised tokens that probes, validation and test read, and the cost of all mixture updates in steps."""
-    validate_every = getattr(config, "validate_every", 0)
-    validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
-    probe_tokens, cost = validations * reads.validation_tokens + reads.test_tokens, 0.0
+) -> tuple[tuple[int, int], float]:
+    """(supervised, all) tokens that all mixture updates read, and their cost in steps."""
+    probe_tokens, probe_total_tokens, cost = 0, 0, 0.0
     # (9) of MoS measures the base model on the pool before the first step.
     reads_pool = any(each.source == "pool" for each in update.passes)
     update_every = getattr(config, "mixture_update_every", 0)
@@ -368,9 +386,9 @@ def _cost_of_probes(
     for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
         for each in passes:
             supervised, tokens = reads.tokens(each.source, number)
-            probe_tokens += supervised
+            probe_tokens, probe_total_tokens = probe_tokens + supervised, probe_total_tokens + tokens
             cost += each.steps * tokens * drawn.steps / drawn.tokens
-    return probe_tokens, cost
+    return (probe_tokens, probe_total_tokens), cost
 
 
 def _task_plans(
@@ -433,7 +451,7 @@ def _shapes(
         computed = min(most, max(longest, config.micro_batch_tokens))
         return Shape(computed, longest, math.ceil(computed * supervised), several=most > computed)
 
-    return shape(most_examples), shape(max(reads.num_validation, reads.num_test, reads.num_probed))
+    return shape(most_examples), shape(max(reads.validation.examples, reads.test.examples, reads.num_probed))
 
 
 def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> list[str]:
@@ -446,9 +464,9 @@ def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> li
     if learns and not plan.mixture_updates:
         when = f"every {update_every} steps of {plan.steps}" if update_every else "never (mixture_update_every)"
         warnings.append(f"the mixture would not be updated: {when}")
-    if plan.probe_tokens > plan.budget_tokens:
+    if (read := plan.probe_tokens + plan.validation_tokens) > plan.budget_tokens:
         warnings.append(
-            f"probes, validation and test would read {plan.probe_tokens:,} supervised tokens, more than the budget of "
+            f"mixture updates, validation and test would read {read:,} supervised tokens, more than the budget of "
             f"{plan.budget_tokens:,}"
         )
     if reward is not None and not hasattr(reward, "gradients"):

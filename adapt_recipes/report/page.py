@@ -186,10 +186,13 @@ def _headline(run: Run) -> list[str]:
             f"On the test split the worst loss is {_loss(float(worst_over_tasks(test)))} nats{_worst_task(run, test)}, "
             f"the mean {_loss(float(mean_over_tasks(test)))}."
         )
-    read = f"probes, validations and test read {_count(counts['probe_tokens'])} supervised tokens in addition"
+    read = f"validations and test read {_count(counts['validation_tokens'])} supervised tokens in addition"
     if counts["mixture_updates"] > 0:
         share = 100 * counts["mixture_seconds"] / counts["seconds"]
-        text.append(f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time; {read}.")
+        text.append(
+            f"{_number(counts['mixture_updates'], 'mixture update')} took {share:.1f}% of the time and read "
+            f"{_count(counts['probe_tokens'])} supervised tokens; {read}."
+        )
     elif run.summary or not run.config.get("mixture_update_every"):
         text.append(f"The mixture was fixed; {read}.")
     else:
@@ -363,6 +366,7 @@ def _strategy_table(
                 _cell(means[i], is_best=i in rivals and means[i].mean == min(means[j].mean for j in rivals)),
                 *([_cell(sum(result.winner == i for result in results), _count)] if rivals else []),
                 _cell(spread(run.spent for run in group.runs), _count),
+                _cell(spread(count["total_tokens"] for count in counts), _count),
                 _cell(spread(count["probe_tokens"] for count in counts), _count),
                 _cell(spread(count["seconds"] for count in counts), _time),
                 _cell(share, _percent),
@@ -374,14 +378,16 @@ def _strategy_table(
         "mean loss",
         *(["tasks won"] if rivals else []),
         "tokens spent",
+        "tokens read",
         "probe tokens",
         "time",
         "mixture time",
     ]
     caption = (
         f"{_of_seeds(several)}{groups[0].split.capitalize()} losses at the end, in nats per supervised token: the "
-        "highest of any task, and the unweighted mean. Supervised tokens are spent on training; probe tokens are read "
-        "by probes, validations and test in addition. Click a heading to sort."
+        "highest of any task, and the unweighted mean. Supervised tokens are spent on training. Tokens read are all, "
+        "in training and outside of it, supervised or not. Probe tokens are supervised ones that mixture updates read. "
+        "Click a heading to sort."
     )
     return Table("strategies", "Strategies", caption, columns, rows)
 

@@ -20,8 +20,9 @@ Batches = Sequence[MicroBatch]
 class Probe:
     """Measures the model with its current weights, and leaves the model and every generator unchanged.
 
-    The tokens it reads are counted in ``ledger.probe_tokens``, once for each time they are read. A value that is not
-    finite ends the run with an error that names the step, the task and, if one can be found, the example.
+    The tokens it reads are counted in the ledger, once for each time they are read: those for the mixture as
+    ``probe_tokens``, those of validations and the test as ``validation_tokens``. A value that is not finite ends the
+    run with an error that names the step, the task and, if one can be found, the example.
 
     Args:
         model: of the run.
@@ -33,13 +34,16 @@ class Probe:
         self.model, self.ledger, self.tasks = model, ledger, tasks
         self.task_names = [task.name for task in tasks]
 
-    def losses(self, batches: Batches, *, split: Literal["validation", "test"] = "validation") -> Tensor:
-        """Mean loss per task, of examples of a split.
+    def losses(
+        self, batches: Batches, *, split: Literal["validation", "test"] = "validation", for_mixture: bool = False
+    ) -> Tensor:
+        """Mean loss per task, of examples of a split. ``for_mixture``: its tokens are counted as those of a probe.
 
         Returns:
             (num_tasks,) float64, nats per supervised token; NaN for a task without that split.
         """
-        self.ledger.probe(batches)
+        count = self.ledger.probe if for_mixture else self.ledger.validate
+        count(batches)
         # One context around all batches casts the weights once.
         with self.model.autocast():
             losses = passes.task_losses(self.model, batches, len(self.tasks))

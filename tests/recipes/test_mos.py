@@ -131,8 +131,9 @@ def test_probe_tokens_are_what_the_reward_reads(watched: Watched) -> None:
 
     validation = num_supervised(data.validation_examples(watched.tasks))
     logged = [event["probe_tokens"] for event in events(watched.folder) if event["event"] == "mixture"]
-    assert logged == [base, *(base + validation + sum(updates[: number + 1]) for number in num_updates)]
-    assert summary(watched.folder)["probe_tokens"] == base + sum(updates) + 2 * validation
+    assert logged == [base, *(base + sum(updates[: number + 1]) for number in num_updates)]
+    assert summary(watched.folder)["probe_tokens"] == base + sum(updates)
+    assert summary(watched.folder)["validation_tokens"] == 2 * validation
 
 
 def test_how_uncertainty_is_measured_stands_in_the_log(watched: Watched) -> None:
@@ -186,7 +187,8 @@ def test_a_base_model_that_nothing_is_relative_to_is_not_read(runs: Runs, tmp_pa
         max_seq_len=config.max_seq_len,
     )
     read = len(validation) * num_supervised(data.validation_examples(tasks))
-    assert summary(tmp_path / "run")["probe_tokens"] == read
+    done = summary(tmp_path / "run")
+    assert (done["probe_tokens"], done["validation_tokens"]) == (0, read)
 
 
 def test_base_losses_from_the_cache_are_booked_all_the_same(runs: Runs, tmp_path: Path) -> None:
@@ -277,7 +279,8 @@ def test_a_reward_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Path
     assert last["rewards"] == dict.fromkeys(last["rewards"], 1.0) | {"facts_64": 4.0}
     p = done.summary["probabilities"]
     assert p["facts_64"] > 1 / 7 + 0.01 and all(p[name] < 1 / 7 for name in p if name != "facts_64")
-    assert done.summary["probe_tokens"] == 2 * validation + reading + 2 * 4 * reading
+    assert done.summary["probe_tokens"] == reading + 2 * 4 * reading
+    assert done.summary["validation_tokens"] == 2 * validation
 
 
 class Everything:

@@ -38,6 +38,13 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     # A toy row is a prompt of three bytes and an answer: three positions, one of them supervised. Many begin alike.
     assert summary["computed_tokens"] < summary["tokens"] == 3 * 128
     assert summary["probe_total_tokens"] == 3 * summary["probe_tokens"]
+    assert summary["validation_total_tokens"] == 3 * summary["validation_tokens"] > 0
+    read = summary["tokens"] + summary["probe_total_tokens"] + summary["validation_total_tokens"]
+    assert summary["total_tokens"] == read
+    assert [line["total_tokens"] for line in done.log if "total_tokens" in line] == sorted(
+        line["total_tokens"] for line in done.log if "total_tokens" in line
+    )
+    assert done.events("validation")[-1]["total_tokens"] == read
     assert summary["steps"] == len(done.events("step")) == 8
     assert summary["seconds"] >= summary["mixture_seconds"] + summary["validation_seconds"]
 
@@ -142,14 +149,18 @@ def test_model_is_a_folder_that_transformers_loads(run: Runner) -> None:
 
 
 @pytest.mark.slow
-def test_probe_tokens_are_all_that_is_read_outside_training(run: Runner) -> None:
+def test_what_is_read_outside_training_is_counted_apart(run: Runner) -> None:
+    def read(config: str, *overrides: str, folder: str) -> tuple[int, int]:
+        summary = run(config, *overrides, folder=folder).summary
+        return summary["probe_tokens"], summary["validation_tokens"]
+
     validation, tasks, examples = 7 * 256, 7, 8  # one supervised token a row
-    assert run("tiny_uniform", folder="u").summary["probe_tokens"] == 2 * validation
-    assert run("tiny_adapt_planned", folder="p").summary["probe_tokens"] == 2 * validation + 2 * tasks * examples
+    assert read("tiny_uniform", folder="u") == (0, 2 * validation)
+    assert read("tiny_adapt_planned", folder="p") == (2 * tasks * examples, 2 * validation)
     # One-step ADAPT reads the validation rows for the losses and for v, and the training rows at theta + and - eps v.
-    assert run("tiny_adapt", folder="a").summary["probe_tokens"] == 2 * validation + 2 * 4 * tasks * examples
-    exact = run("tiny_adapt", "probe.exact_lookahead=true", folder="e")
-    assert exact.summary["probe_tokens"] == 2 * validation + 2 * 5 * tasks * examples
+    assert read("tiny_adapt", folder="a") == (2 * 4 * tasks * examples, 2 * validation)
+    exact = read("tiny_adapt", "probe.exact_lookahead=true", folder="e")
+    assert exact == (2 * 5 * tasks * examples, 2 * validation)
 
 
 def test_metric_loggers_of_torchtune(run: Runner) -> None:

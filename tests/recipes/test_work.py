@@ -74,7 +74,7 @@ class Work(TorchDispatchMode):
 def test_a_step_is_one_forward_without_padding_and_the_head_sees_supervised_positions_alone(run: Runner) -> None:
     with Work().watch() as counts:
         summary = run("tiny_uniform").summary
-    assert summary["steps"] == STEPS and summary["probe_tokens"] == 2 * VALIDATION_EXAMPLES
+    assert summary["steps"] == STEPS and summary["validation_tokens"] == 2 * VALIDATION_EXAMPLES
     copies = counts.pop("copies of a weight")
     assert copies == ROUNDED
     assert counts == {
@@ -84,7 +84,7 @@ def test_a_step_is_one_forward_without_padding_and_the_head_sees_supervised_posi
         # Before and after training. Rows of three tokens: those of seven tasks begin alike.
         "forwards, measure": 2,
         "tokens, measure": 2 * VALIDATION_TOKENS,
-        "head, measure": summary["probe_tokens"],
+        "head, measure": summary["validation_tokens"],
     }
 
 
@@ -107,8 +107,9 @@ def test_an_update_is_so_many_forwards(run: Runner, config: str, at_start: int, 
     assert updates == 2
     assert counts["forwards, train"] == STEPS and counts["tokens, train"] == summary["computed_tokens"]
     assert counts["forwards, measure"] == 2 + at_start + updates * forwards
-    assert counts["head, measure"] == summary["probe_tokens"]
-    assert counts["tokens, measure"] < 0.7 * summary["probe_total_tokens"], "examples of a task begin alike"
+    assert counts["head, measure"] == summary["probe_tokens"] + summary["validation_tokens"]
+    read = summary["probe_total_tokens"] + summary["validation_total_tokens"]
+    assert counts["tokens, measure"] < 0.7 * read, "examples of a task begin alike"
     assert counts["copies of a weight"] - plain["copies of a weight"] == updates * copies * WEIGHTS
 
 

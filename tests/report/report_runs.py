@@ -49,22 +49,27 @@ def write_run(
     spent = np.zeros(len(tasks), dtype=np.int64)
     p = np.full(len(tasks), 1 / len(tasks))
     seconds = mixture_seconds = validation_seconds = 0.0
-    probe_tokens = updates = 0
+    probe_tokens = validation_tokens = updates = 0
     losses: dict[str, float] = {}
 
     def by_task(values: Any) -> dict[str, Any]:
         return dict(zip(tasks, values, strict=True))
 
+    def read() -> dict[str, int]:
+        total = int(spent.sum())
+        return {"supervised_tokens": total, "total_tokens": 3 * (total + probe_tokens + validation_tokens)}
+
     def totals() -> dict[str, int]:
         total = int(spent.sum())
-        return {"supervised_tokens": total, "tokens": 3 * total, "computed_tokens": 4 * total}
+        return {**read(), "tokens": 3 * total, "computed_tokens": 4 * total}
 
     def mixture(step: int, **signals: Any) -> None:
         log.write(
             MixtureEvent(
                 step=step,
-                supervised_tokens=int(spent.sum()),
+                **read(),
                 probe_tokens=probe_tokens,
+                seconds=seconds,
                 mixture_seconds=mixture_seconds,
                 probabilities=by_task(p.tolist()),
                 signals=signals,
@@ -72,10 +77,12 @@ def write_run(
         )
 
     def validate(step: int) -> None:
-        nonlocal losses, validation_seconds, seconds, probe_tokens
+        nonlocal losses, validation_seconds, seconds, validation_tokens
         losses = by_task(loss(i, step / steps) for i in range(len(tasks)))
-        validation_seconds, seconds, probe_tokens = validation_seconds + 0.5, seconds + 0.5, probe_tokens + 10
-        log.write(ValidationEvent(step=step, supervised_tokens=int(spent.sum()), losses=losses))
+        validation_seconds, seconds = validation_seconds + 0.5, seconds + 0.5
+        validation_tokens += 10
+        measured = {"validation_tokens": validation_tokens, "seconds": seconds, "losses": losses}
+        log.write(ValidationEvent(step=step, **read(), **measured))
 
     mixture(0)
     validate(0)
@@ -99,7 +106,8 @@ def write_run(
             validate(steps)
         test_losses = by_task(test) if test else None
         if test_losses:
-            log.write(TestEvent(step=steps, supervised_tokens=int(spent.sum()), losses=test_losses))
+            tested_at = {"validation_tokens": validation_tokens, "seconds": seconds}
+            log.write(TestEvent(step=steps, **read(), **tested_at, losses=test_losses))
         log.write(EndEvent(reason="finished", step=steps, seconds=seconds))
         measured = [value for value in losses.values() if value == value]
         tested = [value for value in test or () if value == value]
@@ -111,6 +119,8 @@ def write_run(
             unique_supervised_tokens=int(spent.sum()) - 1,
             probe_tokens=probe_tokens,
             probe_total_tokens=3 * probe_tokens,
+            validation_tokens=validation_tokens,
+            validation_total_tokens=3 * validation_tokens,
             task_tokens=by_task(spent.tolist()),
             probabilities=by_task(p.tolist()),
             validation_losses=losses,

@@ -86,8 +86,9 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
         f"The run spent {summary['supervised_tokens']:,} supervised tokens in 20 steps and {summary['seconds']:.1f} s.",
         f"The worst validation loss went from {loss(max(first))} to {loss(summary['worst_validation_loss'])} nats "
         f"({worst_task}), the mean from {loss(sum(first) / 3)} to {loss(summary['mean_validation_loss'])}.",
-        f"3 mixture updates took {summary['mixture_seconds'] / summary['seconds']:.1%} of the time; probes, "
-        f"validations and test read {summary['probe_tokens']} supervised tokens in addition.",
+        f"3 mixture updates took {summary['mixture_seconds'] / summary['seconds']:.1%} of the time and read "
+        f"{summary['probe_tokens']} supervised tokens; validations and test read {summary['validation_tokens']} "
+        "supervised tokens in addition.",
     ]:
         assert said in page.text
     p = [update["probabilities"] for update in events(folder, "mixture")]
@@ -97,7 +98,15 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
         expected = [loss(p[0][task]), loss(p[-1][task]), f"{tokens:,}", f"{tokens / summary['supervised_tokens']:.1%}"]
         assert row == [*expected, loss(before), loss(after), loss(after - before)]
     counters = page.rows("counters")
-    for key in ("budget_tokens", "supervised_tokens", "tokens", "computed_tokens", "probe_tokens", "steps"):
+    for key in (
+        "budget_tokens",
+        "supervised_tokens",
+        "tokens",
+        "probe_tokens",
+        "validation_tokens",
+        "total_tokens",
+        "steps",
+    ):
         assert counters[key] == [f"{summary[key]:,}"]
     assert counters["seconds"] == [f"{summary['seconds']:.1f} s"]
     assert "strategy: adapt" in page.text and 'class="notes"' not in page.source
@@ -105,15 +114,17 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
 
 
 def test_a_fixed_mixture(tmp_path: Path) -> None:
-    assert "The mixture was fixed; probes" in page_of(write_run(tmp_path / "run", update_every=0)).text
+    assert (
+        "The mixture was fixed; validations and test read" in page_of(write_run(tmp_path / "run", update_every=0)).text
+    )
 
 
 @pytest.mark.parametrize(
     ("resolved", "said"),
     [
-        ({"mixture_update_every": 50}, "The mixture has not been updated yet; probes"),
-        ({"mixture_update_every": 0}, "The mixture was fixed; probes"),
-        ({}, "The mixture was fixed; probes"),
+        ({"mixture_update_every": 50}, "The mixture has not been updated yet; validations and test read"),
+        ({"mixture_update_every": 0}, "The mixture was fixed; validations and test read"),
+        ({}, "The mixture was fixed; validations and test read"),
     ],
 )
 def test_a_mixture_before_its_first_update_is_not_called_fixed(tmp_path: Path, resolved: dict, said: str) -> None:
@@ -230,11 +241,11 @@ def test_a_comparison(folders: dict[str, list[Path]]) -> None:
         means = [run["mean_validation_loss"] for run in runs]
         for cell, values in ((row[1], worst), (row[2], means)):
             assert cell == f"{loss(sum(values) / 2)} {loss(min(values))} to {loss(max(values))}"
-        assert row[4] == "1,280" and row[5] == str(runs[0]["probe_tokens"])
+        assert row[4:7] == ["1,280", f"{runs[0]['total_tokens']:,}", str(runs[0]["probe_tokens"])]
         seconds = sorted(run["seconds"] for run in runs)
-        assert row[6] == f"{sum(seconds) / 2:.1f} s {seconds[0]:.1f} s to {seconds[1]:.1f} s"
+        assert row[7] == f"{sum(seconds) / 2:.1f} s {seconds[0]:.1f} s to {seconds[1]:.1f} s"
         shares = [run["mixture_seconds"] / run["seconds"] for run in runs]
-        assert row[7].split(" ")[0] == f"{sum(shares) / 2:.1%}"
+        assert row[8].split(" ")[0] == f"{sum(shares) / 2:.1%}"
     assert [row[3] for row in strategies] == ["2", "1"]
     assert page.tables["tokens_to_reach"][1:] == [["adapt", "1,280", "960"], ["uniform", "never", "1,280"]]
     one, two, three = page.tables["winners"][1:]

@@ -38,6 +38,10 @@ def read(probe: Probe) -> tuple[int, int]:
     return probe.ledger.probe_tokens, probe.ledger.probe_total_tokens
 
 
+def validated(probe: Probe) -> tuple[int, int]:
+    return probe.ledger.validation_tokens, probe.ledger.validation_total_tokens
+
+
 def tokens(*names: str) -> tuple[int, int]:
     """(supervised, all) tokens of the examples, by hand."""
     examples = [example for name in names for _, example in EXAMPLES[name]]
@@ -60,12 +64,15 @@ class Reward:
 def test_losses_are_those_of_the_passes_and_are_counted() -> None:
     probe = make_probe()
     losses = probe.losses(BATCHES["validation"])
-    assert read(probe) == tokens("validation")
+    assert (validated(probe), read(probe)) == (tokens("validation"), (0, 0))
     assert losses.isnan().tolist() == [False, False, True, False], "without a validation split"
     expected = passes.task_losses(probe.model, BATCHES["validation"], len(NAMES))
     torch.testing.assert_close(losses, expected, rtol=0, atol=0, equal_nan=True)
     probe.losses(BATCHES["validation"])
-    assert read(probe) == tokens("validation", "validation"), "each time"
+    assert validated(probe) == tokens("validation", "validation"), "each time"
+    probe.losses(BATCHES["validation"], for_mixture=True)
+    assert read(probe) == tokens("validation"), "apart"
+    assert validated(probe) == tokens("validation", "validation")
 
 
 def with_test_split(probe: Probe, *names: str) -> Probe:
@@ -79,7 +86,7 @@ def test_losses_of_the_test_split_are_checked_for_the_tasks_that_have_it() -> No
     probe, batches = with_test_split(make_probe(), *"bcd"), batched([(1, EXAMPLE), (2, EXAMPLE), (3, EXAMPLE)])
     losses = probe.losses(batches, split="test")
     assert losses.isnan().tolist() == [True, False, False, False]
-    assert read(probe) == (3 * 2, 3 * 3)
+    assert (validated(probe), read(probe)) == ((3 * 2, 3 * 3), (0, 0))
     with pytest.raises(ValueError, match="is not finite"):
         probe.losses(batches)
     with pytest.raises(ValueError, match="is not finite"):
