@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from adapt_recipes.data.examples import RawTask
-from adapt_recipes.data.source_files import FileTask
+from adapt_recipes.data.source_files import ColumnTasks, FileTask
 
 
-def task_per_source(**sources: Sequence[RawTask | FileTask]) -> list[RawTask | FileTask]:
+def task_per_source(**sources: Sequence[RawTask | FileTask | ColumnTasks]) -> list[RawTask | FileTask]:
     """One task for every source, called by its key, of all the rows that the source has.
 
     A source with several tasks (splits, files, configurations) becomes one. Its validation split consists of those of
@@ -21,14 +22,20 @@ def task_per_source(**sources: Sequence[RawTask | FileTask]) -> list[RawTask | F
     if not sources:
         raise ValueError("there is no source; add a key for each, with a _component_ that returns tasks")
     for name, tasks in sources.items():
-        if not isinstance(tasks, Sequence) or not all(isinstance(task, RawTask | FileTask) for task in tasks):
+        if not isinstance(tasks, Sequence) or not all(
+            isinstance(task, RawTask | FileTask | ColumnTasks) for task in tasks
+        ):
             raise ValueError(f"{name}: must be a node with a _component_ that returns tasks")
     return [_joined(name, tasks) for name, tasks in sources.items()]
 
 
-def _joined(name: str, tasks: Sequence[RawTask | FileTask]) -> RawTask | FileTask:
-    if tasks and all(isinstance(task, FileTask) for task in tasks):
-        return FileTask(name, [file for task in tasks if isinstance(task, FileTask) for file in task.files])
+def _joined(name: str, given: Sequence[RawTask | FileTask | ColumnTasks]) -> RawTask | FileTask:
+    in_files = [file for task in given if not isinstance(task, RawTask) for file in task.files]
+    if in_files and not any(isinstance(task, RawTask) for task in given):
+        return FileTask(name, [replace(file, node=file.node.replace("tasks", f"tasks.{name}", 1)) for file in in_files])
+    tasks: list[RawTask | FileTask] = []
+    for task in given:
+        tasks += task.raw_tasks() if isinstance(task, ColumnTasks) else [task]
     own = {
         split: [rows for task in tasks if (rows := getattr(task, split)) is not None]
         for split in ("validation", "test")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -15,9 +15,11 @@ import pyarrow
 import torch
 from torch import Tensor
 
-from adapt_recipes.data.store import Columns
+from adapt_recipes.data.store import TASK, Columns
 
 IGNORE_INDEX = -100
+# Examples whose mask is computed at once.
+_CHUNK = 4096
 
 # As a chat template takes it: role and content; tool_calls, tool_call_id, name and reasoning_content where the row has
 # them.
@@ -39,6 +41,26 @@ class BadRow(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.source} {self.number}: {self.reason}"
+
+
+def bad_rows_error(bad_rows: Sequence[BadRow]) -> str:
+    """One line about the bad rows of the first source that has some: their number, and the first five."""
+    # A row may be of several tasks.
+    bad_rows = list(dict.fromkeys(bad_rows))
+    source = bad_rows[0].source
+    same = [row for row in bad_rows if row.source == source]
+    if len(bad_rows) == 1:
+        return str(bad_rows[0])
+    where, _, unit = source.rpartition(", ")
+    shown: list[str] = []
+    for row in same[:5]:
+        # A long reason, such as the list of all formats, stands there once.
+        is_repeated = len(row.reason) > 60 and any(each.endswith(row.reason) for each in shown)
+        shown.append(f"{unit} {row.number}: {'the same' if is_repeated else row.reason}")
+    more = f"; and {len(same) - 5:,} more" if len(same) > 5 else ""
+    others = f"; and {len(bad_rows) - len(same):,} elsewhere" if len(bad_rows) > len(same) else ""
+    rows = "1 bad row" if len(same) == 1 else f"{len(same):,} bad rows"
+    return f"{where}: {rows}: {'; '.join(shown)}{more}{others}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +164,7 @@ class Examples:
             num_bytes=zeros.astype(np.int32),
             prompts=pyarrow.nulls(number, pyarrow.large_string()),
             references=pyarrow.nulls(number, pyarrow.large_list(pyarrow.large_string())),
+            tasks=pyarrow.nulls(number, TASK),
         )
         return cls((columns,), torch.arange(number), torch.zeros(0, dtype=torch.int64))
 
@@ -151,27 +174,22 @@ class Examples:
     @property
     def lengths(self) -> Tensor:
         """(num_examples,) int64: rendered tokens of each example."""
-        return self._column([np.diff(each.offsets) for each in self.sources])
+        return self._gathered(self._lengths_of)
 
     @property
     def num_supervised(self) -> Tensor:
         """(num_examples,) int64: supervised tokens of each example."""
-        counts = []
-        for columns, hidden in zip(self.sources, self._hidden_by_source, strict=True):
-            sizes = np.concatenate([[0], columns.ends - columns.firsts])
-            sizes[hidden + 1] = 0
-            counts.append(np.diff(sizes.cumsum()[columns.answer_offsets]))
-        return self._column(counts)
+        return self._gathered(self._num_supervised_of)
 
     @property
     def prompt_hashes(self) -> Tensor:
         """(num_examples,) int64, of everything before the last answer."""
-        return self._column([each.prompt_hashes for each in self.sources])
+        return self._gathered(lambda source, rows: self.sources[source].prompt_hashes[rows])
 
     @property
     def max_token(self) -> int:
         """The highest token id."""
-        return int(self._column([each.max_tokens for each in self.sources]).max())
+        return int(self._gathered(lambda source, rows: self.sources[source].max_tokens[rows]).max())
 
     @property
     def offsets(self) -> Tensor:
@@ -201,31 +219,30 @@ class Examples:
 
     def supervised_blocks(self) -> Iterator[np.ndarray]:
         """``supervised`` in parts."""
-        hidden_by_source = self._hidden_by_source
-        for source, first, end in self._runs():
-            columns, hidden = self.sources[source], hidden_by_source[source]
-            offsets = columns.offsets[first : end + 1]
-            answers = np.arange(columns.answer_offsets[first], columns.answer_offsets[end])
-            answers = answers[~np.isin(answers, hidden)] if len(hidden) else answers
-            starts = columns.offsets[np.searchsorted(columns.answer_offsets, answers, side="right") - 1] - offsets[0]
+        for source, rows in self._chunks():
+            columns = self.sources[source]
+            # The tokens of these rows, as if they followed each other.
+            offsets = np.concatenate([[0], self._lengths_of(source, rows).cumsum()])
+            answers, counts = self._answers_of(source, rows)
+            starts = offsets[:-1].repeat(counts)
+            is_learned = ~np.isin(answers, self._hidden_of(source))
+            starts, answers = starts[is_learned], answers[is_learned]
             # +1 where an answer begins, -1 behind its end. No two begin or end at the same place.
-            changes = np.zeros(offsets[-1] - offsets[0] + 1, dtype=np.int8)
+            changes = np.zeros(offsets[-1] + 1, dtype=np.int8)
             changes[starts + columns.firsts[answers]] += 1
             changes[starts + columns.ends[answers]] -= 1
             yield changes[:-1].cumsum(dtype=np.int8) > 0
 
     def example(self, index: int) -> Example:
         """Example ``index``, shifted for a causal model."""
-        columns, row, hidden = self._located(index)
+        columns, row, answers = self._located(index)
         start, end = columns.offsets[row : row + 2].tolist()
         # numpy, because operations on small tensors are several times slower.
         tokens = columns.tokens[start:end].astype(np.int64)
         labels = np.full(len(tokens) - 1, IGNORE_INDEX)
-        first_answer, last_answer = columns.answer_offsets[row : row + 2].tolist()
-        for answer in range(first_answer, last_answer):
-            if not _is_in(answer, hidden):
-                first, end = int(columns.firsts[answer]), int(columns.ends[answer])
-                labels[first - 1 : end - 1] = tokens[first:end]
+        for answer in answers:
+            first, end = int(columns.firsts[answer]), int(columns.ends[answer])
+            labels[first - 1 : end - 1] = tokens[first:end]
         return Example(torch.from_numpy(tokens[:-1]), torch.from_numpy(labels))
 
     def prompt(self, index: int) -> tuple[list[Message], list[dict[str, Any]] | None]:
@@ -242,17 +259,42 @@ class Examples:
 
     def answer_bytes(self, index: int) -> list[int]:
         """The UTF-8 lengths of the supervised answers of example ``index``."""
-        columns, row, hidden = self._located(index)
-        first, end = columns.answer_offsets[row : row + 2].tolist()
-        return [int(columns.num_bytes[answer]) for answer in range(first, end) if not _is_in(answer, hidden)]
+        columns, _, answers = self._located(index)
+        return [int(columns.num_bytes[answer]) for answer in answers]
 
     def select(self, indices: Sequence[int] | Tensor) -> Examples:
         """The examples at ``indices``, in that order."""
         return replace(self, rows=self.rows[torch.as_tensor(indices, dtype=torch.int64)])
 
-    def _column(self, values: Sequence[np.ndarray]) -> Tensor:
-        """The values of the examples, as int64, from those of all rows of every source."""
-        return torch.from_numpy(np.concatenate([*values, np.zeros(0, np.int64)])[self.rows.numpy()])
+    def _gathered(self, of_source: Callable[[int, np.ndarray], np.ndarray]) -> Tensor:
+        """The values of the examples, as int64, from those of rows of every source."""
+        rows, starts = self.rows.numpy(), np.array(self._row_starts)
+        source_of = np.searchsorted(starts, rows, side="right") - 1
+        # The examples in the order of their sources.
+        order = source_of.argsort(kind="stable")
+        cuts = np.searchsorted(source_of[order], np.arange(len(starts)))
+        values = np.empty(len(rows), dtype=np.int64)
+        for source in np.diff(cuts).nonzero()[0].tolist():
+            examples = order[cuts[source] : cuts[source + 1]]
+            values[examples] = of_source(source, rows[examples] - starts[source])
+        return torch.from_numpy(values)
+
+    def _lengths_of(self, source: int, rows: np.ndarray) -> np.ndarray:
+        offsets = self.sources[source].offsets
+        return offsets[rows + 1] - offsets[rows]
+
+    def _num_supervised_of(self, source: int, rows: np.ndarray) -> np.ndarray:
+        columns = self.sources[source]
+        answers, counts = self._answers_of(source, rows)
+        sizes = columns.ends[answers] - columns.firsts[answers]
+        sizes[np.isin(answers, self._hidden_of(source))] = 0
+        sums, cuts = (np.concatenate([[0], each.cumsum()]) for each in (sizes, counts))
+        return np.diff(sums[cuts])
+
+    def _answers_of(self, source: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The answers of rows of a source, and their number for each row."""
+        offsets = self.sources[source].answer_offsets
+        return ranges(offsets[rows], offsets[rows + 1]), offsets[rows + 1] - offsets[rows]
 
     @cached_property
     def _row_starts(self) -> list[int]:
@@ -260,18 +302,35 @@ class Examples:
         return [0, *accumulate(len(each.rows) for each in self.sources)]
 
     @cached_property
-    def _hidden_by_source(self) -> list[np.ndarray]:
-        """The hidden answers of each source, numbered within it."""
-        starts = np.array([0, *accumulate(len(each.firsts) for each in self.sources)])
-        hidden = self.hidden.numpy()
-        cuts = np.searchsorted(hidden, starts)
-        return [hidden[cuts[i] : cuts[i + 1]] - start for i, start in enumerate(starts[:-1])]
+    def _answer_starts(self) -> list[int]:
+        """The number of the first answer of each source, and the number of all answers."""
+        return [0, *accumulate(len(each.firsts) for each in self.sources)]
 
-    def _located(self, index: int) -> tuple[Columns, int, np.ndarray]:
-        """The source of an example, its row there, and the hidden answers of the source."""
+    def _hidden_of(self, source: int) -> np.ndarray:
+        """The hidden answers of a source, numbered within it."""
+        first, end = self._answer_starts[source : source + 2]
+        hidden = self.hidden.numpy()
+        return hidden[slice(*np.searchsorted(hidden, [first, end]))] - first
+
+    def _located(self, index: int) -> tuple[Columns, int, list[int]]:
+        """The source of an example, its row there, and its supervised answers there."""
         row = int(self.rows[index])
         source = bisect_right(self._row_starts, row) - 1
-        return self.sources[source], row - self._row_starts[source], self._hidden_by_source[source]
+        columns, row, start = self.sources[source], row - self._row_starts[source], self._answer_starts[source]
+        first, end = columns.answer_offsets[row : row + 2].tolist()
+        hidden = self.hidden.numpy()
+        return columns, row, [answer for answer in range(first, end) if not _is_in(start + answer, hidden)]
+
+    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Source and rows of at most ``_CHUNK`` examples that follow each other and have the same source."""
+        rows, starts = self.rows.numpy(), np.array(self._row_starts)
+        for first in range(0, len(rows), _CHUNK):
+            some = rows[first : first + _CHUNK]
+            sources = np.searchsorted(starts, some, side="right") - 1
+            breaks = np.diff(sources).nonzero()[0] + 1
+            for begin, end in pairwise([0, *breaks.tolist(), len(some)]):
+                source = int(sources[begin])
+                yield source, some[begin:end] - starts[source]
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:
         """Source, first row and last + 1 of examples that follow each other in the same source."""
@@ -284,6 +343,12 @@ class Examples:
         for first, end in pairwise([0, *breaks.tolist(), len(rows)]):
             source = int(sources[first])
             yield source, int(rows[first] - starts[source]), int(rows[end - 1] - starts[source]) + 1
+
+
+def ranges(firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """``[*range(firsts[0], ends[0]), *range(firsts[1], ends[1]), ...]``."""
+    counts = ends - firsts
+    return np.arange(counts.sum()) + (firsts - counts.cumsum() + counts).repeat(counts)
 
 
 def _is_in(number: int, ascending: np.ndarray) -> bool:

@@ -76,6 +76,7 @@ class RowReader:
     Args:
         format: name of the format; None: it is recognized by the keys of the first row that fits one.
         messages, prompt, response: names of the columns in place of the format's keys.
+        before: the format of the rows before the first, if there are some; not with a named format.
 
     Raises:
         ValueError: there is no such format, or it has no such column.
@@ -88,6 +89,7 @@ class RowReader:
         messages: str | None = None,
         prompt: str | None = None,
         response: str | None = None,
+        before: str | None = None,
     ) -> None:
         if format is not None and format not in FORMATS:
             raise ValueError(f"tasks.format: {format!r} is not a format{nearest(str(format), FORMATS)}")
@@ -99,7 +101,7 @@ class RowReader:
             format = "prompt_response"
 
         # The format of the rows before, or the one named, with the columns named.
-        self._name = format
+        self._name = format or before
         self._named: Format | None = None
         if format is not None:
             own = FORMATS[format]
@@ -110,14 +112,19 @@ class RowReader:
             if self._named.prompt == self._named.response:
                 raise ValueError(f"tasks.prompt: {prompt!r} is the column of the response as well")
 
+    @property
+    def format(self) -> str | None:
+        """The format of the rows read so far; None: it is not known yet."""
+        return self._name
+
     def conversation(
-        self, row: Any, *, origin: tuple[str, int], unused_keys: Counter[str], used: Collection[str] = ()
+        self, row: Any, *, origin: tuple[str, int] | None, unused_keys: Counter[str], used: Collection[str] = ()
     ) -> Conversation:
         """The conversation in a row.
 
         Args:
             row: a mapping of keys to values; a value None counts as missing.
-            origin: source and number of the row.
+            origin: source and number of the row, for the conversation.
             unused_keys: the row is counted there under every key that is not used.
             used: other keys that the caller uses.
 

@@ -6,14 +6,17 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import datasets
 
 from adapt_recipes.data.examples import RawTask
-from adapt_recipes.data.raw_tasks import TasksReader, check_task_per
-from adapt_recipes.data.rows import SPLITS, Split, arrow_rows, folder_of
+from adapt_recipes.data.file_rows import check_task_per, file_rows
+from adapt_recipes.data.formats import RowReader
+from adapt_recipes.data.rows import SPLITS, Row, Split, arrow_rows, folder_of
+from adapt_recipes.data.source_files import ColumnTasks, FileRow, FileTask, SourceFile
 from adapt_recipes.errors import nearest, warn
 
 Splits = Mapping[str, datasets.Dataset]
@@ -34,7 +37,7 @@ def hf_tasks(
     messages: str | None = None,
     prompt: str | None = None,
     response: str | None = None,
-) -> list[RawTask]:
+) -> list[FileTask] | list[ColumnTasks] | list[RawTask]:
     """One task per split, per configuration, or per value of a column of a dataset.
 
     A split named validation (or valid, val, dev) is the validation split, and one named test the test split, unless the
@@ -57,9 +60,13 @@ def hf_tasks(
         prompt: the column of the user's message, in place of the format's.
         response: the column of the answer, in place of the format's.
 
+    Returns:
+        The tasks. The Arrow files that ``datasets`` keeps are read when their rows are asked for; a dataset that it has
+        in memory is read at once.
+
     Raises:
         ValueError: the dataset cannot be loaded, a split is empty, or an argument is not allowed or names a split,
-            configuration or column that is not there.
+            configuration or column that is not there; when rows are read: none has a value in the column.
     """
     check_task_per(task_per, ("split", "configuration", "column"), column)
     if names is not None and (not names or len(set(names)) < len(names)):
@@ -74,19 +81,32 @@ def hf_tasks(
     if str(path).startswith((".", "/", "~")):
         folder_of(path)
     named = {"column": column, "messages": messages, "prompt": prompt, "response": response}
-    reader = TasksReader(column=column, format=format, messages=messages, prompt=prompt, response=response)
+    columns = {"format": format, "messages": messages, "prompt": prompt, "response": response}
+    # What is wrong with them, before anything is read.
+    RowReader(**columns)
+    files: dict[str, list[SourceFile]] = {}
+    is_in_memory = False
 
-    def read(splits: Splits, where: str, *, task: str, name: str, split: Split) -> None:
+    def add(splits: Splits, where: str, *, task: str, name: str, split: Split) -> None:
+        nonlocal is_in_memory
         if name not in splits:
             raise ValueError(f"{where}: no split {name!r}{nearest(name, splits)}")
         rows = splits[name]
+        if not len(rows):
+            raise ValueError(f"{where}, split {name!r} is empty")
         for key, wanted in named.items():
-            if wanted is not None and len(rows) and wanted not in rows.column_names:
+            if wanted is not None and wanted not in rows.column_names:
                 advice = nearest(wanted, rows.column_names)
                 raise ValueError(f"tasks.{key}: {where}, split {name!r} has no column {wanted!r}{advice}")
-        # Arrow's own values: nothing is decoded, such as an image.
-        tables = rows.with_format("arrow").iter(batch_size=1000)
-        reader.read(arrow_rows(tables), source=f"{where}, split {name!r}, row", split=split, task=task)
+        source = f"{where}, split {name!r}, row"
+        some = files.setdefault(task, [])
+        if rows.cache_files:
+            some += _source_files(rows, column, columns, source=source, split=split)
+        else:
+            is_in_memory = True
+            some.append(
+                SourceFile(Path(path), partial(_in_memory, rows, column=column, columns=columns), source, split)
+            )
 
     # The datasets, and which splits are trained on.
     if task_per == "configuration":
@@ -114,10 +134,55 @@ def hf_tasks(
         if unread and (names is None or task_per == "configuration"):
             warn(f"tasks.path: {where}: not read: split {', '.join(map(repr, unread))}")
         for task, name in tasks.items():
-            read(splits, where, task=task, name=name, split="train")
+            add(splits, where, task=task, name=name, split="train")
             for other, name in held_out.items():
-                read(splits, where, task=task, name=name, split=other)
-    return reader.raw_tasks()
+                add(splits, where, task=task, name=name, split=other)
+    if column is not None:
+        of_column = ColumnTasks([file for some in files.values() for file in some])
+        return of_column.raw_tasks() if is_in_memory else [of_column]
+    by_name = [FileTask(name, some) for name, some in files.items()]
+    return [task.raw_task for task in by_name] if is_in_memory else by_name
+
+
+def _source_files(
+    rows: datasets.Dataset, column: str | None, columns: Mapping[str, str | None], *, source: str, split: Split
+) -> Iterator[SourceFile]:
+    """The Arrow files of a split."""
+    paths = [Path(each["filename"]) for each in rows.cache_files]
+    first_row, before = 0, None
+    for path in paths:
+        reader = partial(_rows, column=column, columns={**columns, "before": before})
+        yield SourceFile(path, reader, source, split, first_row)
+        # Rows have the number and the format that they have in the split.
+        if path != paths[-1]:
+            before = before or _format(path, column, columns)
+            first_row += len(datasets.Dataset.from_file(str(path)))
+
+
+def _rows(file: Path, *, column: str | None, columns: Mapping[str, str | None]) -> Iterator[FileRow]:
+    """What is in an Arrow file."""
+    return _in_memory(datasets.Dataset.from_file(str(file)), file, column=column, columns=columns)
+
+
+def _in_memory(
+    rows: datasets.Dataset, _: Path, *, column: str | None, columns: Mapping[str, str | None]
+) -> Iterator[FileRow]:
+    """What is in a dataset."""
+    return file_rows(_values(rows), RowReader(**columns), column)
+
+
+def _format(file: Path, column: str | None, columns: Mapping[str, str | None]) -> str | None:
+    """The format of the rows of an Arrow file, of which no more is read than shows it."""
+    reader = RowReader(**columns)
+    for _ in file_rows(_values(datasets.Dataset.from_file(str(file))), reader, column):
+        if reader.format is not None:
+            break
+    return reader.format
+
+
+def _values(rows: datasets.Dataset) -> Iterator[Row]:
+    """The rows with Arrow's own values: nothing is decoded, such as an image."""
+    return arrow_rows(rows.with_format("arrow").iter(batch_size=1000))
 
 
 def _is_to_hold_out(split: str) -> bool:

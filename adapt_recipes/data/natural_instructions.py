@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from adapt_recipes.data.conversations import error_prefix, text_of
-from adapt_recipes.data.examples import BadRow, Conversation
+from adapt_recipes.data.examples import Conversation
 from adapt_recipes.data.rows import after_space, folder_of, walk
-from adapt_recipes.data.source_files import FileRows, FileTask, SourceFile
+from adapt_recipes.data.source_files import FileRow, FileTask, SourceFile
 from adapt_recipes.errors import closest, nearest
 
 _DECODER = json.JSONDecoder()
@@ -77,7 +78,8 @@ def natural_instructions(
         files_of = {str(file.relative_to(folder).with_suffix("")): [file] for file in chosen}
     reader = partial(_rows, num_positive_examples=num_positive_examples, all_outputs=all_outputs)
     return [
-        FileTask(name, [SourceFile(file, reader, "instance") for file in files]) for name, files in files_of.items()
+        FileTask(name, [SourceFile(file, reader, f"{file}, instance") for file in files])
+        for name, files in files_of.items()
     ]
 
 
@@ -113,10 +115,10 @@ def _from_beginning(file: Path, key: str) -> Any:
     return None
 
 
-def _rows(file: Path, *, num_positive_examples: int, all_outputs: bool) -> FileRows:
+def _rows(file: Path, *, num_positive_examples: int, all_outputs: bool) -> Iterator[FileRow]:
     """What is in a file."""
     with error_prefix(str(file)):
-        return _instances(file, _read(file), num_positive_examples, all_outputs)
+        yield from _instances(_read(file), num_positive_examples, all_outputs)
 
 
 def _read(file: Path) -> Any:
@@ -157,7 +159,7 @@ def _texts(content: Any, key: str, *, or_empty: bool = False) -> list[str]:
     return list(dict.fromkeys(text_of(value, repr(key)).strip() for value in values))
 
 
-def _instances(file: Path, content: dict[str, Any], num_positive_examples: int, all_outputs: bool) -> FileRows:
+def _instances(content: dict[str, Any], num_positive_examples: int, all_outputs: bool) -> Iterator[FileRow]:
     """One conversation per instance, or one per output."""
     opening, closing = _texts(content, "Definition")[0] + "\n\n", ""
     if num_positive_examples:
@@ -167,17 +169,15 @@ def _instances(file: Path, content: dict[str, Any], num_positive_examples: int, 
                 shown, output = _texts(example, "input")[0], _texts(example, "output")[0]
             opening += f"Positive Example {index + 1} -\nInput: {shown}\nOutput: {output}\n\n"
         opening, closing = f"{opening}Now complete the following example -\nInput: ", "\nOutput:"
-    conversations: list[Conversation] = []
-    bad_rows, num_empty, source = [], 0, f"{file}, instance"
     for index, instance in enumerate(_list(content, "Instances")):
         try:
             prompt = (opening + _texts(instance, "input")[0] + closing).strip()
             outputs = tuple(output for output in _texts(instance, "output", or_empty=True) if output)
         except ValueError as error:
-            bad_rows.append(BadRow(source, index, str(error)))
+            yield FileRow(index, error=str(error))
             continue
-        num_empty += not outputs
+        if not outputs:
+            yield FileRow(index, is_empty=True)
         for output in outputs[: None if all_outputs else 1]:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
-            conversations.append(Conversation(messages, supervised=(1,), origin=(source, index), references=outputs))
-    return FileRows(conversations, bad_rows, num_empty)
+            yield FileRow(index, Conversation(messages, supervised=(1,), references=outputs))

@@ -23,25 +23,24 @@ the exception: they train, and may test, on what they validate on.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from itertools import islice
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from adapt_recipes.data.examples import BadRow, Examples, LeftOut, RawTask, Task
-from adapt_recipes.data.raw_tasks import Split, bad_rows_error
-from adapt_recipes.data.source_files import FileTask, SourceFile, total
+from adapt_recipes.data.examples import BadRow, Examples, LeftOut, RawTask, Task, bad_rows_error, ranges
+from adapt_recipes.data.rows import Split
+from adapt_recipes.data.source_files import ColumnTasks, FileTask, SourceFile
 from adapt_recipes.data.store import Columns, Entry, concatenated
 from adapt_recipes.data.tokenize import AS_WRITTEN, ConversationTokenizer, Reading, Source, sources_of, tokenize
 from adapt_recipes.errors import nearest, warn
 
 
 def prepare_tasks(
-    raw_tasks: Sequence[RawTask | FileTask],
+    raw_tasks: Sequence[RawTask | FileTask | ColumnTasks],
     tokenizer: ConversationTokenizer,
     *,
     max_seq_len: int,
@@ -74,39 +73,48 @@ def prepare_tasks(
         ValueError: a task name is unknown or duplicated; there are bad rows (it names the first, and their number); a
             task has no example that can be used, or too few prompts to hold some out.
     """
-    _check_names([task.name for task in raw_tasks], no_validation)
-    _check_bad_rows([row for task in raw_tasks for row in _own_bad_rows(task)], on_bad_rows)
+    if not any(isinstance(task, ColumnTasks) for task in raw_tasks):
+        _check_names([task.name for task in raw_tasks if not isinstance(task, ColumnTasks)], no_validation)
+    _check_bad_rows([row for task in raw_tasks if isinstance(task, RawTask) for row in task.bad_rows], on_bad_rows)
 
-    # Steps 1 to 3. By task and split; a task that is not in the objective has one split.
-    sources = {
-        (task.name, split): each
+    # Steps 1 to 3. A task that is not in the objective has one split.
+    sources = [
+        [
+            (split, source)
+            for split, source in sources_of(task)
+            if split == "train" or not (isinstance(task, RawTask) and task.name in no_validation)
+        ]
         for task in raw_tasks
-        for split, each in sources_of(task).items()
-        if split == "train" or task.name not in no_validation
-    }
+    ]
     entries = iter(
         tokenize(
-            [each for some in sources.values() for each in some],
+            [source for some in sources for _, source in some],
             tokenizer,
             reading=reading,
             num_workers=num_workers,
             cache_dir=Path(cache_dir).expanduser(),
         )
     )
-    prepared = {key: list(islice(entries, len(some))) for key, some in sources.items()}
-    _warn_about_empty(sources, prepared)
-    bad = {key: _bad_rows(key, sources[key], some) for key, some in prepared.items()}
-    _check_bad_rows([row for rows in bad.values() for row in rows], on_bad_rows)
-    for task in raw_tasks:
-        skipped = [*_own_bad_rows(task), *bad[task.name, "train"]]
-        if skipped and not sum(map(len, prepared[task.name, "train"])):
+    read = [[_Read(split, source, next(entries)) for split, source in some] for some in sources]
+    _warn_about_empty([each for some in read for each in some])
+    found = [each for task, some in zip(raw_tasks, read, strict=True) for each in _tasks_in(task, some, no_validation)]
+    _check_names([task.name for task in found], no_validation)
+    _check_bad_rows([row for task in found for row in task.bad_rows], on_bad_rows)
+    _check_bad_rows([row for task in found for rows in task.bad_conversations.values() for row in rows], on_bad_rows)
+    for task in found:
+        skipped = [*task.bad_rows, *task.bad_conversations["train"]]
+        if skipped and not len(task.splits["train"].rows):
             raise ValueError(f"task {task.name!r}: no row is an example: {bad_rows_error(skipped)}")
-    splits = {key: _Rows.usable(key, [each.columns for each in some], max_seq_len) for key, some in prepared.items()}
-    for task in raw_tasks:
+    splits = {
+        (task.name, split): _Rows.usable((task.name, split), each, max_seq_len)
+        for task in found
+        for split, each in task.splits.items()
+    }
+    for task in found:
         splits[task.name, "train"].limit(max_examples_per_task)
 
     # Step 4: hold out prompts to validate on.
-    objective = [task.name for task in raw_tasks if task.name not in no_validation]
+    objective = [task.name for task in found if task.name not in no_validation]
     for name in objective:
         if (name, "validation") not in splits:
             prompts = _smallest_prompts(name, splits[name, "train"], validation_examples, "validation_examples")
@@ -114,7 +122,7 @@ def prepare_tasks(
     validated = _HeldOut.union([_NOTHING, *(splits[name, "validation"].answers for name in objective)])
 
     # Step 5: hold out prompts to test on, out of those on which nobody validates.
-    memorized = {task.name for task in raw_tasks if task.memorized}
+    memorized = {task.name for task in found if task.memorized}
     for name in objective if test_examples else ():
         if (name, "test") not in splits:
             without = None if name in memorized else validated.pairs
@@ -124,32 +132,119 @@ def prepare_tasks(
 
     # Step 6: no leaks.
     held_out = _HeldOut.union([validated, *tested])
-    tasks = []
-    for task in raw_tasks:
-        names: tuple[Split, ...] = ("train", "validation", "test")
-        rows = {split: splits[task.name, split] for split in names if (task.name, split) in splits}
-        num_bad_rows = len(_own_bad_rows(task)) + sum(len(bad.get((task.name, split), ())) for split in rows)
-        facts = [each.facts.unused_keys for split in rows for each in prepared.get((task.name, split), ())]
-        unused_keys = total([task.unused_keys] if isinstance(task, RawTask) else facts)
-        tasks.append(
-            _without_leaks(task, rows, validated, held_out, num_bad_rows=num_bad_rows, unused_keys=unused_keys)
+    names: tuple[Split, ...] = ("train", "validation", "test")
+    return [
+        _without_leaks(
+            task,
+            {split: splits[task.name, split] for split in names if (task.name, split) in splits},
+            validated,
+            held_out,
         )
-    return tasks
+        for task in found
+    ]
 
 
-def _without_leaks(
-    task: RawTask | FileTask,
-    rows: dict[Split, _Rows],
-    validated: _HeldOut,
-    held_out: _HeldOut,
-    *,
-    num_bad_rows: int,
-    unused_keys: dict[str, int],
-) -> Task:
+class _Read(NamedTuple):
+    """What the store has of a source."""
+
+    split: Split
+    source: Source
+    entry: Entry
+
+
+class _Found(NamedTuple):
+    """A task that was read.
+
+    Attributes:
+        name, entropy, memorized: as of a ``RawTask``.
+        splits: those that the source brings, as far as they are used.
+        bad_rows: rows of all its splits that are no conversations.
+        bad_conversations: those of ``splits`` that cannot be tokenized.
+        unused_keys: for each key of the rows that is not used, the number of rows that have it.
+    """
+
+    name: str
+    entropy: float | None
+    memorized: bool
+    splits: dict[Split, _Index]
+    bad_rows: list[BadRow]
+    bad_conversations: dict[Split, list[BadRow]]
+    unused_keys: Mapping[str, int]
+
+
+def _tasks_in(
+    task: RawTask | FileTask | ColumnTasks, read: Sequence[_Read], no_validation: Collection[str]
+) -> list[_Found]:
+    """The task; or those of a column, one for each value."""
+    # By value of the column; all is under None where no column makes tasks.
+    values: set[str | None] = set()
+    bad_rows: defaultdict[str | None, list[BadRow]] = defaultdict(list)
+    bad_conversations: defaultdict[tuple[str | None, Split], list[BadRow]] = defaultdict(list)
+    unused_keys: defaultdict[str | None, Counter[str]] = defaultdict(Counter)
+    if isinstance(task, RawTask):
+        bad_rows[None] += task.bad_rows
+        unused_keys[None].update(task.unused_keys)
+    for split, source, entry in read:
+        values.update(entry.columns.tasks.dictionary.to_pylist())
+        for number, reason, value in entry.facts.bad_rows:
+            assert isinstance(source, SourceFile)
+            bad_rows[value].append(source.bad_row(number, reason))
+        for number, reason, value in entry.facts.bad_conversations:
+            bad_conversations[value, split].append(_bad_conversation(task, split, source, number, reason))
+        for value, counts in entry.facts.unused_keys.items():
+            unused_keys[value].update(counts)
+    values |= {*bad_rows, *(value for value, _ in bad_conversations)}
+    names = sorted(value for value in values if value is not None)
+
+    # The values of each task. Rows without a value are the first one's.
+    owned: dict[str, list[str | None]]
+    if isinstance(task, ColumnTasks):
+        if not names:
+            raise ValueError(bad_rows_error(bad_rows[None]))
+        owned = {name: [name] for name in names}
+        owned[names[0]].append(None)
+    else:
+        owned = {task.name: [*names, None]}
+
+    splits: defaultdict[str, dict[Split, _Index]] = defaultdict(dict)
+    for split in dict.fromkeys(each.split for each in read):
+        indices = _indices([each.entry.columns for each in read if each.split == split], [*owned.values()])
+        for (name, some), index in zip(owned.items(), indices, strict=True):
+            is_there = len(index.rows) or any((value, split) in bad_conversations for value in some)
+            if split == "train" or (name not in no_validation and (is_there or not isinstance(task, ColumnTasks))):
+                splits[name][split] = index
+    return [
+        _Found(
+            name,
+            None if isinstance(task, ColumnTasks) else task.entropy,
+            not isinstance(task, ColumnTasks) and task.memorized,
+            splits[name],
+            [row for value in some for row in bad_rows[value]],
+            {split: [row for value in some for row in bad_conversations[value, split]] for split in splits[name]},
+            sum((unused_keys[value] for value in some), Counter()),
+        )
+        for name, some in owned.items()
+    ]
+
+
+def _bad_conversation(
+    task: RawTask | FileTask | ColumnTasks, split: Split, source: Source, number: int, reason: str
+) -> BadRow:
+    """A conversation that cannot be tokenized, by where it is from."""
+    if isinstance(source, SourceFile):
+        return BadRow(source.source, source.first_row + number, reason)
+    assert isinstance(task, RawTask)
+    origin = getattr(source.conversations[number - source.start], "origin", None)
+    unnamed = f"task {task.name!r}, {'' if split == 'train' else split + ' '}example"
+    where, number = origin or (unnamed, number)
+    return BadRow(where, number, reason)
+
+
+def _without_leaks(task: _Found, rows: dict[Split, _Rows], validated: _HeldOut, held_out: _HeldOut) -> Task:
     """Step 6 for one task, with the rows of its splits; ``held_out`` are all answers of validation and test."""
     train, answers, examples = rows["train"], 0, 0
     if not task.memorized:
-        if own := [each for split, each in rows.items() if split != "train" and getattr(task, split) is not None]:
+        if own := [each for split, each in rows.items() if split != "train" and split in task.splits]:
             _warn_about_own_splits(task.name, train, own)
         if "test" in rows:
             rows["test"].hide(validated, task.name)
@@ -161,11 +256,11 @@ def _without_leaks(
             )
     left_out = LeftOut(
         too_long=sum(each.too_long for each in rows.values()),
-        bad_rows=num_bad_rows,
+        bad_rows=len(task.bad_rows) + sum(map(len, task.bad_conversations.values())),
         unlabeled=sum(each.unlabeled for each in rows.values()),
         leaked_answers=answers,
         leaked_examples=examples,
-        unused_keys=unused_keys,
+        unused_keys=dict(sorted(task.unused_keys.items())),
     )
     selected = {split: each.examples() for split, each in rows.items()}
     validation, test = selected.get("validation"), selected.get("test")
@@ -188,15 +283,52 @@ _NOTHING = _HeldOut(*np.zeros((2, 0), dtype=np.int64))
 
 
 class _Index(NamedTuple):
-    """What decides on the examples of one split of one task: columns of all its sources, concatenated."""
+    """What decides on the examples of one split of one task."""
 
+    sources: Sequence[Columns]
+    # of each example; the first is its number over all sources
+    rows: np.ndarray
     lengths: np.ndarray
     prompt_hashes: np.ndarray
     content_hashes: np.ndarray
-    # of each answer
+    # of each answer; the first is its number over all sources
+    answers: np.ndarray
     example_of: np.ndarray
     pair_of: np.ndarray
     whole_of: np.ndarray
+
+
+def _indices(sources: Sequence[Columns], groups: Sequence[Sequence[str | None]]) -> Iterator[_Index]:
+    """The examples of each group of values of the column, one value after the other."""
+    num_answers = np.concatenate([np.diff(each.answer_offsets) for each in sources])
+    lengths = np.concatenate([np.diff(each.offsets) for each in sources])
+    prompts, contents = concatenated(sources, "prompt_hashes"), concatenated(sources, "content_hashes")
+    pairs, wholes = concatenated(sources, "pair_hashes"), concatenated(sources, "whole_hashes")
+    answer_ends = num_answers.cumsum()
+
+    # The examples in the order of the groups, and where each group ends.
+    position = {value: number for number, value in enumerate(value for group in groups for value in group)}
+    codes = []
+    for each in sources:
+        # The last one is of the index -1, that of null.
+        of_index = np.array([position[value] for value in (*each.tasks.dictionary.to_pylist(), None)])
+        codes.append(of_index[each.tasks.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+    of_example = np.concatenate(codes)
+    order = of_example.argsort(kind="stable")
+    ends = np.searchsorted(of_example[order], np.cumsum([len(group) for group in groups]))
+    for rows in np.split(order, ends[:-1]):
+        answers = ranges(answer_ends[rows] - num_answers[rows], answer_ends[rows])
+        yield _Index(
+            sources,
+            rows,
+            lengths[rows],
+            prompts[rows],
+            contents[rows],
+            answers,
+            np.arange(len(rows)).repeat(num_answers[rows]),
+            pairs[answers],
+            wholes[answers],
+        )
 
 
 class _Rows:
@@ -208,10 +340,7 @@ class _Rows:
         too_long, unlabeled: numbers of examples that are not kept for that.
     """
 
-    def __init__(
-        self, sources: Sequence[Columns], index: _Index, kept: np.ndarray, *, too_long: int = 0, unlabeled: int = 0
-    ) -> None:
-        self._sources = sources
+    def __init__(self, index: _Index, kept: np.ndarray, *, too_long: int = 0, unlabeled: int = 0) -> None:
         self._index = index
         self.kept = kept
         self.too_long, self.unlabeled = too_long, unlabeled
@@ -219,22 +348,13 @@ class _Rows:
         self.hidden = np.zeros(len(index.example_of), dtype=bool)
 
     @classmethod
-    def usable(cls, key: tuple[str, Split], sources: Sequence[Columns], max_seq_len: int) -> _Rows:
+    def usable(cls, key: tuple[str, Split], index: _Index, max_seq_len: int) -> _Rows:
         """The examples with an answer to learn that are short enough."""
         name, split = key
-        if not sum(len(each.rows) for each in sources):
+        lengths = index.lengths
+        if not len(lengths):
             raise ValueError(f"task {name!r}: there is no {split} example")
-        num_answers = np.concatenate([np.diff(each.answer_offsets) for each in sources])
-        lengths = np.concatenate([np.diff(each.offsets) for each in sources])
-        index = _Index(
-            lengths,
-            concatenated(sources, "prompt_hashes"),
-            concatenated(sources, "content_hashes"),
-            np.arange(len(lengths)).repeat(num_answers),
-            concatenated(sources, "pair_hashes"),
-            concatenated(sources, "whole_hashes"),
-        )
-        labeled = num_answers > 0
+        labeled = np.bincount(index.example_of, minlength=len(lengths)) > 0
         kept = labeled & (lengths <= max_seq_len)
         if not labeled.any():
             raise ValueError(f"task {name!r}: all {len(lengths)} {split} examples have the weight 0")
@@ -245,7 +365,7 @@ class _Rows:
                 f"the shortest has {shortest}"
             )
         num_too_long, num_unlabeled = int((labeled & ~kept).sum()), int((~labeled).sum())
-        return cls(sources, index, kept, too_long=num_too_long, unlabeled=num_unlabeled)
+        return cls(index, kept, too_long=num_too_long, unlabeled=num_unlabeled)
 
     @property
     def answers(self) -> _HeldOut:
@@ -273,7 +393,7 @@ class _Rows:
         """Moves the examples with these prompts to another split."""
         taken = self.kept & np.isin(self._index.prompt_hashes, prompts)
         self.kept = self.kept & ~taken
-        return _Rows(self._sources, self._index, taken)
+        return _Rows(self._index, taken)
 
     def hide(self, held_out: _HeldOut, name: str) -> tuple[int, int]:
         """Makes answers that are held out context; returns their number, and that of examples without another."""
@@ -293,8 +413,8 @@ class _Rows:
         return int((leaks & self.kept[self._example_of]).sum()), num_examples
 
     def examples(self) -> Examples:
-        rows, hidden = (torch.from_numpy(each.nonzero()[0]) for each in (self.kept, self.hidden))
-        return Examples(self._sources, rows, hidden)
+        rows, hidden = self._index.rows[self.kept], np.sort(self._index.answers[self.hidden])
+        return Examples(self._index.sources, torch.from_numpy(rows), torch.from_numpy(hidden))
 
 
 def _check_names(names: Sequence[str], no_validation: Collection[str]) -> None:
@@ -314,35 +434,11 @@ def _check_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
         raise ValueError(bad_rows_error(bad_rows) + advice)
 
 
-def _own_bad_rows(task: RawTask | FileTask) -> Sequence[BadRow]:
-    """Those known before a task is prepared."""
-    return task.bad_rows if isinstance(task, RawTask) else ()
-
-
-def _bad_rows(key: tuple[str, Split], sources: Sequence[Source], entries: Sequence[Entry]) -> list[BadRow]:
-    """The rows that are no examples, by where they are from."""
-    name, split = key
-    unnamed = f"task {name!r}, {'' if split == 'train' else split + ' '}example"
-    rows = []
-    for source, entry in zip(sources, entries, strict=True):
-        for row, reason in entry.facts.bad_rows:
-            where, number = unnamed, row
-            if isinstance(source, SourceFile):
-                where = source.source
-            elif origin := getattr(source.conversations[row - source.start], "origin", None):
-                where, number = origin
-            rows.append(BadRow(where, number, reason))
-    return rows
-
-
-def _warn_about_empty(
-    sources: dict[tuple[str, Split], list[Source]], prepared: dict[tuple[str, Split], list[Entry]]
-) -> None:
+def _warn_about_empty(read: Iterable[_Read]) -> None:
     """Says how many rows of which files have no answer, which their source allows."""
     counts = {
         source.path: entry.facts.num_empty
-        for key, some in sources.items()
-        for source, entry in zip(some, prepared[key], strict=True)
+        for _, source, entry in read
         if isinstance(source, SourceFile) and entry.facts.num_empty
     }
     if counts:

@@ -16,6 +16,7 @@ import json
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ _ANSWER = pyarrow.struct(
         pyarrow.field("num_bytes", pyarrow.int32()),
     ]
 )
+TASK = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
 _SCHEMA = pyarrow.schema(
     [
         pyarrow.field("row", pyarrow.int64()),
@@ -53,6 +55,7 @@ _SCHEMA = pyarrow.schema(
         pyarrow.field("answers", pyarrow.large_list(_ANSWER)),
         pyarrow.field("prompt", pyarrow.large_string()),
         pyarrow.field("references", pyarrow.large_list(pyarrow.large_string())),
+        pyarrow.field("task", TASK),
     ]
 )
 
@@ -74,6 +77,7 @@ class Columns(NamedTuple):
         num_bytes: (num_answers,) int32, the UTF-8 length of each answer's text.
         prompts: (num_examples,) strings, the messages before the last answer and the tools, as JSON.
         references: (num_examples,) lists of strings, the answers that are right.
+        tasks: (num_examples,) strings, the value of the column that makes the tasks; null where none does.
     """
 
     tokens: np.ndarray
@@ -90,6 +94,7 @@ class Columns(NamedTuple):
     num_bytes: np.ndarray
     prompts: pyarrow.LargeStringArray
     references: pyarrow.LargeListArray
+    tasks: pyarrow.DictionaryArray
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,17 @@ class Facts:
     """What else is known of a source.
 
     Attributes:
-        bad_rows: (number, reason) of rows that are no examples.
+        bad_rows: (number, reason, task) of rows that are no conversations; the task is the value of the column that
+            makes the tasks, or None.
+        bad_conversations: the same of conversations that cannot be tokenized.
         num_empty: rows that are left out because they have no answer, which the source allows.
-        unused_keys: for each key of the rows that is not used, the number of rows that have it.
+        unused_keys: by task, for each key of the rows that is not used, the number of rows that have it.
     """
 
-    bad_rows: list[tuple[int, str]] = field(default_factory=list)
+    bad_rows: list[tuple[int, str, str | None]] = field(default_factory=list)
+    bad_conversations: list[tuple[int, str, str | None]] = field(default_factory=list)
     num_empty: int = 0
-    unused_keys: dict[str, int] = field(default_factory=dict)
+    unused_keys: dict[str | None, Counter[str]] = field(default_factory=dict)
 
 
 class Entry(NamedTuple):
@@ -136,6 +144,7 @@ def write_entry(folder: Path, key: str, columns: Columns, facts: Facts) -> None:
         pyarrow.LargeListArray.from_arrays(columns.answer_offsets, answers),
         columns.prompts,
         columns.references,
+        columns.tasks,
     ]
     batch = pyarrow.RecordBatch.from_arrays([pyarrow.array(each) for each in arrays], schema=_SCHEMA)
     file = folder / f"{key}.arrow"
@@ -143,7 +152,9 @@ def write_entry(folder: Path, key: str, columns: Columns, facts: Facts) -> None:
         with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_file(sink, _SCHEMA) as writer:
             writer.write_batch(batch)
         checksum = _checksum(partial)
-    _write_about(folder, key, checksum, json.dumps([facts.bad_rows, facts.num_empty, facts.unused_keys]))
+    unused_keys = [(task, sorted(counts.items())) for task, counts in facts.unused_keys.items()]
+    text = json.dumps([facts.bad_rows, facts.bad_conversations, facts.num_empty, unused_keys])
+    _write_about(folder, key, checksum, text)
 
 
 def read_entry(folder: Path, key: str) -> Entry | None:
@@ -161,8 +172,10 @@ def read_entry(folder: Path, key: str) -> Entry | None:
             if _checksum(file) != checksum:
                 return None
             _write_about(folder, key, checksum, facts)
-        bad_rows, num_empty, unused_keys = json.loads(facts)
-        return Entry(_mapped(file), Facts([(number, reason) for number, reason in bad_rows], num_empty, unused_keys))
+        bad_rows, bad_conversations, num_empty, unused_keys = json.loads(facts)
+        bad = [[(number, reason, task) for number, reason, task in rows] for rows in (bad_rows, bad_conversations)]
+        counts = {task: Counter(dict(keys)) for task, keys in unused_keys}
+        return Entry(_mapped(file), Facts(bad[0], bad[1], num_empty, counts))
     except (OSError, ValueError, KeyError, TypeError):
         # pyarrow's exceptions are ValueErrors as well.
         return None
@@ -199,6 +212,7 @@ def _mapped(file: Path) -> Columns:
         num_bytes=flat.field("num_bytes").to_numpy(),
         prompts=batch.column("prompt"),
         references=batch.column("references"),
+        tasks=batch.column("task"),
     )
 
 
@@ -226,13 +240,9 @@ class Digests:
         self._folder = folder
 
     def recorded(self, file: Path) -> str | None:
-        """The hash of a file that has not changed since it was recorded; None: it has to be computed.
-
-        Raises:
-            OSError: there is no such file.
-        """
-        stat = os.stat(file)
+        """The hash of a file that has not changed since it was recorded; None: it has to be computed."""
         try:
+            stat = os.stat(file)
             record = json.loads(self._record(file).read_bytes())
             digest = record["digest"]
             is_same = record["stat"] == _identity(stat)

@@ -7,13 +7,16 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
 from concurrent.futures import wait as futures_wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple, Protocol
@@ -31,12 +34,12 @@ from adapt_recipes.data.conversations import (
 from adapt_recipes.data.examples import Conversation, Message, RawTask
 from adapt_recipes.data.progress import Progress
 from adapt_recipes.data.rows import Split
-from adapt_recipes.data.source_files import FileRows, FileTask, SourceFile
+from adapt_recipes.data.source_files import ColumnTasks, FileRow, FileTask, SourceFile
 from adapt_recipes.data.store import Columns, Digests, Entry, Facts, lock, read_entry, write_entry
 from adapt_recipes.files import PARTIAL, NoSpaceLeft, is_no_space
 
 # Incremented whenever the same sources would give other conversations, tokens, spans or hashes, or other columns.
-_FORMAT = 3
+_FORMAT = 4
 # Conversations between two reports of progress.
 _CHUNK = 256
 # Conversations of a list that have an entry of their own, and are tokenized by one process.
@@ -44,6 +47,8 @@ _PART = 4096
 # With less, starting processes takes longer than it saves.
 _MIN_PARALLEL_BYTES = 1_000_000
 _BYTES_PER_CONVERSATION = 500
+# Between looks at what other processes have done.
+_POLL_SECONDS = 0.5
 # After this a temporary file is not being written any more.
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -88,24 +93,29 @@ class Given(NamedTuple):
     conversations: Conversations
     start: int
 
+    def read(self) -> Iterator[FileRow]:
+        return (FileRow(number, each) for number, each in enumerate(self.conversations, start=self.start))
+
 
 Source = SourceFile | Given
 
 
-def sources_of(task: RawTask | FileTask) -> dict[Split, list[Source]]:
-    """What the splits of a task consist of."""
-    if isinstance(task, FileTask):
-        return {"train": list(task.files)}
+def sources_of(task: RawTask | FileTask | ColumnTasks) -> list[tuple[Split, Source]]:
+    """What the splits of a task, or of tasks of a column, consist of."""
+    if not isinstance(task, RawTask):
+        return [(file.split, file) for file in task.files]
     splits: dict[Split, Conversations | None] = {
         "train": task.conversations,
         "validation": task.validation,
         "test": task.test,
     }
-    return {
-        split: [Given(rows[start : start + _PART], start) for start in range(0, len(rows), _PART)]
+    return [
+        (split, Given(rows[start : start + _PART], start))
         for split, rows in splits.items()
         if rows is not None
-    }
+        # A list without conversations has a part as well.
+        for start in range(0, max(1, len(rows)), _PART)
+    ]
 
 
 def tokenize(
@@ -188,11 +198,11 @@ class Store(NamedTuple):
                 folder.mkdir(parents=True, exist_ok=True)
                 with TemporaryFile(dir=folder):
                     pass
-                for partial in folder.glob(f"*{PARTIAL}"):
+                for file in folder.glob(f"*{PARTIAL}"):
                     # A younger one may be of a process that is writing it.
                     with suppress(FileNotFoundError):
-                        if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
-                            partial.unlink()
+                        if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
+                            file.unlink()
         except OSError as error:
             if is_no_space(error):
                 raise NoSpaceLeft(f"tasks.cache_dir: no space left in {self.cache_dir}") from error
@@ -205,25 +215,30 @@ class _Work(NamedTuple):
     tokenizer: ConversationTokenizer
     reading: Reading
 
-    def prepare(self, source: Source, counts: Any, *, wait: bool) -> str | None:
+    def prepare(
+        self, source: Source, counts: _Counts, *, wait: bool, submit: Callable[[list[FileRow]], Pending] | None = None
+    ) -> str | None:
         """Adds the entry of a source; returns its key, or None if another process is at it and ``wait`` is false.
 
         Args:
             source: a file, or conversations in memory.
-            counts: three numbers to increase: bytes, examples and tokens that are done.
+            counts: of what is done, to be increased.
             wait: for another process that adds the same entry.
+            submit: starts to tokenize a chunk in another process; None: this one tokenizes.
         """
         if isinstance(source, SourceFile):
             try:
                 with self.store.digests.reading(source.path) as digest:
-                    return self._add(source, digest, counts, wait=wait)
+                    return self._add(source, digest, counts, wait, submit or self._later)
             except OSError as error:
                 if error.filename is None or Path(error.filename) != source.path:
                     raise
                 raise ValueError(f"{source.path}: cannot be read ({error.strerror})") from None
-        return self._add(source, _digest(source.conversations), counts, wait=wait)
+        return self._add(source, _digest(source.conversations), counts, wait, submit or self._later)
 
-    def _add(self, source: Source, digest: str, counts: Any, *, wait: bool) -> str | None:
+    def _add(
+        self, source: Source, digest: str, counts: _Counts, wait: bool, submit: Callable[[list[FileRow]], Pending]
+    ) -> str | None:
         folder, size = self.store.entries, _size(source)
         key = _key(source, digest, self.tokenizer, self.reading)
         if read_entry(folder, key) is None:
@@ -232,30 +247,68 @@ class _Work(NamedTuple):
                     return None
                 # Another process may have added it meanwhile.
                 if read_entry(folder, key) is None:
-                    rows = source.read() if isinstance(source, SourceFile) else FileRows(source.conversations)
+                    pending = [submit(chunk) for chunk in _chunks(source)]
                     parts = []
-                    for chunk in _chunks(source, rows.conversations):
-                        parts.append(_tokenize_chunk(self.tokenizer, self.reading, chunk))
-                        counts[0] += int(size * len(chunk.conversations) / len(rows.conversations))
-                        counts[1] += len(parts[-1].examples)
-                        counts[2] += len(parts[-1].tokens)
-                    bad_rows = [(row.number, row.reason) for row in rows.bad_rows]
-                    bad_rows += [each for part in parts for each in part.bad_rows]
-                    write_entry(folder, key, _joined(parts), Facts(bad_rows, rows.num_empty, dict(rows.unused_keys)))
+                    for tokenized in pending:
+                        parts.append(tokenized())
+                        counts.add(size // len(pending), len(parts[-1].examples), len(parts[-1].tokens))
+                    write_entry(folder, key, *_joined(parts))
                     return key
-        counts[0] += size
+        counts.add(size)
         return key
+
+    def tokenize(self, rows: list[FileRow]) -> _Part:
+        return _tokenize_chunk(self.tokenizer, self.reading, rows)
+
+    def _later(self, rows: list[FileRow]) -> Pending:
+        return partial(self.tokenize, rows)
+
+
+class _Counts:
+    """Bytes of sources, examples and tokens that are done, to which several processes may add."""
+
+    def __init__(self, numbers: Any, lock: Any, progress: Progress | None = None) -> None:
+        self._numbers, self._lock, self._progress = numbers, lock, progress
+
+    def add(self, num_bytes: int, num_examples: int = 0, num_tokens: int = 0) -> None:
+        with self._lock:
+            for i, number in enumerate((num_bytes, num_examples, num_tokens)):
+                self._numbers[i] += number
+        self.show()
+
+    def show(self) -> None:
+        """Shows what is done, where this process does."""
+        if self._progress is not None:
+            num_bytes, num_examples, num_tokens = self._numbers
+            self._progress.update(bytes_done=num_bytes, examples=num_examples, tokens=num_tokens)
 
 
 def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) -> list[str]:
-    """Adds the entries of all sources, in parallel processes if they are large; returns their keys."""
+    """Adds the entries of all sources, in parallel processes if they are large; returns their keys.
+
+    A process prepares one source at a time. A file that is larger than the share of a process is read by this process,
+    and its chunks are tokenized by all.
+    """
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sizes = [*map(_size, sources)]
+    total_bytes = sum(sizes)
+    is_large = [
+        isinstance(each, SourceFile) and size * num_workers > total_bytes
+        for each, size in zip(sources, sizes, strict=True)
+    ]
+    if not any(is_large):
+        num_workers = min(num_workers, len(sources))
     keys: dict[int, str] = {}
-    total_bytes = sum(map(_size, sources))
+
+    def left(*, large: bool) -> list[int]:
+        # The largest first, so that no process is left alone with one at the end.
+        indices = [i for i in range(len(sources)) if i not in keys and is_large[i] == large]
+        return sorted(indices, key=lambda i: -sizes[i])
+
     with Progress("preparing data", total_bytes=total_bytes) as progress:
-        if min(num_workers, len(sources)) <= 1 or total_bytes < _MIN_PARALLEL_BYTES:
-            counts = _Counts(progress)
+        if num_workers <= 1 or total_bytes < _MIN_PARALLEL_BYTES:
+            counts = _Counts([0, 0, 0], nullcontext(), progress)
             for wait in (False, True):
                 for i in [i for i in range(len(sources)) if i not in keys]:
                     if wait:
@@ -267,45 +320,50 @@ def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) ->
         # Fork where that is safe: a spawned process imports torch first, and needs a guarded main module.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         shared = context.Array("q", 3)
-        num_workers = min(num_workers, len(sources))
+        counts = _Counts(shared, shared.get_lock(), progress)
+        futures: dict[Future[str | None], int] = {}
+
+        def gather(*, seconds: float = 0) -> None:
+            """Takes the keys of sources that are done, for which it waits at most so long."""
+            for future in futures_wait(futures, timeout=seconds, return_when=FIRST_COMPLETED).done:
+                index = futures.pop(future)
+                if (key := future.result()) is not None:
+                    keys[index] = key
+            counts.show()
+
+        def submit(rows: list[FileRow]) -> Pending:
+            return partial(result, pool.submit(_tokenize_in_worker, rows))
+
+        def result(future: Future[_Part]) -> _Part:
+            while not futures_wait([future], timeout=_POLL_SECONDS).done:
+                gather()
+            return future.result()
+
         arguments = (work, sources, shared)
         try:
             with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
-                for wait in (False, True):
-                    # The largest first, so that no process is left alone with one at the end.
-                    left = sorted((i for i in range(len(sources)) if i not in keys), key=lambda i: -_size(sources[i]))
-                    if wait and left:
-                        _say_waiting(sources[left[0]])
-                    futures = {pool.submit(_prepare_in_worker, i, wait): i for i in left}
-                    pending = set(futures)
-                    try:
-                        while pending:
-                            ended, pending = futures_wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                            for future in ended:
-                                if (key := future.result()) is not None:
-                                    keys[futures[future]] = key
-                            progress.update(bytes_done=shared[0], examples=shared[1], tokens=shared[2])
-                    except BaseException:
-                        # What has begun is completed, and kept.
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise
+                try:
+                    for wait in (False, True):
+                        futures |= {pool.submit(_prepare_in_worker, i, wait): i for i in left(large=False)}
+                        if wait and (others := left(large=False) + left(large=True)):
+                            _say_waiting(sources[others[0]])
+                        # While workers wait for another process, which may wait for this one, it holds no lock.
+                        while wait and futures:
+                            gather(seconds=_POLL_SECONDS)
+                        for i in left(large=True):
+                            if (key := work.prepare(sources[i], counts, wait=wait, submit=submit)) is not None:
+                                keys[i] = key
+                        while futures:
+                            gather(seconds=_POLL_SECONDS)
+                except BaseException:
+                    # What has begun is completed, and kept.
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
         except BrokenProcessPool:
             raise ValueError(
                 "tasks: a process that tokenized was killed, perhaps for lack of memory; start again to go on"
             ) from None
     return [keys[i] for i in range(len(sources))]
-
-
-class _Counts(list[int]):
-    """Counts of a single process, which shows them itself."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__((0, 0, 0))
-        self._progress = progress
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        super().__setitem__(index, value)
-        self._progress.update(bytes_done=self[0], examples=self[1], tokens=self[2])
 
 
 def _say_waiting(source: Source) -> None:
@@ -314,34 +372,21 @@ def _say_waiting(source: Source) -> None:
 
 
 # Only in a worker process: a tokenizer is too large to send with every source.
-_worker: tuple[_Work, list[Source], Any]
+_worker: tuple[_Work, list[Source], _Counts]
 
 
-def _start_worker(work: _Work, sources: list[Source], counts: Any) -> None:
+def _start_worker(work: _Work, sources: list[Source], shared: Any) -> None:
     global _worker
-    _worker = work, sources, counts
+    _worker = work, sources, _Counts(shared, shared.get_lock())
 
 
 def _prepare_in_worker(index: int, wait: bool) -> str | None:
     work, sources, counts = _worker
-    own = _SharedCounts(counts)
-    return work.prepare(sources[index], own, wait=wait)
+    return work.prepare(sources[index], counts, wait=wait)
 
 
-class _SharedCounts:
-    """Counts that several processes increase."""
-
-    def __init__(self, counts: Any) -> None:
-        self._counts = counts
-        self._own = [0, 0, 0]
-
-    def __getitem__(self, index: int) -> int:
-        return self._own[index]
-
-    def __setitem__(self, index: int, value: int) -> None:
-        with self._counts.get_lock():
-            self._counts[index] += value - self._own[index]
-        self._own[index] = value
+def _tokenize_in_worker(rows: list[FileRow]) -> _Part:
+    return _worker[0].tokenize(rows)
 
 
 def _identity(source: Source) -> Any:
@@ -376,19 +421,10 @@ def _key(source: Source, digest: str, tokenizer: ConversationTokenizer, reading:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-class _Chunk(NamedTuple):
-    # of each conversation: the number of its row in its file, or its index in the list
-    rows: Sequence[int]
-    conversations: Conversations
-
-
-def _chunks(source: Source, conversations: Conversations) -> Iterator[_Chunk]:
-    for first in range(0, len(conversations), _CHUNK):
-        some = conversations[first : first + _CHUNK]
-        if isinstance(source, SourceFile):
-            yield _Chunk([each.origin[1] for each in some if isinstance(each, Conversation) and each.origin], some)
-        else:
-            yield _Chunk(range(source.start + first, source.start + first + len(some)), some)
+def _chunks(source: Source) -> Iterator[list[FileRow]]:
+    rows = iter(source.read())
+    while chunk := list(islice(rows, _CHUNK)):
+        yield chunk
 
 
 class _Part(NamedTuple):
@@ -402,7 +438,13 @@ class _Part(NamedTuple):
     answers: np.ndarray
     prompts: list[str]
     references: list[list[str]]
-    bad_rows: list[tuple[int, str]]
+    # of each example the value of the column that makes the tasks
+    tasks: list[str | None]
+    facts: Facts
+
+
+# Waits for a part that another process tokenizes, or tokenizes it.
+Pending = Callable[[], _Part]
 
 
 class _Checked(NamedTuple):
@@ -448,38 +490,45 @@ def _encode_all(
             yield error
 
 
-def _tokenize_chunk(tokenizer: ConversationTokenizer, reading: Reading, chunk: _Chunk) -> _Part:
-    checked: list[_Checked | ValueError] = []
-    for given in chunk.conversations:
-        try:
-            checked.append(_checked(given, reading))
-        except ValueError as error:
-            checked.append(error)
-    encoded = iter(_encode_all(tokenizer, [each.conversation for each in checked if isinstance(each, _Checked)]))
+def _tokenize_chunk(tokenizer: ConversationTokenizer, reading: Reading, rows: Sequence[FileRow]) -> _Part:
+    unused_keys: dict[str | None, Counter[str]] = {}
+    checked: list[tuple[FileRow, _Checked | ValueError]] = []
+    for row in rows:
+        if row.unused_keys:
+            unused_keys.setdefault(row.task, Counter()).update(row.unused_keys)
+        if row.error is None and not row.is_empty:
+            try:
+                checked.append((row, _checked(row.conversation, reading)))
+            except ValueError as error:
+                checked.append((row, error))
+    encoded = iter(_encode_all(tokenizer, [each.conversation for _, each in checked if isinstance(each, _Checked)]))
 
     tokens: list[int] = []
     examples: list[tuple[int, ...]] = []
     answers: list[tuple[int, ...]] = []
-    prompts, references, bad_rows = [], [], []
-    for row, each in zip(chunk.rows, checked, strict=True):
+    prompts, references, tasks, bad_conversations = [], [], [], []
+    for row, each in checked:
         result = each if isinstance(each, ValueError) else next(encoded)
         if isinstance(each, ValueError) or isinstance(result, ValueError):
-            bad_rows.append((row, str(result)))
+            bad_conversations.append((row.number, str(result), row.task))
             continue
         ids, spans = result
         # Nothing precedes the first token, so the model cannot predict it.
         spans = [(max(1, first), end) for first, end in spans]
         if any(first >= end for first, end in spans):
-            bad_rows.append((row, "has an answer without a supervised token"))
+            bad_conversations.append((row.number, "has an answer without a supervised token", row.task))
             continue
         tokens += ids
         for span, hashes, num_bytes in zip(spans, each.answer_hashes, each.num_bytes, strict=True):
             answers.append((*span, *hashes, num_bytes))
-        examples.append((row, len(ids), max(ids), *each.prompt_and_content_hash, len(spans)))
+        examples.append((row.number, len(ids), max(ids), *each.prompt_and_content_hash, len(spans)))
         prompts.append(each.prompt)
         references.append(each.references)
+        tasks.append(row.task)
+    bad_rows = [(row.number, row.error, row.task) for row in rows if row.error is not None]
+    facts = Facts(bad_rows, bad_conversations, sum(row.is_empty for row in rows), unused_keys)
     return _Part(
-        np.array(tokens, dtype=np.int32), _table(examples, 6), _table(answers, 5), prompts, references, bad_rows
+        np.array(tokens, dtype=np.int32), _table(examples, 6), _table(answers, 5), prompts, references, tasks, facts
     )
 
 
@@ -487,10 +536,12 @@ def _table(rows: list[tuple[int, ...]], width: int) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, width)
 
 
-def _joined(parts: Sequence[_Part]) -> Columns:
-    parts = list(parts) or [_Part(np.zeros(0, np.int32), _table([], 6), _table([], 5), [], [], [])]
+def _joined(parts: Sequence[_Part]) -> tuple[Columns, Facts]:
+    """The parts of a source, in their order."""
+    parts = list(parts) or [_Part(np.zeros(0, np.int32), _table([], 6), _table([], 5), [], [], [], Facts())]
     examples, answers = (np.concatenate([each[i] for each in parts]) for i in (1, 2))
-    return Columns(
+    tasks = pyarrow.array([each for part in parts for each in part.tasks], pyarrow.string())
+    columns = Columns(
         tokens=np.concatenate([each.tokens for each in parts]),
         offsets=np.concatenate([[0], examples[:, 1].cumsum()]),
         max_tokens=examples[:, 2].astype(np.int32),
@@ -507,4 +558,16 @@ def _joined(parts: Sequence[_Part]) -> Columns:
         references=pyarrow.array(
             [each for part in parts for each in part.references], pyarrow.large_list(pyarrow.large_string())
         ),
+        tasks=tasks.dictionary_encode(),
     )
+    unused_keys: dict[str | None, Counter[str]] = {}
+    for part in parts:
+        for task, counts in part.facts.unused_keys.items():
+            unused_keys.setdefault(task, Counter()).update(counts)
+    facts = Facts(
+        [row for part in parts for row in part.facts.bad_rows],
+        [row for part in parts for row in part.facts.bad_conversations],
+        sum(part.facts.num_empty for part in parts),
+        unused_keys,
+    )
+    return columns, facts

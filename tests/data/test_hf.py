@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from adapt_recipes.data import Conversation, RawTask, hf_tasks, jsonl_tasks
+from adapt_recipes.data.source_files import ColumnTasks, FileTask
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PAIRS = datasets.Dataset.from_dict({"prompt": ["a", "c"], "response": ["b", "d"], "extra": [1, 2]})
@@ -21,12 +22,13 @@ def save(folder: Path, **splits: datasets.Dataset) -> Path:
     return folder
 
 
-def read(task: RawTask) -> list[list[dict[str, Any]]]:
+def read(task: Any) -> list[list[dict[str, Any]]]:
     return [each.messages for each in task.conversations if isinstance(each, Conversation)]
 
 
-def sizes(tasks: list[RawTask]) -> dict[str, tuple[int, int | None, int | None]]:
+def sizes(tasks: list[FileTask] | list[ColumnTasks] | list[RawTask]) -> dict[str, tuple[int, int | None, int | None]]:
     """Of the training, validation and test split."""
+    tasks = [each for task in tasks for each in (task.raw_tasks() if isinstance(task, ColumnTasks) else [task])]
     return {
         task.name: (
             len(task.conversations),
@@ -112,7 +114,9 @@ def test_one_task_per_value_of_a_column(tmp_path: Path, capfd: Any) -> None:
     split = PAIRS.add_column("source", ["y", "x"])
     more = datasets.Dataset.from_list([{"prompt": "a", "response": "b", "source": each} for each in ("x", "x", None)])
     path = save(tmp_path / "set", train=split, validation=more, other=split)
-    x, y = hf_tasks(path, task_per="column", column="source")
+    (tasks,) = hf_tasks(path, task_per="column", column="source")
+    assert isinstance(tasks, ColumnTasks)
+    x, y = tasks.raw_tasks()
     assert sizes([x, y]) == {"x": (1, 2, None), "y": (1, None, None)}
     assert x.unused_keys == y.unused_keys == {"extra": 1}, "the column is used"
     assert [str(row) for row in x.bad_rows] == [

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from adapt_recipes.data import ByteTokenizer, RawTask, Task, jsonl_tasks, prepare_tasks
+from adapt_recipes.data.source_files import ColumnTasks, FileTask
 
 
 def pair(question: object, answer: str = "a", **other: Any) -> dict[str, Any]:
@@ -24,12 +25,18 @@ def write(file: Path, *rows: Any) -> Path:
     return file
 
 
-def prepare(tmp_path: Path, tasks: list[RawTask], **options: Any) -> list[Task]:
+def prepare(tmp_path: Path, tasks: Any, **options: Any) -> list[Task]:
     options = {"max_seq_len": 64, "validation_examples": 1, "cache_dir": tmp_path / "cache"} | options
     return prepare_tasks(tasks, ByteTokenizer(), **options)
 
 
-def questions(task: RawTask, split: str = "conversations") -> list[str] | None:
+def by_column(path: Path, column: str) -> list[RawTask]:
+    (tasks,) = jsonl_tasks(path, task_per="column", column=column)
+    assert isinstance(tasks, ColumnTasks)
+    return tasks.raw_tasks()
+
+
+def questions(task: RawTask | FileTask, split: str = "conversations") -> list[str] | None:
     rows = getattr(task, split)
     return None if rows is None else [row.messages[0]["content"] for row in rows]
 
@@ -58,7 +65,7 @@ def test_a_task_per_value_of_a_column(tmp_path: Path) -> None:
     file = write(tmp_path / "data" / "a.jsonl", *rows, pair(10), pair(11, "", source="x"), "no object")
     write(tmp_path / "data" / "a.test.jsonl", pair(20, source="y"))
     write(tmp_path / "data" / "b.jsonl", pair(30, source="x", id=1))
-    tasks = {task.name: task for task in jsonl_tasks(tmp_path / "data", task_per="column", column="source")}
+    tasks = {task.name: task for task in by_column(tmp_path / "data", "source")}
     assert {name: questions(task) for name, task in tasks.items()} == {"3": ["4"], "x": ["1", "3", "30"], "y": ["0"]}
     assert questions(tasks["y"], "test") == ["20"] and tasks["x"].test is None
     assert tasks["x"].unused_keys == {"id": 1}, "the column is used"
@@ -80,7 +87,7 @@ def test_a_task_per_value_of_a_column(tmp_path: Path) -> None:
         ValueError, match=f"^{file}: 14 bad rows: line 1: no 'sources', .*; it has 'source'; line 2: no"
     ):
         write(tmp_path / "data" / "a.jsonl", *rows, *rows[:4])
-        jsonl_tasks(tmp_path / "data", task_per="column", column="sources")
+        by_column(tmp_path / "data", "sources")
 
 
 def test_parquet_is_read_as_json_is(tmp_path: Path) -> None:
@@ -145,19 +152,21 @@ def test_nothing_there(tmp_path: Path, raw: str) -> None:
         jsonl_tasks(tmp_path / "nowhere")
     (tmp_path / "a.json").write_text(raw)
     with pytest.raises(ValueError, match=r"/a.json is empty$"):
-        jsonl_tasks(tmp_path)
+        prepare(tmp_path, jsonl_tasks(tmp_path))
 
 
 @pytest.mark.parametrize(("task_per", "number"), [("file", 2_000), ("column", 10_000)])
 def test_ten_thousand_tasks(tmp_path: Path, task_per: Any, number: int) -> None:
     def seconds(num_tasks: int) -> float:
         folder = tmp_path / str(num_tasks)
-        rows = [pair(i, source=str(i % num_tasks)) for i in range(number)]
+        rows = [pair(i, source=str(i % num_tasks)) for i in range(2 * number)]
         for task in range(num_tasks) if task_per == "file" else [0]:
             write(folder / f"{task}.jsonl", *(rows[task::num_tasks] if task_per == "file" else rows))
         start = time.monotonic()
-        tasks = jsonl_tasks(folder, task_per=task_per, column="source" if task_per == "column" else None)
-        assert len(tasks) == num_tasks and sum(len(task.conversations) for task in tasks) == number
+        tasks = prepare(
+            tmp_path, jsonl_tasks(folder, task_per=task_per, column="source" if task_per == "column" else None)
+        )
+        assert len(tasks) == num_tasks and sum(len(task.train.lengths) for task in tasks) == 2 * number - num_tasks
         return time.monotonic() - start
 
     # Ten seconds of grace for slow machines: anything quadratic takes minutes.

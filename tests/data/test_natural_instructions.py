@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapt_recipes.data import ByteTokenizer, Conversation, natural_instructions, prepare_tasks
-from adapt_recipes.data.raw_tasks import bad_rows_error
+from adapt_recipes.data.examples import bad_rows_error
 from adapt_recipes.data.source_files import FileTask
 
 
