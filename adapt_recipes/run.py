@@ -211,7 +211,8 @@ class Run:
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture
         self._states: dict[str, Stateful] = {**states, "run": self}
-        self._fingerprint: dict[str, Any] = {"config": to_dict(config), "data": data.fingerprint(tasks)}
+        read = data.fingerprint(tasks, cache_dir=config.tasks.cache_folder)
+        self._fingerprint: dict[str, Any] = {"config": to_dict(config), "data": read}
         check_same({"tasks": self._fingerprint["data"]}, advice="the data files have to be the same for all")
         self._check_same_mixture()
         if saved is not None:
@@ -274,7 +275,8 @@ class Run:
         if before["data"] is not None:
             _, tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
             with raise_on_all_ranks():
-                check_same_run(before, now | {"data": data.fingerprint(tasks)}, free=free)
+                now["data"] = data.fingerprint(tasks, cache_dir=config.tasks.cache_folder)
+                check_same_run(before, now, free=free)
         if "checkpointer.save_dtype" in config_differences(read_resolved(self.output_dir), to_dict(config), ()):
             warn("checkpointer.save_dtype changed: remove model/ first, and it is written again")
 

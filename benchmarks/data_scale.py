@@ -175,7 +175,7 @@ def child(what: str, options: dict[str, Any]) -> None:
         numbers["seconds"] = time.perf_counter() - started
         numbers["cpu_seconds"] = _cpu_seconds() - cpu_started
         started = time.perf_counter()
-        numbers["fingerprint"] = data.fingerprint(tasks)
+        numbers["fingerprint"] = data.fingerprint(tasks, cache_dir=Path(options["cache"]))
         numbers["fingerprint_seconds"] = time.perf_counter() - started
         # What a run keeps: the order of an epoch, and the pages of all examples.
         sampler = data.TokenSampler(tasks, seed=0)

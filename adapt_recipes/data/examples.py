@@ -227,11 +227,9 @@ class Examples:
             starts = offsets[:-1].repeat(counts)
             is_learned = ~np.isin(answers, self._hidden_of(source))
             starts, answers = starts[is_learned], answers[is_learned]
-            # +1 where an answer begins, -1 behind its end. No two begin or end at the same place.
-            changes = np.zeros(offsets[-1] + 1, dtype=np.int8)
-            changes[starts + columns.firsts[answers]] += 1
-            changes[starts + columns.ends[answers]] -= 1
-            yield changes[:-1].cumsum(dtype=np.int8) > 0
+            mask = np.zeros(offsets[-1], dtype=bool)
+            mask[ranges(starts + columns.firsts[answers], starts + columns.ends[answers])] = True
+            yield mask
 
     def example(self, index: int) -> Example:
         """Example ``index``, shifted for a causal model."""

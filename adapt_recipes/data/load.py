@@ -6,7 +6,9 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,9 +17,11 @@ from pydantic import Field
 from adapt_recipes.data.examples import Task
 from adapt_recipes.data.prepare import prepare_tasks
 from adapt_recipes.data.tokenize import Reading
+from adapt_recipes.files import atomic_file
 from adapt_recipes.strict import FREE_AT_RESUME, Component
 from adapt_recipes.training.process_group import raise_on_all_ranks
 
+_FINGERPRINT_BYTES = 16
 # How long a process waits for another before it says so.
 _SILENT_SECONDS = 10.0
 
@@ -112,15 +116,47 @@ def max_token(tasks: Sequence[Task]) -> int:
     return max((split.max_token for task in tasks for split in task.splits.values()), default=0)
 
 
-def fingerprint(tasks: Sequence[Task]) -> str:
-    """A hash of everything that a run reads. A resume on other data is refused by it."""
-    digest = blake2b(digest_size=16)
+def fingerprint(tasks: Sequence[Task], *, cache_dir: Path | None = None) -> str:
+    """A hash of everything that a run reads. A resume on other data is refused by it.
+
+    Args:
+        tasks: of the run.
+        cache_dir: where the hash of tasks out of the store is kept, because millions of examples take ten seconds.
+            None: it is always computed.
+    """
+    known = None if cache_dir is None else _known_fingerprint(tasks, cache_dir)
+    if known is not None:
+        with suppress(OSError):
+            if len(text := known.read_text()) == 2 * _FINGERPRINT_BYTES:
+                return text
+    digest = blake2b(digest_size=_FINGERPRINT_BYTES)
     for task in tasks:
         digest.update(task.name.encode() + b"\0")
         for split in task.splits.values():
             if split is task.test:
                 # Without a test split the hash is that of earlier versions.
                 digest.update(b"test\0")
-            for block in (*split.token_blocks(), *split.supervised_blocks(), split.offsets.numpy()):
+            for block in chain(split.token_blocks(), split.supervised_blocks(), [split.offsets.numpy()]):
                 digest.update(block.data)
+    # A folder that cannot be written is no reason to stop.
+    if known is not None:
+        with suppress(OSError):
+            known.parent.mkdir(exist_ok=True)
+            with atomic_file(known, shared=True) as partial:
+                partial.write_text(digest.hexdigest())
     return digest.hexdigest()
+
+
+def _known_fingerprint(tasks: Sequence[Task], cache_dir: Path) -> Path | None:
+    """The file of the fingerprint of these entries and selections; None: some of them are not out of the store."""
+    digest = blake2b(digest_size=16)
+    for task in tasks:
+        digest.update(task.name.encode() + b"\0")
+        for name, split in task.splits.items():
+            keys = [columns.key for columns in split.sources]
+            if not all(keys):
+                return None
+            digest.update(f"{name} {keys} {len(split)} {len(split.hidden)}\0".encode())
+            for indices in (split.rows, split.hidden):
+                digest.update(indices.numpy().data)
+    return cache_dir / "fingerprints" / digest.hexdigest()

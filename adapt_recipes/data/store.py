@@ -78,6 +78,7 @@ class Columns(NamedTuple):
         prompts: (num_examples,) strings, the messages before the last answer and the tools, as JSON.
         references: (num_examples,) lists of strings, the answers that are right.
         tasks: (num_examples,) strings, the value of the column that makes the tasks; null where none does.
+        key: of the entry of the store, whose content it decides; empty: there is none.
     """
 
     tokens: np.ndarray
@@ -95,6 +96,7 @@ class Columns(NamedTuple):
     prompts: pyarrow.LargeStringArray
     references: pyarrow.LargeListArray
     tasks: pyarrow.DictionaryArray
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ def _mapped(file: Path) -> Columns:
         prompts=batch.column("prompt"),
         references=batch.column("references"),
         tasks=batch.column("task"),
+        key=file.stem,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from adapt_recipes.data import ByteTokenizer, Conversation, Task, fingerprint, natural_instructions, prepare_tasks
 from adapt_recipes.data import tokenize as tokenize_module
-from adapt_recipes.data.examples import IGNORE_INDEX
+from adapt_recipes.data.examples import IGNORE_INDEX, Examples
 from adapt_recipes.data.progress import Progress
 from adapt_recipes.data.store import Digests, lock
 
@@ -95,6 +95,28 @@ def test_a_changed_file_costs_that_file_alone(data: Path) -> None:
     os.utime(data / "tasks" / "task0.json")
     assert fingerprint(prepare(data, tokenizer)) == uncached(data)
     assert tokenizer.calls == calls
+
+
+def test_a_fingerprint_is_looked_up_where_entries_and_selection_are_the_same(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = data.parent / "cache"
+    options: list[dict[str, Any]] = [{}, {"validation_examples": 3}, {"max_examples_per_task": 9}, {"test_examples": 2}]
+    computed = [fingerprint(prepare(data, **each)) for each in options]
+    assert [fingerprint(prepare(data, **each), cache_dir=cache) for each in options] == computed
+    assert len(set(computed)) == len(options)
+    (record := next((cache / "fingerprints").iterdir())).write_text("half of one")
+    assert [fingerprint(prepare(data, **each), cache_dir=cache) for each in options] == computed
+    assert record.read_text() in computed
+
+    def refuse(self: Examples) -> None:
+        raise AssertionError("tokens were read")
+
+    monkeypatch.setattr(Examples, "token_blocks", refuse)
+    assert [fingerprint(prepare(data, **each), cache_dir=cache) for each in options] == computed
+    write_file(data, 1, answer="no!")
+    with pytest.raises(AssertionError, match="tokens were read"):
+        fingerprint(prepare(data), cache_dir=cache)
 
 
 def test_a_file_changed_just_now_is_hashed_again(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Shared(Strict):
     title: str  # of the tasks
     settings: str  # for the header: which settings are those of the paper, and which ours
     data: str  # for the header, in lines: how to get it
-    memory: str  # for the header: what it takes to read the data
+    memory: str  # for the header, in lines: what it takes to read the data
     tasks: str  # lines under `tasks`
     num_tasks: PositiveInt
     num_examples: PositiveInt  # approximate
