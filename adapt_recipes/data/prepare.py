@@ -73,8 +73,10 @@ def prepare_tasks(
         ValueError: a task name is unknown or duplicated; there are bad rows (it names the first, and their number); a
             task has no example that can be used, or too few prompts to hold some out.
     """
-    if not any(isinstance(task, ColumnTasks) for task in raw_tasks):
-        _check_names([task.name for task in raw_tasks if not isinstance(task, ColumnTasks)], no_validation)
+    # The names of a column's tasks are known when its files have been read.
+    named = [task.name for task in raw_tasks if not isinstance(task, ColumnTasks)]
+    if len(named) == len(raw_tasks):
+        _check_names(named, no_validation)
     _check_bad_rows([row for task in raw_tasks if isinstance(task, RawTask) for row in task.bad_rows], on_bad_rows)
 
     # Steps 1 to 3. A task that is not in the objective has one split.
@@ -216,8 +218,8 @@ def _tasks_in(
     return [
         _Found(
             name,
-            None if isinstance(task, ColumnTasks) else task.entropy,
-            not isinstance(task, ColumnTasks) and task.memorized,
+            task.entropy if isinstance(task, RawTask) else None,
+            isinstance(task, RawTask) and task.memorized,
             splits[name],
             [row for value in some for row in bad_rows[value]],
             {split: [row for value in some for row in bad_conversations[value, split]] for split in splits[name]},

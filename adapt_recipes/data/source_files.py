@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from adapt_recipes.data.conversations import error_prefix
 from adapt_recipes.data.examples import BadRow, Conversation, Message, RawTask, bad_rows_error
 from adapt_recipes.data.rows import Split
 
@@ -44,7 +45,7 @@ class SourceFile:
         source: what precedes the number of a row in an error: ``data/chat.jsonl, line``.
         split: of the rows.
         first_row: what is added to the numbers of rows in errors, where they are counted over several files.
-        node: of the config, with the arguments that errors advise.
+        node: of the config that has the source's arguments, for errors: ``tasks.math``.
     """
 
     path: Path
@@ -62,7 +63,8 @@ class SourceFile:
         return f"{function.__module__}.{function.__qualname__} {self.path.suffix.lower()} {keywords}"
 
     def read(self) -> Iterator[FileRow]:
-        return self.reader(self.path)
+        with error_prefix(self.node):
+            yield from self.reader(self.path)
 
     def bad_row(self, number: int, reason: str) -> BadRow:
         """Row ``number`` of the file, which is no example."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
 from concurrent.futures import wait as futures_wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
@@ -264,23 +264,43 @@ class _Work(NamedTuple):
         return partial(self.tokenize, rows)
 
 
-class _Counts:
-    """Bytes of sources, examples and tokens that are done, to which several processes may add."""
+class _Counts(Protocol):
+    """Bytes of sources, examples and tokens that are done."""
 
-    def __init__(self, numbers: Any, lock: Any, progress: Progress | None = None) -> None:
-        self._numbers, self._lock, self._progress = numbers, lock, progress
+    def add(self, num_bytes: int, num_examples: int = 0, num_tokens: int = 0) -> None: ...
+
+
+class _SharedCounts:
+    """Those of all workers."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
 
     def add(self, num_bytes: int, num_examples: int = 0, num_tokens: int = 0) -> None:
-        with self._lock:
+        with self._shared.get_lock():
             for i, number in enumerate((num_bytes, num_examples, num_tokens)):
-                self._numbers[i] += number
+                self._shared[i] += number
+
+
+class _ShownCounts:
+    """Those of the process that shows them. It takes no lock, which a worker that is killed may hold.
+
+    Args:
+        progress: shows them.
+        shared: what the workers count.
+    """
+
+    def __init__(self, progress: Progress, shared: Any = (0, 0, 0)) -> None:
+        self._progress, self._shared, self._own = progress, shared, (0, 0, 0)
+
+    def add(self, num_bytes: int, num_examples: int = 0, num_tokens: int = 0) -> None:
+        own = self._own
+        self._own = own[0] + num_bytes, own[1] + num_examples, own[2] + num_tokens
         self.show()
 
     def show(self) -> None:
-        """Shows what is done, where this process does."""
-        if self._progress is not None:
-            num_bytes, num_examples, num_tokens = self._numbers
-            self._progress.update(bytes_done=num_bytes, examples=num_examples, tokens=num_tokens)
+        num_bytes, examples, tokens = (own + other for own, other in zip(self._own, self._shared, strict=True))
+        self._progress.update(bytes_done=num_bytes, examples=examples, tokens=tokens)
 
 
 def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) -> list[str]:
@@ -308,7 +328,7 @@ def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) ->
 
     with Progress("preparing data", total_bytes=total_bytes) as progress:
         if num_workers <= 1 or total_bytes < _MIN_PARALLEL_BYTES:
-            counts = _Counts([0, 0, 0], nullcontext(), progress)
+            counts = _ShownCounts(progress)
             for wait in (False, True):
                 for i in [i for i in range(len(sources)) if i not in keys]:
                     if wait:
@@ -320,7 +340,7 @@ def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) ->
         # Fork where that is safe: a spawned process imports torch first, and needs a guarded main module.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         shared = context.Array("q", 3)
-        counts = _Counts(shared, shared.get_lock(), progress)
+        counts = _ShownCounts(progress, shared)
         futures: dict[Future[str | None], int] = {}
 
         def gather(*, seconds: float = 0) -> None:
@@ -377,7 +397,7 @@ _worker: tuple[_Work, list[Source], _Counts]
 
 def _start_worker(work: _Work, sources: list[Source], shared: Any) -> None:
     global _worker
-    _worker = work, sources, _Counts(shared, shared.get_lock())
+    _worker = work, sources, _SharedCounts(shared)
 
 
 def _prepare_in_worker(index: int, wait: bool) -> str | None:

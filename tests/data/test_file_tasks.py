@@ -359,3 +359,19 @@ def test_two_that_prepare_large_files_at_once_share_the_work(tmp_path: Path, mon
         process.join()
     assert results == {fingerprint(prepared(jsonl_tasks(folder), tmp_path / "other"))}
     assert len((tmp_path / "processes").read_text().split()) == 4_000
+
+
+def test_progress_is_shown_of_a_large_file_and_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenize_module, "_MIN_PARALLEL_BYTES", 1)
+    monkeypatch.setattr("adapt_recipes.data.progress._LINE_SECONDS", 0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, number in (("large", 2_000), ("small", 30)):
+        (folder / f"{name}.jsonl").write_text(lines(rows(name, number, bad=False)))
+    prepared(jsonl_tasks(folder), tmp_path / "cache", num_workers=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("preparing data: ")]
+    shares = [int(line.removeprefix("preparing data: ").partition("%")[0]) for line in said]
+    assert shares == sorted(shares) and len({*shares}) > 3
+    assert shares[-1] in (99, 100) and " 2,030 examples, " in said[-1]

@@ -155,19 +155,24 @@ def test_nothing_there(tmp_path: Path, raw: str) -> None:
         prepare(tmp_path, jsonl_tasks(tmp_path))
 
 
-@pytest.mark.parametrize(("task_per", "number"), [("file", 2_000), ("column", 10_000)])
-def test_ten_thousand_tasks(tmp_path: Path, task_per: Any, number: int) -> None:
-    def seconds(num_tasks: int) -> float:
-        folder = tmp_path / str(num_tasks)
-        rows = [pair(i, source=str(i % num_tasks)) for i in range(2 * number)]
-        for task in range(num_tasks) if task_per == "file" else [0]:
-            write(folder / f"{task}.jsonl", *(rows[task::num_tasks] if task_per == "file" else rows))
-        start = time.monotonic()
-        tasks = prepare(
-            tmp_path, jsonl_tasks(folder, task_per=task_per, column="source" if task_per == "column" else None)
-        )
-        assert len(tasks) == num_tasks and sum(len(task.train.lengths) for task in tasks) == 2 * number - num_tasks
-        return time.monotonic() - start
+def seconds(folder: Path, num_tasks: int, number: int, *, in_files: bool) -> float:
+    """Reads the rows of so many tasks, each in a file of its own or all in one, which the store does not have."""
+    rows = [pair(i, source=str(i % num_tasks)) for i in range(number)]
+    for task in range(num_tasks) if in_files else [0]:
+        write(folder / "data" / f"{task}.jsonl", *(rows[task::num_tasks] if in_files else rows))
+    start = time.monotonic()
+    if in_files:
+        sizes = [len(task.conversations) for task in jsonl_tasks(folder / "data") if isinstance(task, FileTask)]
+    else:
+        tasks = prepare(folder, jsonl_tasks(folder / "data", task_per="column", column="source"))
+        sizes = [len(split.lengths) for task in tasks for split in task.splits.values()]
+        assert len(tasks) == num_tasks
+    assert sum(sizes) == number
+    return time.monotonic() - start
 
+
+@pytest.mark.parametrize(("in_files", "number"), [(True, 2_000), (False, 10_000)])
+def test_ten_thousand_tasks(tmp_path: Path, in_files: bool, number: int) -> None:
     # Ten seconds of grace for slow machines: anything quadratic takes minutes.
-    assert seconds(number) < 10 + 10 * seconds(10)
+    few = seconds(tmp_path / "few", 10, 2 * number, in_files=in_files)
+    assert seconds(tmp_path / "many", number, 2 * number, in_files=in_files) < 10 + 10 * few
