@@ -171,8 +171,9 @@ def test_losses_are_those_of_the_model_that_is_saved(runs: Runs, strategy: str) 
 def test_the_log_has_it_once_at_the_end(runs: Runs, strategy: str) -> None:
     done = summary(runs.whole(strategy, **TEST))
     *_, checkpoint, test, end = events(runs.whole(strategy, **TEST))
-    spent = {"step": done["steps"], "supervised_tokens": done["supervised_tokens"]}
-    assert test == {"event": "test", **spent, "losses": done["test_losses"]}
+    spent = {key: done[key] for key in ("supervised_tokens", "total_tokens", "validation_tokens")}
+    del test["seconds"]
+    assert test == {"event": "test", "step": done["steps"], **spent, "losses": done["test_losses"]}
     assert (checkpoint["event"], end["event"]) == ("checkpoint", "end")
     assert [event["event"] for event in sequence(runs.whole(strategy, **TEST))].count("test") == 1
 
