@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -320,17 +321,19 @@ def _prepare_all(sources: list[Source], work: _Work, num_workers: int | None) ->
     if not any(is_large):
         num_workers = min(num_workers, len(sources))
     keys: dict[int, str] = {}
+    # Shuffled, because texts of similar size often follow each other, and then what is done says little about how long
+    # the rest takes. The largest come first, so that no process is left alone with one at the end.
+    order = random.Random(0).sample(range(len(sources)), len(sources))
+    order.sort(key=lambda i: sizes[i] * 4 * num_workers < total_bytes)
 
     def left(*, large: bool) -> list[int]:
-        # The largest first, so that no process is left alone with one at the end.
-        indices = [i for i in range(len(sources)) if i not in keys and is_large[i] == large]
-        return sorted(indices, key=lambda i: -sizes[i])
+        return [i for i in order if i not in keys and is_large[i] == large]
 
     with Progress("preparing data", total_bytes=total_bytes) as progress:
         if num_workers <= 1 or total_bytes < _MIN_PARALLEL_BYTES:
             counts = _ShownCounts(progress)
             for wait in (False, True):
-                for i in [i for i in range(len(sources)) if i not in keys]:
+                for i in [i for i in order if i not in keys]:
                     if wait:
                         _say_waiting(sources[i])
                     if (key := work.prepare(sources[i], counts, wait=wait)) is not None:
