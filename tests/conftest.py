@@ -7,6 +7,7 @@ every module, a run of every recipe, a resume, a run on two processes, and bad i
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -22,6 +23,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MARKED = ("network", "root", "browser")
+
+
+@pytest.fixture(autouse=True)
+def no_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine it would stand among the lines that a test expects."""
+    monkeypatch.setattr("adapt_recipes.data.progress._LINE_SECONDS", math.inf)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

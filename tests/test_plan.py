@@ -570,7 +570,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
             "missing key 'reward'",
         ),
         (["mos_full_finetune", *plain("hbo", *EVEN, "mixture=adapt_recipes.mixture.uniform", "~mixture.prior",
-          "~mixture.learning_rate")], "is unused"),
+          "~mixture.form", "~mixture.learning_rate")], "is unused"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.vocab_size=64")], "model.vocab_size: 64 is too small"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.num_heads=5")], "model: "),
         (["sft_full_finetune", *plain("uniform", *EVEN, "max_seq_len=4")], "longer than max_seq_len=4"),

@@ -234,6 +234,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal a bar, elsewhere a line every ten seconds."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("adapt_recipes.data.progress._LINE_SECONDS", 10.0)
     monkeypatch.setenv("TERM", "xterm")
     for stream in (io.StringIO(), Terminal()):
         now[0] = 100.0

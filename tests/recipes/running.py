@@ -119,8 +119,9 @@ class Run(NamedTuple):
         return [line for line in self.log if line["event"] == name]
 
     def training(self) -> list[dict[str, Any]]:
-        """The step events without their times."""
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in self.events("step")]
+        """The step events without their times, and without what was read for other purposes."""
+        other = ("seconds", "total_tokens")
+        return [{key: value for key, value in line.items() if key not in other} for line in self.events("step")]
 
 
 def finished(config: str, *overrides: str, output_dir: Path, recipe: str | None = None) -> Run:

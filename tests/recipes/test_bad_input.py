@@ -691,7 +691,7 @@ def assert_died(said: str, *, step: int) -> None:
         ("Given, rewards: [1, nan]", "step 2: the reward of task 'hard' is nan; "),
         ("Given, rewards: [inf, 1]", "step 2: the reward of task 'easy' is inf; "),
         ("Given, rewards: [1, -inf]", "step 2: the reward of task 'hard' is -inf; "),
-        ("Given, rewards: [1, -2]", "mixture.form: paper needs rewards >= 0 (policy_gradient does not)"),
+        ("Given, rewards: [1, -2]", "mixture.form: paper needs rewards >= 0 (authors and policy_gradient do not)"),
         ("Given, rewards: [1, -2]", "that of task 'hard' is -2"),
     ],
 )

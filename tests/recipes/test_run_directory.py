@@ -75,6 +75,7 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
             "lr",
             "grad_norm",
             "supervised_tokens",
+            "total_tokens",
             "tokens",
             "computed_tokens",
         } | {
