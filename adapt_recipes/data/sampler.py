@@ -96,8 +96,8 @@ class TokenSampler:
         # The same examples drawn before give the same tasks, so a resume has nothing more to restore.
         generator = _generator("task", self._seed, self._num_drawn.sum())
         if self.sampling == "dataset":
-            task = torch.multinomial(probabilities, 1, generator=generator)
-            probabilities = torch.zeros_like(probabilities).scatter(0, task, 1.0)
+            only = torch.multinomial(probabilities, 1, generator=generator)
+            probabilities = torch.zeros_like(probabilities).scatter(0, only, 1.0)
         shares = probabilities.numpy()
         closed = np.where((shares > 0) & (self._num_drawn < self._max_drawn), 0.0, np.inf)
         assert not closed.all(), "all tasks with a share have reached their cap"
