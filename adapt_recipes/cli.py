@@ -17,7 +17,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,9 @@ import yaml
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.stop import STOP_SIGNALS, stop_signals
+
+# Between lines about a plan where there is no terminal; None: none are written.
+PHASE_SECONDS: float | None = 10.0
 
 # ---------------------------------------------------------------------------------------------- recipes and configs
 
@@ -366,20 +371,55 @@ def plan(words: Sequence[str]) -> None:
 
 
 def _make_plan(arguments: argparse.Namespace, num_processes: int) -> tuple[Any, Any]:
-    """The plan and its config. Output of components goes to stderr; progress is shown only on a terminal."""
+    """The plan and its config. Output of components goes to stderr, as progress does."""
     from omegaconf.errors import OmegaConfBaseException
-    from rich.console import Console
 
-    with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("reading the recipe") as status:
+    with contextlib.redirect_stdout(sys.stderr), _phases() as say:
+        say("reading the recipe")
         config_class, config_path = schema(recipe_file(arguments.recipe)), config_file(arguments.config)
         from adapt_recipes.planning import make_plan
         from adapt_recipes.strict import load
 
         try:
             config: Any = load(config_class, config_path, arguments.overrides)
-            return make_plan(config, num_processes=num_processes, say=status.update), config
+            return make_plan(config, num_processes=num_processes, say=say), config
         except OmegaConfBaseException as error:
             raise ValueError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _phases() -> Iterator[Callable[[str], None]]:
+    """Shows the phase of a plan: by a spinner on a terminal, elsewhere by a line every ten seconds.
+
+    While tasks are read it shows nothing, because preparing them shows how far it is.
+    """
+    from rich.console import Console
+
+    status, ended, is_terminal = Console(stderr=True).status(""), threading.Event(), sys.stderr.isatty()
+    phase, began = "", time.monotonic()
+
+    def say(name: str) -> None:
+        nonlocal phase, began
+        phase, began = name, time.monotonic()
+        if is_terminal and name == "reading tasks":
+            status.stop()
+        elif is_terminal:
+            status.update(name)
+            status.start()
+
+    def say_again() -> None:
+        while not ended.wait(PHASE_SECONDS):
+            if phase != "reading tasks":
+                print(f"{phase}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+    if not is_terminal:
+        threading.Thread(target=say_again, daemon=True).start()
+    try:
+        yield say
+    finally:
+        ended.set()
+        if is_terminal:
+            status.stop()
 
 
 def add_report(subparsers: Any) -> None:
