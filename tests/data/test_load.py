@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
-from adapt_recipes.data import Examples, Task, fingerprint, max_token
+from adapt_recipes.data import Examples, Task, build_tasks, fingerprint, load, max_token
 
 
 def examples(*tokens: int) -> Examples:
@@ -40,3 +45,24 @@ def test_a_hash_is_of_every_split_and_its_place() -> None:
 def test_the_highest_token_is_of_every_split() -> None:
     assert max_token(TASKS) == 7 and max_token(with_test(examples(1, 9))) == 9
     assert max_token([]) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_one_process_says_what_it_waits_for(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the first of a host, which prepares the data, and none of the others."""
+
+    @contextlib.contextmanager
+    def in_turn(**_: bool) -> Iterator[None]:
+        time.sleep(0.2)
+        yield
+
+    monkeypatch.setattr(load, "raise_on_all_ranks", in_turn)
+    monkeypatch.setattr(load, "load_tasks", lambda *_, **__: TASKS)
+    monkeypatch.setattr(load, "_SILENT_SECONDS", 0.01)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    component: Any = type("Component", (), {"build": lambda self: None})()
+    assert build_tasks(component, component, max_seq_len=8) == (None, TASKS)
+    waits = "waiting for the first process of this host, which prepares the data\n"
+    assert capsys.readouterr().err == (waits if rank == 1 else "")

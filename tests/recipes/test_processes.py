@@ -204,6 +204,8 @@ def do(job: Job) -> dict[str, Any]:
         if job.num_devices is not None:
             stack.enter_context(devices(job.num_devices))
         stack.enter_context(mock.patch.object(os, "_exit", leave))
+        # On a slow machine a process would say that it waits for the other.
+        stack.enter_context(mock.patch("adapt_recipes.data.load._SILENT_SECONDS", 3600.0))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
@@ -430,7 +432,7 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
 def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str) -> None:
     (first, second), only = both[case], alone[case]
     assert [each["status"] for each in (only, first, second)] == [0, 0, 0], first["err"] + second["err"]
-    assert len(only["draws"]) >= 30
+    assert len(only["draws"]) >= 25
     assert first["draws"] == second["draws"] == only["draws"], "the same mixture and examples"
     assert torch.equal(first["mask"], only["mask"]) and not torch.equal(first["mask"], second["mask"]), "of dropout"
     torch.testing.assert_close(first["saved"], second["saved"], rtol=0, atol=0, equal_nan=True)
