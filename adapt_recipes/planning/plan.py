@@ -129,7 +129,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     parts = _build(config)
     tasks, mixture, update = parts.tasks, parts.mixture, parts.update
 
-    # Steps, and what probes, validation and test read.
+    # Steps, and what mixture updates, validation and test read.
     say("drawing examples")
     probabilities = mixture.probabilities()
     effective = parts.ledger.capped(probabilities)

@@ -41,9 +41,8 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     assert summary["validation_total_tokens"] == 3 * summary["validation_tokens"] > 0
     read = summary["tokens"] + summary["probe_total_tokens"] + summary["validation_total_tokens"]
     assert summary["total_tokens"] == read
-    assert [line["total_tokens"] for line in done.log if "total_tokens" in line] == sorted(
-        line["total_tokens"] for line in done.log if "total_tokens" in line
-    )
+    totals = [line["total_tokens"] for line in done.log if "total_tokens" in line]
+    assert totals == sorted(totals)
     assert done.events("validation")[-1]["total_tokens"] == read
     assert summary["steps"] == len(done.events("step")) == 8
     assert summary["seconds"] >= summary["mixture_seconds"] + summary["validation_seconds"]
