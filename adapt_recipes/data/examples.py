@@ -176,9 +176,9 @@ class Examples:
         """(num_examples,) int64: rendered tokens of each example."""
         return self._gathered(self._lengths_of)
 
-    @property
+    @cached_property
     def num_supervised(self) -> Tensor:
-        """(num_examples,) int64: supervised tokens of each example."""
+        """(num_examples,) int64: supervised tokens of each example. Kept, because a run asks for it again and again."""
         return self._gathered(self._num_supervised_of)
 
     @property

@@ -93,8 +93,9 @@ class TokenSampler:
         most = math.inf if max_examples is None else max_examples
         target = max_tokens if target_tokens is None else min(target_tokens, max_tokens)
         assert most >= 1 and max_tokens >= 1
-        # The same examples drawn before give the same tasks, so a resume has nothing more to restore.
-        generator = _generator("task", self._seed, self._num_drawn.sum())
+        if self.sampling != "tokens":
+            # The same number of examples drawn before gives the same tasks, so a resume has nothing more to restore.
+            generator = _generator("task", self._seed, self._num_drawn.sum())
         if self.sampling == "dataset":
             only = torch.multinomial(probabilities, 1, generator=generator)
             probabilities = torch.zeros_like(probabilities).scatter(0, only, 1.0)
