@@ -4,17 +4,18 @@ The paper's abstract gives the idea: a distribution over tasks, updated by meta-
 validation objective with entropy regularization. Neither code nor hyperparameters are public, so this is *our reading*
 of it, and every default below is *ours*. With one logit a_i per task:
 
-    (1)  s = softmax(a),   p = (1 - floor) s + floor / N                               the mixture
+    (1)  s = softmax(a + log prior),   p = (1 - floor) s + floor * prior               the mixture
     (2)  theta'(p) = theta - eta * sum_i p_i g_i,   g_i = grad L_train_i(theta)        one look-ahead step
     (3)  F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p)                     smooth worst case, entropy
-         l_j = (L_val_j(theta') - r_j) / c_j
+         l_j = (L_val_j(theta') - r_j) / c_j,   H(p) = -sum_i p_i log(p_i / q_i),   q = prior / max prior
     (4)  v = sum_j w_j / c_j * grad L_val_j(theta'),   w = softmax(beta l)             one aggregated gradient
-    (5)  dF/dp_i = -u_i + lambda (log p_i + 1),   u_i = eta <v, g_i>                   u_i: decrease of (3) per unit p_i
+    (5)  dF/dp_i = -u_i + lambda (log(p_i / q_i) + 1),   u_i = eta <v, g_i>            u_i: decrease of (3) per unit p_i
     (6)  a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)                      gradient descent on F through (1)
 
-The reference r_j is 0, or the loss that the task is expected to reach (``adapt_recipes.mixture.reference``), so that a
-task that cannot be learned is not the worst case. (2) is linear in p, so (5) needs first derivatives only. It is exact
-if the losses in (3) and (4) are measured at theta'. By default the recipe measures them at theta, which is the same to
+The prior is ours too. If it is uniform, q = 1 and H is the entropy, as in the paper; else that term draws the mixture
+to the prior. The reference r_j is 0, or the loss that the task is expected to reach (``reference.py``), so that a task
+that cannot be learned is not the worst case. (2) is linear in p, so (5) needs first derivatives only. It is exact if
+the losses in (3) and (4) are measured at theta'. By default the recipe measures them at theta, which is the same to
 first order in eta and cheaper (``probe.exact_lookahead``). It computes (2), v and the dot products with the model.
 """
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.prior import Prior
 from adapt_recipes.mixture.reference import Reference
 
 # The smallest divisor c_j, in nats per supervised token (ours). Without it, a task that the base model has already
@@ -42,12 +44,13 @@ class Adapt:
 
     Args:
         task_names: the tasks, in order.
-        num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task; only the prior uses it.
         budget_tokens: supervised tokens to spend; only ``reference: asymptote`` uses it.
-        meta_lr: rho of (6), >= 0 (ours); with 0 the mixture stays uniform to the last bit.
+        meta_lr: rho of (6), >= 0 (ours); with 0 the mixture stays the prior, and a uniform one to the last bit.
         entropy_weight: lambda of (3), >= 0 (ours).
         sharpness: beta of (3), > 0 (ours): near 0 the mean of the losses, if large their maximum.
-        floor: the part of the mixture that is distributed evenly, 0 <= floor < 1 (ours).
+        floor: the part of the mixture that is always the prior, 0 <= floor < 1 (ours).
+        prior, temperature: see ``adapt_recipes.mixture.prior`` (ours; the paper starts uniform).
         normalize: ``initial``: c_j is the validation loss at the first mixture update, at least ``MIN_NORMALIZER``;
             ``none``: c_j = 1 (ours).
         reference: r_j of (3) (ours): null: 0; a mapping of each task's name to a loss, or the path of a JSON file with
@@ -77,6 +80,8 @@ class Adapt:
         entropy_weight: float = 0.5,
         sharpness: float = 1.0,
         floor: float = 0.05,
+        prior: str | Mapping[str, float] = "uniform",
+        temperature: float | None = None,
         normalize: str = "initial",
         reference: str | Mapping[str, float] | None = None,
         center_and_scale: bool = True,
@@ -97,6 +102,7 @@ class Adapt:
         self.normalize = normalize
         self.center_and_scale = center_and_scale
         self.reference = Reference(reference, task_names=task_names, budget_tokens=budget_tokens)
+        self.prior = Prior(prior, temperature, task_names=task_names, num_supervised_tokens=num_supervised_tokens)
 
         # State, (num_tasks,) float64 each: a; the average of u and the first losses, NaN until measured.
         self.logits = torch.zeros(len(task_names), dtype=torch.float64)
@@ -105,8 +111,8 @@ class Adapt:
 
     def probabilities(self) -> Tensor:
         """The mixture (1): (num_tasks,) float64 on the CPU, sums to 1."""
-        # (1): s = softmax(a), p = (1 - floor) s + floor / N
-        return floored(torch.softmax(self.logits, dim=0), self.floor)
+        # (1): s = softmax(a + log prior), p = (1 - floor) s + floor * prior
+        return floored(self._shares(), self.floor, self.prior.shares)
 
     def objective_weights(
         self,
@@ -144,15 +150,14 @@ class Adapt:
         self.reference.observe(validation_losses, task_tokens)
 
         # (3): F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p), where p_i log p_i -> 0 as p_i -> 0
-        s = torch.softmax(self.logits, dim=0)
-        p = self.probabilities()
-        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+        s, p = self._shares(), self.probabilities()
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log() - self.prior.logits
         beta = self.sharpness
         measured = losses[~losses.isnan()]
         worst_case = (torch.logsumexp(beta * measured, dim=0) - math.log(max(len(measured), 1))) / beta
         objective = worst_case + self.entropy_weight * (p * log_p).sum()
 
-        # (5): dF/dp_i = -u_i + lambda (log p_i + 1), with u averaged over updates, and optionally centered and scaled
+        # (5): dF/dp_i = -u_i + lambda (log(p_i / q_i) + 1), u averaged over updates, optionally centered and scaled
         u = self._average_values(gradient_dots, s)
         rate = self.meta_lr
         if self.center_and_scale:
@@ -174,6 +179,10 @@ class Adapt:
         own = {name: value for name, value in state.items() if not name.startswith("reference_")}
         load_state(self, _STATE, own)
         self.reference.load_state_dict({name: value for name, value in state.items() if name not in own})
+
+    def _shares(self) -> Tensor:
+        """s of (1): (num_tasks,) float64."""
+        return torch.softmax(self.logits + self.prior.logits, dim=0)
 
     def _normalizers(self, validation_losses: Tensor) -> Tensor:
         """c_j of (3): (num_tasks,) float64."""

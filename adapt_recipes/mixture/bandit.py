@@ -4,8 +4,10 @@ Exp3 over K tasks. A task with a high loss gets more tokens; the loss of a task 
 turn t, with R_i = 0 and eps_0 = 1 / K at the start (the numbers are ours):
 
     (1)  eps_t = min(1 / K, sqrt(ln K / (K t)))                                    the exploration
-    (2)  pi_t(i) = (1 - K eps_t) softmax(eps_{t-1} R)_i + eps_t                    the mixture
+    (2)  pi_t(i) = (1 - K eps_t) softmax(eps_{t-1} R + log prior)_i + K eps_t prior_i    the mixture
     (3)  R_i <- alpha R_i + (1 - alpha) L_i / pi_t(i)                              importance-weighted rewards
+
+The prior is ours; a uniform one gives the paper's (2), whose last term is eps_t.
 
 *Our reading*: a turn is a mixture update. In the paper it is a training step, which draws some of the tasks, and the
 division by pi(i) compensates for the steps without task i. Here most tasks are drawn in every turn, as often as pi
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.prior import Prior
 
 _STATE = ("rewards", "turn")
 
@@ -34,9 +37,10 @@ class Exp3:
 
     Args:
         task_names: the tasks, in order; K of them.
-        num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task; only the prior uses it.
         budget_tokens: supervised tokens to spend; not used.
         ema_decay: alpha of (3), weight of the old, 0 <= ema_decay < 1. The moving average is the paper's, 0.9 is ours.
+        prior, temperature: see ``adapt_recipes.mixture.prior``.
 
     Raises:
         ValueError: an argument is out of range; one line that names it.
@@ -51,14 +55,17 @@ class Exp3:
         num_supervised_tokens: Tensor | Sequence[int],
         budget_tokens: int,
         ema_decay: float = 0.9,
+        prior: str | Mapping[str, float] = "uniform",
+        temperature: float | None = None,
     ) -> None:
         self.ema_decay = number("ema_decay", ema_decay, at_least=0, below=1)
+        self.prior = Prior(prior, temperature, task_names=task_names, num_supervised_tokens=num_supervised_tokens)
         # State: R, (num_tasks,) float64, and t.
         self.rewards = torch.zeros(len(task_names), dtype=torch.float64)
         self.turn = torch.tensor(1, dtype=torch.float64)
 
     def exploration(self, turn: float) -> float:
-        """K eps_t of (1): the part of the mixture that is distributed evenly, a decreasing floor; 1 in turn 0."""
+        """K eps_t of (1): the part of the mixture that is the prior, a decreasing floor; 1 in turn 0."""
         num_tasks = len(self.rewards)
         # (1): K eps_t = min(1, sqrt(K ln K / t))
         return min(1.0, math.sqrt(num_tasks * math.log(num_tasks) / turn)) if turn else 1.0
@@ -66,9 +73,9 @@ class Exp3:
     def probabilities(self) -> Tensor:
         """The mixture (2): (num_tasks,) float64 on the CPU, sums to 1."""
         turn = float(self.turn)
-        # (2): pi_t(i) = (1 - K eps_t) softmax(eps_{t-1} R)_i + eps_t. Softmax is safe for rewards of any size.
-        shares = torch.softmax(self.exploration(turn - 1) / len(self.rewards) * self.rewards, dim=0)
-        return floored(shares, self.exploration(turn))
+        # (2): pi_t(i) = (1 - K eps_t) softmax(eps_{t-1} R + log prior)_i + K eps_t prior_i; safe for any R
+        scores = self.exploration(turn - 1) / len(self.rewards) * self.rewards + self.prior.logits
+        return floored(torch.softmax(scores, dim=0), self.exploration(turn), self.prior.shares)
 
     def update(
         self,

@@ -54,16 +54,17 @@ def number(
 def floored(
     shares: Tensor,  # (num_tasks,) float64, on the simplex
     floor: float,  # 0 <= floor < 1
+    prior: Tensor,  # (num_tasks,) float64, on the simplex
 ) -> Tensor:
-    """``(1 - floor) * shares + floor / num_tasks``, the floor of every learned mixture.
+    """``(1 - floor) * shares + floor * prior``, the floor of every learned mixture.
 
-    Computed as an interpolation, ``shares + floor * (1 / num_tasks - shares)``, so that equal shares stay equal to the
-    last bit.
+    Computed as an interpolation, ``shares + floor * (prior - shares)``, so that shares equal to the prior stay equal to
+    the last bit.
 
     Returns:
-        (num_tasks,) float64, on the simplex, nowhere below ``floor / num_tasks``.
+        (num_tasks,) float64, on the simplex, nowhere below ``floor * prior``.
     """
-    return torch.lerp(shares, torch.full_like(shares, 1 / len(shares)), floor)
+    return torch.lerp(shares, prior, floor)
 
 
 def copied_state(mixture: object, names: Sequence[str]) -> dict[str, Tensor]:

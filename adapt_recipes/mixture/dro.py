@@ -4,9 +4,9 @@ The paper minimizes the worst group's loss, min_theta max_q sum_g q_g L_g(theta)
 the mixture, the share of supervised tokens, which gives the same gradient in expectation. At every update, where L are
 the losses of the tasks or their excess over a reference (``adapt_recipes.mixture.reference``; the numbers are ours):
 
-    (1)  q_i ~ exp(beta L_i)                         ``softmax``: the q that maximizes sum_i q_i L_i + H(q) / beta
-    (2)  q_i <- q_i exp(eta L_i) / Z                 ``exponentiated_gradient``: the paper's
-    (3)  p = (1 - floor) q + floor / N               the mixture
+    (1)  q_i ~ prior_i exp(beta L_i)                 ``softmax``: maximizes sum_i q_i L_i - KL(q, prior) / beta
+    (2)  q_i <- q_i exp(eta L_i) / Z                 ``exponentiated_gradient``: the paper's; it starts at the prior
+    (3)  p = (1 - floor) q + floor * prior           the mixture
 
 (1) depends on the current losses only. (2) sums them over the run and forgets nothing: while one loss is the highest,
 its share keeps growing. In the paper (2) is applied at every step, to the one group that was drawn; here it is applied
@@ -15,7 +15,6 @@ to all measured tasks at every mixture update. The paper's adjustment by group s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.prior import Prior
 from adapt_recipes.mixture.reference import Reference
 
 FORMS = ("softmax", "exponentiated_gradient")
@@ -40,16 +40,17 @@ class GroupDRO:
 
     Args:
         task_names: the tasks, in order.
-        num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task; only the prior uses it.
         budget_tokens: supervised tokens to spend; only ``reference: asymptote`` uses it.
         form: ``softmax``, (1) (ours), or ``exponentiated_gradient``, (2) (the paper's).
-        sharpness: beta of (1), 1/nat, >= 0, for ``form: softmax`` only; null: 1 (ours). 0 is uniform.
+        sharpness: beta of (1), 1/nat, >= 0, for ``form: softmax`` only; null: 1 (ours). 0 is the prior.
         step_size: eta of (2), 1/nat, >= 0, for ``form: exponentiated_gradient`` only; null: 1 (ours; the paper's is
-            0.01 per training step). 0 stays uniform.
+            0.01 per training step). 0 stays at the prior.
         losses: ``validation`` (ours) or ``train`` (the paper's): the losses from which L is computed.
         reference: the loss over which L is the excess: null: 0, as in the paper; a mapping of each task's name to a
             loss, or the path of a JSON file with one; ``initial`` or ``asymptote``.
-        floor: the part of the mixture that is distributed evenly, 0 <= floor < 1 (ours; the paper has none).
+        floor: the part of the mixture that is always the prior, 0 <= floor < 1 (ours; the paper has none).
+        prior, temperature: see ``adapt_recipes.mixture.prior`` (ours; the paper starts uniform).
 
     Raises:
         ValueError: an argument is out of range, or a reference has no loss for a task; one line that names it.
@@ -67,6 +68,8 @@ class GroupDRO:
         losses: str = "validation",
         reference: str | Mapping[str, float] | None = None,
         floor: float = 0.05,
+        prior: str | Mapping[str, float] = "uniform",
+        temperature: float | None = None,
     ) -> None:
         # Arguments.
         for key, value, allowed in (("form", form, FORMS), ("losses", losses, SIGNALS)):
@@ -85,14 +88,15 @@ class GroupDRO:
         self.observes: tuple[str, ...] = (SIGNALS[losses],)
         self.reference = Reference(reference, task_names=task_names, budget_tokens=budget_tokens)
 
+        self.prior = Prior(prior, temperature, task_names=task_names, num_supervised_tokens=num_supervised_tokens)
+
         # State: log q, (num_tasks,) float64.
-        num_tasks = len(task_names)
-        self.log_shares = torch.full((num_tasks,), -math.log(num_tasks), dtype=torch.float64)
+        self.log_shares = torch.log_softmax(self.prior.logits, dim=0)
 
     def probabilities(self) -> Tensor:
         """The mixture (3): (num_tasks,) float64 on the CPU, sums to 1."""
-        # (3): p = (1 - floor) q + floor / N
-        return floored(torch.softmax(self.log_shares, dim=0), self.floor)
+        # (3): p = (1 - floor) q + floor * prior
+        return floored(torch.softmax(self.log_shares, dim=0), self.floor, self.prior.shares)
 
     def update(
         self,
@@ -112,8 +116,8 @@ class GroupDRO:
         measured = ~excess.isnan()
         before = self.log_shares[measured]
         if self.form == "softmax":
-            # (1): q_i ~ exp(beta L_i)
-            scores = self.sharpness * excess[measured]
+            # (1): q_i ~ prior_i exp(beta L_i)
+            scores = self.sharpness * excess[measured] + self.prior.logits[measured]
         else:
             # (2): q_i <- q_i exp(eta L_i) / Z
             scores = before + self.step_size * excess[measured]

@@ -4,7 +4,7 @@
 the model after the *remaining budget*, not after one step. Its validation losses are predicted by a saturating response
 to each task's own tokens, measured from the run's own validation losses. With one logit a per task:
 
-    (1)  s = softmax(a),   p = (1 - floor) s + floor / N                        the mixture
+    (1)  s = softmax(a + log prior),   p = (1 - floor) s + floor * prior        the mixture
     (2)  E <- alpha E + (1 - alpha) L_val,   m <- min(m, E)                     the loss, and the lowest so far
     (3)  delta = log((m_before + d) / (m + d)),   n = new tokens of the task    progress: only new minima count
     (4)  W <- g W + n,   D <- g D + delta;   W2, D2 with g2                     discounted sums, fast and slow
@@ -15,10 +15,10 @@ to each task's own tokens, measured from the run's own validation losses. With o
          u ~ softmax(b rho) * (k A exp(-h k p) + r G exp(-h r p))               -dF/dp without the entropy, max u = 1
     (9)  a <- 0.9 a + 0.1 u / lambda,   a <- a - mean a                         60 times with p = s
 
-(9) converges to the fixed point s = softmax(u(s) / lambda). T is the budget, fair = T / N, f the share of the budget
-that is spent, h the horizon in tokens. A is the loss that a task can still lose, at the speed k (1/token) at which it
-has been losing. G is the loss that it has forgotten and would win back, at the speed r. The slow estimate of (5) has an
-optimistic prior k0 that decreases with the budget.
+(9) converges to the fixed point s = softmax(u(s) / lambda + log prior), as H is relative to the prior. T is the
+budget, fair = T / N, f the share of the budget that is spent, h the horizon in tokens. A is the loss that a task can
+still lose, at the speed k (1/token) at which it has been losing. G is the loss that it has forgotten and would win
+back, at the speed r. The slow estimate of (5) has an optimistic prior speed k0 that decreases with the budget.
 
 This needs no backward pass and a few numbers per task. One gradient step shows almost no progress of a slow task, and a
 task that cannot be learned has a high loss forever; their speeds distinguish them.
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.prior import Prior
 
 # Shares of the budget: the shortest horizon h of (6), and the shortest horizon for A.
 MIN_HORIZON, MIN_REACH = 0.05, 0.1
@@ -85,7 +86,7 @@ class AdaptPlanned:
 
     Args:
         task_names: the tasks, in order.
-        num_supervised_tokens: (num_tasks,) supervised tokens available per task; not used.
+        num_supervised_tokens: (num_tasks,) supervised tokens available per task; only the prior uses it.
         budget_tokens: (T) supervised tokens to spend; T / num_tasks is the fair share of a task.
         entropy_weight: (lambda) > 0; keeps the plan from being greedy. Half or twice the default is clearly worse.
         sharpness: (b0) > 0; inverse temperature of the predicted losses, relative to the largest.
@@ -97,11 +98,12 @@ class AdaptPlanned:
         slow_discount: (g2) factor of the slow sums.
         recovery_speed: (kr) > 0; log loss per fair share at which forgotten loss is won back.
         ema_decay: (alpha) weight of the old in the running mean of the validation losses, in [0, 1).
-        floor: the part of the mixture that is distributed evenly, in [0, 1). With a share of 1 % a task is forgotten.
+        floor: the part of the mixture that is always the prior, in [0, 1). With a share of 1 % a task is forgotten.
+        prior, temperature: see ``adapt_recipes.mixture.prior``.
         loss_offset: (d) > 0, nats; relative gains of losses below it do not count as progress.
-        measure_after: share of the budget, in [0, 1), that is spent evenly before the first measurement. A model first
-            learns the form of the answers and how often each occurs, in every task alike. If that counted as progress,
-            a task of pure noise would look as if it could be learned.
+        measure_after: share of the budget, in [0, 1), that is spent as the prior says before the first measurement. A
+            model first learns the form of the answers and how often each occurs, in every task alike. If that counted
+            as progress, a task of pure noise would look as if it could be learned.
 
     Raises:
         ValueError: an argument is out of range; one line that names it.
@@ -125,6 +127,8 @@ class AdaptPlanned:
         recovery_speed: float = 2.0,
         ema_decay: float = 0.5,
         floor: float = 0.05,
+        prior: str | Mapping[str, float] = "uniform",
+        temperature: float | None = None,
         loss_offset: float = 0.02,
         measure_after: float = 0.05,
     ) -> None:
@@ -141,6 +145,7 @@ class AdaptPlanned:
         self.floor = number("floor", floor, at_least=0, below=1)
         self.loss_offset = number("loss_offset", loss_offset, above=0)
         self.measure_after = number("measure_after", measure_after, at_least=0, below=1)
+        self.prior = Prior(prior, temperature, task_names=task_names, num_supervised_tokens=num_supervised_tokens)
         self.task_names = list(task_names)
         self.budget_tokens = budget_tokens
         self.fair_tokens = budget_tokens / len(task_names)
@@ -158,8 +163,8 @@ class AdaptPlanned:
 
     def probabilities(self) -> Tensor:
         """The mixture (1): (num_tasks,) float64 on the CPU, sums to 1."""
-        # (1): s = softmax(a), p = (1 - floor) s + floor / N
-        return floored(torch.softmax(self.logits, dim=0), self.floor)
+        # (1): s = softmax(a + log prior), p = (1 - floor) s + floor * prior
+        return floored(torch.softmax(self.logits + self.prior.logits, dim=0), self.floor, self.prior.shares)
 
     @property
     def locked_out(self) -> tuple[str, ...]:
@@ -276,11 +281,11 @@ class AdaptPlanned:
 
     def _plan(self, response: _Response) -> Tensor:
         """Moves the logits to the fixed point of (9); returns the values u, (num_tasks,) float64."""
-        # If there is nothing left to lose, all values are 0, and the plan returns to uniform.
+        # If there is nothing left to lose, all values are 0, and the plan returns to the prior.
         tiny = torch.finfo(response.speeds.dtype).tiny
         for _ in range(ITERATIONS):
             # (8): u ~ softmax(b rho) * (k A exp(-h k p) + r G exp(-h r p)), b = b0 / max_j rho_j, max u = 1
-            predicted, gain = response(torch.softmax(self.logits, dim=0))
+            predicted, gain = response(torch.softmax(self.logits + self.prior.logits, dim=0))
             u = torch.softmax(self.sharpness * predicted / predicted.max().clamp_min(tiny), dim=0) * gain
             u = u / u.max().clamp_min(tiny)
             # (9): a <- 0.9 a + 0.1 u / lambda, a <- a - mean a

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from adapt_recipes.errors import nearest, warn
-from adapt_recipes.mixture import static
 from adapt_recipes.mixture.common import floored, number
+from adapt_recipes.mixture.prior import Prior
 
 # Ours; the paper does not give it.
 HIDDEN_UNITS = 64
@@ -43,8 +43,6 @@ FORMS = ("authors", "paper", "policy_gradient")
 # (C)
 AUTHORS_STEPS, AUTHORS_LEARNING_RATE = 200, 1e-4
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-# tau of (a); None: the argument ``temperature``.
-PRIORS = {"uniform": math.inf, "proportional": 1.0, "temperature": None}
 
 
 class Scorer:
@@ -61,8 +59,8 @@ class Scorer:
         num_supervised_tokens: (num_tasks,) supervised tokens available per task. A task with 0 is not accessible: its
             probability is always 0, and its rewards are ignored.
         budget_tokens: supervised tokens to spend; not used.
-        prior: the starting p: ``uniform`` (the paper's default), ``proportional``, or ``temperature``.
-        temperature: tau of (a), > 0; for ``prior: temperature`` only. 1 is proportional, infinity uniform.
+        prior, temperature: the starting p, (a): ``uniform`` (the paper's default), ``proportional``, ``temperature``
+            (tau), or a weight for each task (ours; see ``adapt_recipes.mixture.prior``).
         form: ``authors``: (B) to (D). ``paper``: (b) and one step (6), which needs R >= 0. ``policy_gradient``: that
             step with sum_i p(i) R(i) grad log p(i) instead (ours).
         optimizer: of the paper's forms; ``authors`` has its own. ``sgd``, the default: (6) as it is written. ``adam``:
@@ -74,8 +72,7 @@ class Scorer:
             ``adam`` accepts rewards of any size.
         ema_decay: weight of the old reward in (11), 0 <= ema_decay < 1. The paper's beta = 0.9 is the weight of the new
             one, so ema_decay = 0.1. 0: rewards are not averaged.
-        floor: the part of the mixture that is distributed evenly over the accessible tasks, 0 <= floor < 1 (the paper's
-            0: none).
+        floor: the part of the mixture that is always the prior, 0 <= floor < 1 (the paper's 0: none).
         seed: of the first weights of the hidden layer; ``authors`` has none. The global generator is neither used nor
             changed.
 
@@ -91,7 +88,7 @@ class Scorer:
         task_names: Sequence[str],
         num_supervised_tokens: Tensor | Sequence[int],
         budget_tokens: int,
-        prior: str = "uniform",
+        prior: str | Mapping[str, float] = "uniform",
         temperature: float | None = None,
         form: str = "authors",
         optimizer: str | None = None,
@@ -106,14 +103,13 @@ class Scorer:
                 fixed = f"{AUTHORS_STEPS} steps of adam with {AUTHORS_LEARNING_RATE:g} per update"
                 raise ValueError(f"mixture.{key} is for form: paper and policy_gradient; form: authors takes {fixed}")
         optimizer = "sgd" if optimizer is None else optimizer
-        choices = (("prior", prior, PRIORS), ("form", form, FORMS), ("optimizer", optimizer, OPTIMIZERS))
+        choices: tuple[tuple[str, str, Collection[str]], ...] = (
+            ("form", form, FORMS),
+            ("optimizer", optimizer, OPTIMIZERS),
+        )
         for key, value, allowed in choices:
             if value not in list(allowed):
                 raise ValueError(f"mixture.{key}: {value!r}{nearest(str(value), allowed)}")
-        if prior == "temperature" and temperature is None:
-            raise ValueError("missing key 'mixture.temperature', for mixture.prior: temperature; a number > 0")
-        if prior != "temperature" and temperature is not None:
-            raise ValueError(f"mixture.temperature is for mixture.prior: temperature, not for {prior}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"mixture.seed must be a whole number, not {seed!r}")
         learning_rate = number("learning_rate", 1e-4 if learning_rate is None else learning_rate, at_least=0)
@@ -123,13 +119,9 @@ class Scorer:
         self.task_names = list(task_names)
 
         # (a): q_i ~ M_i^(1/tau)
-        tau: Any = temperature if prior == "temperature" else PRIORS[prior]
-        self.prior = static.temperature(
-            task_names=task_names,
-            num_supervised_tokens=num_supervised_tokens,
-            budget_tokens=budget_tokens,
-            temperature=tau,
-        ).probabilities()
+        self.prior = Prior(
+            prior, temperature, task_names=task_names, num_supervised_tokens=num_supervised_tokens
+        ).shares
         self.accessible = self.prior > 0
 
         # State: R of (11), NaN until measured; psi and its optimizer.
@@ -155,7 +147,7 @@ class Scorer:
         weights = prior * torch.exp(z - z.max())
         shares = weights / (weights.sum() / prior.sum())
         p = torch.zeros_like(self.prior)
-        p[self.accessible] = floored(shares, self.floor)
+        p[self.accessible] = floored(shares, self.floor, prior)
         return p
 
     def update(
@@ -187,10 +179,10 @@ class Scorer:
         known = ~self.averaged_rewards.isnan()
         R = self.averaged_rewards[known]
         for _ in range(self.num_steps if len(R) else 0):
-            # log p, also where p itself would be rounded to 0. Without a floor ``even`` is log 0.
+            # log p, also where p itself would be rounded to 0. Without a floor the last term is log 0.
             scores = (self.prior.log() + self._scores())[known]
-            even = torch.full_like(R, self.floor / len(R)).log()
-            log_p = torch.logaddexp(torch.log_softmax(scores, dim=0) + math.log1p(-self.floor), even)
+            least = self.floor * self.prior[known] / self.prior[known].sum()
+            log_p = torch.logaddexp(torch.log_softmax(scores, dim=0) + math.log1p(-self.floor), least.log())
             # (6): psi <- psi + gamma * sum_i R(i) * grad_psi log p_psi(i); policy gradient: p grad log p = grad p
             expected = R * (log_p.exp() if self.form == "policy_gradient" else log_p)
             self.optimizer.zero_grad()

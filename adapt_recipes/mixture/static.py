@@ -103,21 +103,47 @@ def fixed_weights(
     Raises:
         ValueError: a task is missing or unknown, a weight is not a number >= 0, or all are 0.
     """
+    return Static(given_shares("weights", weights, task_names=task_names, at_least=0))
+
+
+def given_shares(
+    key: str,
+    weights: Mapping[str, float],
+    *,
+    task_names: Sequence[str],
+    at_least: float | None = None,
+    above: float | None = None,
+) -> Tensor:
+    """Weights from the config, by task, as shares.
+
+    Args:
+        key: name of the argument, under ``mixture``.
+        weights: a number for each task, by name.
+        task_names: the tasks, in order.
+        at_least, above: of every weight, see ``number``.
+
+    Returns:
+        (num_tasks,) float64, on the simplex.
+
+    Raises:
+        ValueError: a task is missing or unknown, a weight is out of range, or all are 0.
+    """
     if not isinstance(weights, Mapping):
-        raise ValueError(f"mixture.weights must map each task's name to a weight, not {weights!r}")
+        raise ValueError(f"mixture.{key} must map each task's name to a weight, not {weights!r}")
     given = {str(name): weight for name, weight in weights.items()}
     for name in given:
         if name not in task_names:
-            raise ValueError(f"mixture.weights: {name!r} is no task of this run{nearest(name, task_names)}")
+            raise ValueError(f"mixture.{key}: {name!r} is no task of this run{nearest(name, task_names)}")
+    leave_out = " (0 to leave it out)" if above is None else ""
     for name in task_names:
         if name not in given:
-            raise ValueError(f"mixture.weights lacks a weight for the task {name!r} (0 to leave it out)")
-    values = [number(f"weights[{name!r}]", given[name], at_least=0) for name in task_names]
+            raise ValueError(f"mixture.{key} lacks a weight for the task {name!r}{leave_out}")
+    values = [number(f"{key}[{name!r}]", given[name], at_least=at_least, above=above) for name in task_names]
     if not any(values):
-        raise ValueError("mixture.weights: at least one weight must be above 0, and all are 0")
+        raise ValueError(f"mixture.{key}: at least one weight must be above 0, and all are 0")
     # Relative to the largest, so that the sum of finite weights stays finite.
     shares = torch.tensor(values, dtype=torch.float64) / max(values)
-    return Static(shares / shares.sum())
+    return shares / shares.sum()
 
 
 def _by_size(num_supervised_tokens: Tensor | Sequence[int], temperature: float) -> Tensor:

@@ -69,10 +69,9 @@ def test_starts_as_the_tempered_prior_and_stays_with_a_learning_rate_of_0(sizes,
 
 @settings(max_examples=30)
 @given(SIZES, st.floats(0.01, 0.9))
-def test_the_floor_is_spread_over_the_accessible_tasks(sizes, floor) -> None:
+def test_with_any_floor_it_starts_at_the_prior(sizes, floor) -> None:
     mixture = make(sizes, prior="proportional", floor=floor)
-    prior, accessible = make(sizes, kind=proportional).probabilities(), tensor(sizes) > 0
-    expected = (1 - floor) * prior + floor * (accessible.double() / accessible.sum())
+    expected = make(sizes, kind=proportional).probabilities()
     torch.testing.assert_close(mixture.probabilities(), expected, rtol=0, atol=1e-15)
 
 
@@ -85,7 +84,7 @@ def written_out(sizes, parameters, floor):
     accessible = tensor(sizes) > 0
     scores = w2 @ torch.tanh(w1 @ accessible.double() + b1) + b2
     weights = tensor(sizes) * scores.exp()
-    return (1 - floor) * weights / weights.sum() + floor * (accessible.double() / accessible.sum())
+    return (1 - floor) * weights / weights.sum() + floor * tensor(sizes) / tensor(sizes).sum()
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.2])
@@ -318,7 +317,7 @@ UPDATES = st.integers(1, 6).flatmap(
 def test_always_a_mixture_above_the_floor_and_the_state_carries_everything(case, options) -> None:
     sizes, updates = case
     mixture, resumed = make(sizes, **options), make(sizes, **options)
-    accessible = tensor(sizes) > 0
+    accessible, prior = tensor(sizes) > 0, mixture.probabilities()
     for rewards in updates:
         update(mixture, rewards)
         update(resumed, rewards)
@@ -327,7 +326,7 @@ def test_always_a_mixture_above_the_floor_and_the_state_carries_everything(case,
         p = mixture.probabilities()
         assert abs(p.sum() - 1) < 1e-12
         assert (p[~accessible] == 0).all()
-        assert (p[accessible] >= options["floor"] / accessible.sum() * (1 - 1e-12)).all()
+        assert (p >= options["floor"] * prior * (1 - 1e-12)).all()
         assert torch.equal(resumed.probabilities(), p)
 
 
@@ -399,7 +398,7 @@ def test_keeps_the_contract() -> None:
     ("arguments", "message"),
     [
         ({"prior": "proportionl"}, "mixture.prior: 'proportionl'; did you mean 'proportional'?"),
-        ({"prior": None}, "mixture.prior: None; allowed: uniform, proportional, temperature"),
+        ({"prior": None}, "mixture.prior: None; allowed: uniform, proportional, temperature, a weight for each task"),
         ({"prior": "temperature"}, "missing key 'mixture.temperature', for mixture.prior: temperature; a number > 0"),
         ({"prior": "temperature", "temperature": 0}, "mixture.temperature must be a number > 0, not 0"),
         ({"temperature": 10}, "mixture.temperature is for mixture.prior: temperature, not for uniform"),
