@@ -64,7 +64,10 @@ class TrainConfig:
     max_seq_len: PositiveInt
     """rendered tokens; longer examples are dropped and counted, never cut"""
     budget: BudgetConfig
-    mixture: Annotated[Component, Injected("task_names", "num_supervised_tokens", "budget_tokens")]
+    mixture: Annotated[
+        Component,
+        Injected("task_names", "num_supervised_tokens", "budget_tokens", optional=("target_names", "target_weights")),
+    ]
 
     optimizer: Annotated[Component, Injected("params")]
     lr_schedule: Component

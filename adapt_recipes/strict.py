@@ -94,10 +94,13 @@ YAML_TERMS = {
 
 
 class Injected:
-    """Marks a field with the arguments that the recipe passes: ``Annotated[Component, Injected("params")]``."""
+    """Marks a field with the arguments that the recipe passes: ``Annotated[Component, Injected("params")]``.
 
-    def __init__(self, *names: str) -> None:
-        self.names = names
+    ``optional``: those that it passes to a component that takes them.
+    """
+
+    def __init__(self, *names: str, optional: tuple[str, ...] = ()) -> None:
+        self.names, self.optional = names, optional
 
 
 class Mark:
@@ -146,6 +149,12 @@ class Component(BaseModel):
                 nodes[name] = Component(**value)
                 nodes[name]._key = f"{key}.{name}"
         return nodes
+
+    def taken(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that the component takes."""
+        parameters = _parameters(locate(self.component)) or {}
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return {name: value for name, value in arguments.items() if takes_any or name in parameters}
 
     def build(self, **injected: Any) -> Any:
         """Calls the component with the arguments in the config and those of the recipe.
@@ -236,7 +245,12 @@ def load(config_class: type[ConfigT], path: str | Path, overrides: Sequence[str]
         if isinstance(node, Component):
             node._key = name
             marks = [mark for mark in typing.get_args(hint) if isinstance(mark, Injected)]
-            _check_arguments(name, node, marks[0].names if marks else ())
+            _check_arguments(name, node, *((marks[0].names, marks[0].optional) if marks else ()))
+            # A setting of the node may be a component itself.
+            for setting in type(node).model_fields:
+                if isinstance(inner := getattr(node, setting), Component):
+                    inner._key = f"{name}.{setting}"
+                    _check_arguments(inner._key, inner)
     return config
 
 
@@ -459,7 +473,7 @@ def _wrong(key: str, detail: Any) -> str:
     return f"{key}: {message}, not {json.dumps(detail['input'], default=str)}"
 
 
-def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None:
+def _check_arguments(key: str, node: Component, injected: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
     """Checks a component's arguments against its signature, without calling it."""
     try:
         component = locate(node.component)
@@ -469,7 +483,7 @@ def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None
         raise ValueError(f"{key}._component_: '{node.component}' is not a class or function")
     nested = node.nested(key)
     for name, argument in nested.items():
-        _check_arguments(f"{key}.{name}", argument, ())
+        _check_arguments(f"{key}.{name}", argument)
     parameters = _parameters(component)
     if parameters is None:
         return
@@ -480,11 +494,13 @@ def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None
     for name in injected:
         if name not in named and not takes_any:
             raise ValueError(f"{key}._component_: '{node.component}' does not take '{name}', which the recipe passes")
+    for name in (*injected, *optional):
         if name in node.arguments:
             raise ValueError(f"{key}.{name}: the recipe passes this itself; remove it")
 
     # Unknown and missing arguments.
-    allowed = [name for name in (*named, *type(node).model_fields) if name not in (*injected, "component")]
+    passed = (*injected, *optional, "component")
+    allowed = [name for name in (*named, *type(node).model_fields) if name not in passed]
     for name in node.arguments:
         if name not in allowed and not takes_any:
             for (owner, old), renamed in RENAMED.items():
@@ -492,7 +508,7 @@ def _check_arguments(key: str, node: Component, injected: Sequence[str]) -> None
                     raise ValueError(f"unknown key '{key}.{name}': it is '{key}.{renamed.key}' now{_remark(renamed)}")
             raise ValueError(f"unknown key '{key}.{name}' for {node.component}{nearest(name, allowed)}")
     for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in (*injected, *node.arguments):
+        if parameter.default is parameter.empty and name not in (*passed, *node.arguments):
             raise ValueError(f"missing key '{key}.{name}', which {node.component} needs")
 
     # Types.

@@ -7,7 +7,15 @@ from adapt_recipes.data.combine import task_per_source
 from adapt_recipes.data.examples import IGNORE_INDEX, Conversation, Example, Examples, LeftOut, RawTask, Task
 from adapt_recipes.data.hf import hf_tasks
 from adapt_recipes.data.jsonl import jsonl_tasks
-from adapt_recipes.data.load import TasksConfig, build_tasks, fingerprint, load_tasks, max_token
+from adapt_recipes.data.load import (
+    TasksConfig,
+    build_tasks,
+    fingerprint,
+    load_tasks,
+    max_token,
+    split_targets,
+    target_arguments,
+)
 from adapt_recipes.data.natural_instructions import natural_instructions
 from adapt_recipes.data.prepare import prepare_tasks
 from adapt_recipes.data.sampler import (
@@ -50,6 +58,8 @@ __all__ = [
     "natural_instructions",
     "prepare_tasks",
     "random_examples",
+    "split_targets",
+    "target_arguments",
     "task_per_source",
     "test_examples",
     "toy_tasks",

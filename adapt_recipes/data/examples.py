@@ -368,6 +368,7 @@ class LeftOut:
         leaked_answers: answers of training examples that are context only, because a task validates or tests on the
             same last user message with the same answer.
         leaked_examples: training examples in which that left no answer to train on.
+        untrained: examples of a target on which it neither validates nor tests.
         unused_keys: for each key of the rows that is not used, the number of rows that have it.
     """
 
@@ -376,12 +377,13 @@ class LeftOut:
     unlabeled: int = 0
     leaked_answers: int = 0
     leaked_examples: int = 0
+    untrained: int = 0
     unused_keys: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def examples(self) -> int:
         """Rows of the source that are in no split."""
-        return self.too_long + self.bad_rows + self.unlabeled + self.leaked_examples
+        return self.too_long + self.bad_rows + self.unlabeled + self.leaked_examples + self.untrained
 
 
 @dataclass(frozen=True)
@@ -390,7 +392,7 @@ class Task:
 
     Attributes:
         name: of the task, in the mixture and in every log.
-        train: the training split.
+        train: the training split; empty for a target, which is validated on and never trained.
         validation: the split for the objective and the results; None: the task is in neither.
         test: the split that is measured once, after the run; None: there is none.
         entropy: see ``RawTask``.
@@ -408,4 +410,8 @@ class Task:
     def splits(self) -> dict[str, Examples]:
         """The splits that the task has, by name: train, validation, test."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: split for name, split in splits.items() if split is not None}
+        return {name: split for name, split in splits.items() if split is not None and len(split)}
+
+    @property
+    def is_target(self) -> bool:
+        return not len(self.train)

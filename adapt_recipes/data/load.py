@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
 
 from adapt_recipes.data.examples import Task
 from adapt_recipes.data.prepare import prepare_tasks
 from adapt_recipes.data.tokenize import Reading
+from adapt_recipes.errors import nearest
 from adapt_recipes.files import atomic_file
 from adapt_recipes.strict import FREE_AT_RESUME, Component
 from adapt_recipes.training.process_group import raise_on_all_ranks
@@ -41,6 +43,12 @@ class TasksConfig(Component):
     and the others share what is left; null: no limit"""
     no_validation: list[str] = []
     """tasks to train on, but to leave out of the objective and of the results"""
+    targets: list[str] | Component = []
+    """tasks to validate on and never train: names of tasks of this source, or a source of their own, a node with a
+    _component_"""
+    target_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """what the objective of a mixture that takes targets is over, by the names of targets and of tasks, all others 0;
+    null: all targets alike, and no task that is trained"""
     supervise: Literal["all", "last"] = "all"
     """train on all answers of a conversation, or on the last alone"""
     system: Literal["merge_into_user"] | None = None
@@ -49,6 +57,14 @@ class TasksConfig(Component):
     """whether a row that is no example is an error, or is left out and counted"""
     cache_dir: Annotated[str | None, FREE_AT_RESUME] = None
     """folder of the cache of tokenized tasks; default: $XDG_CACHE_HOME/adapt_recipes, or ~/.cache/adapt_recipes"""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _check_targets(cls, targets: Any) -> Any:
+        is_node = isinstance(targets, Component | Mapping) and "_component_" in dict(targets)
+        if not is_node and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+            raise ValueError("tasks.targets: must be a list of names of tasks, or a node with a _component_")
+        return targets
 
     @property
     def cache_folder(self) -> Path:
@@ -76,17 +92,59 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         test_examples=config.test_examples,
         max_examples_per_task=config.max_examples_per_task,
         no_validation=config.no_validation,
+        targets=() if isinstance(config.targets, Component) else config.targets,
+        raw_targets=config.targets.build() if isinstance(config.targets, Component) else (),
         reading=Reading(config.supervise, config.system),
         on_bad_rows=config.on_bad_rows,
         cache_dir=config.cache_folder,
     )
-    if all(task.validation is None for task in tasks):
+    if all(task.validation is None for task in tasks if not task.is_target):
         raise ValueError("tasks.no_validation: it names every task; leave at least one to validate on")
+    _check_target_weights(config, tasks)
     return tasks
 
 
+def split_targets(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """The tasks to train on, and the targets, which are validated on and never trained."""
+    return [task for task in tasks if not task.is_target], [task for task in tasks if task.is_target]
+
+
+def target_arguments(config: TasksConfig, tasks: Sequence[Task], targets: Sequence[Task]) -> dict[str, Any]:
+    """What a mixture that takes targets is built with; empty without targets.
+
+    Args:
+        config: the ``tasks`` node.
+        tasks: those to train on, in the order of the mixture.
+        targets: the others.
+
+    Returns:
+        ``target_names``, and ``target_weights``: (num_tasks + num_targets,) float64, what the objective is over.
+    """
+    if not targets:
+        return {}
+    names = [task.name for task in targets]
+    weights = config.target_weights or dict.fromkeys(names, 1.0)
+    of_all = [weights.get(task.name, 0.0) for task in (*tasks, *targets)]
+    return {"target_names": names, "target_weights": torch.tensor(of_all, dtype=torch.float64)}
+
+
+def _check_target_weights(config: TasksConfig, tasks: Sequence[Task]) -> None:
+    if config.target_weights is None:
+        return
+    names = [task.name for task in tasks if task.validation is not None]
+    if not any(task.is_target for task in tasks):
+        raise ValueError("tasks.target_weights: there are no targets; name them in tasks.targets, or remove it")
+    for name in config.target_weights:
+        if name not in names:
+            raise ValueError(f"tasks.target_weights: no task or target {name!r} to validate on{nearest(name, names)}")
+    if not any(config.target_weights.values()):
+        raise ValueError("tasks.target_weights: at least one weight must be above 0, and all are 0")
+
+
 def build_tasks(config: TasksConfig, tokenizer: Component, *, max_seq_len: int) -> tuple[Any, list[Task]]:
-    """The tokenizer and the tasks of a config, on every process. The first process of each host fills the cache.
+    """The tokenizer and the tasks of a config, the targets last, on every process.
+
+    The first process of each host fills the cache.
 
     Args:
         config: the ``tasks`` node.

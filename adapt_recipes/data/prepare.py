@@ -17,6 +17,9 @@ The result does not depend on the number of workers, the order of the tasks, or 
    task, because its conversations all end alike ("Thanks!", "You're welcome."), pairs from later turns are leaks in
    this task only after the same turns, and a warning says so.
 
+A target is a task that is validated on and never trained: what it does not hold out is counted and not used, and one
+with fewer prompts than ``validation_examples`` holds out all of them.
+
 Splits that a source brings are used unchanged but for steps 1, 2 and 6. Tasks to memorize (``RawTask.memorized``) are
 the exception: they train, and may test, on what they validate on.
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,6 +52,8 @@ def prepare_tasks(
     test_examples: int = 0,
     max_examples_per_task: int | None = None,
     no_validation: Collection[str] = (),
+    targets: Collection[str] = (),
+    raw_targets: Sequence[RawTask | FileTask | ColumnTasks] = (),
     reading: Reading = AS_WRITTEN,
     on_bad_rows: Literal["refuse", "skip"] = "refuse",
     num_workers: int | None = None,
@@ -64,19 +70,25 @@ def prepare_tasks(
         max_examples_per_task: bound on a task's examples of all splits together (not counting splits of its own);
             None: all.
         no_validation: names of tasks that are not in the objective: they have neither validation nor test.
+        targets: names of tasks that are validated on and never trained.
+        raw_targets: further tasks, all of them targets.
         reading: what is supervised, and where the system message goes.
         on_bad_rows: whether a bad row is an error, or is left out and counted.
         num_workers: processes that tokenize; None: one per usable core.
         cache_dir: folder of the cache.
 
+    Returns:
+        The tasks to train on, and then the targets.
+
     Raises:
-        ValueError: a task name is unknown or duplicated; there are bad rows (it names the first, and their number); a
-            task has no example that can be used, or too few prompts to hold some out.
+        ValueError: a task name is unknown or duplicated; no task is left to train on; there are bad rows (it names the
+            first, and their number); a task has no example that can be used, or too few prompts to hold some out.
     """
     # The names of a column's tasks are known when its files have been read.
+    num_raw_tasks, raw_tasks = len(raw_tasks), [*raw_tasks, *raw_targets]
     named = [task.name for task in raw_tasks if not isinstance(task, ColumnTasks)]
     if len(named) == len(raw_tasks):
-        _check_names(named, no_validation)
+        _check_names(named[:num_raw_tasks], named[num_raw_tasks:], no_validation, targets)
     _check_bad_rows([row for task in raw_tasks if isinstance(task, RawTask) for row in task.bad_rows], on_bad_rows)
 
     # Steps 1 to 3. A task that is not in the objective has one split.
@@ -99,8 +111,11 @@ def prepare_tasks(
     )
     read = [[_Read(split, source, next(entries)) for split, source in some] for some in sources]
     _warn_about_empty([each for some in read for each in some])
-    found = [each for task, some in zip(raw_tasks, read, strict=True) for each in _tasks_in(task, some, no_validation)]
-    _check_names([task.name for task in found], no_validation)
+    in_each = [_tasks_in(task, some, no_validation) for task, some in zip(raw_tasks, read, strict=True)]
+    own_targets = [task.name for some in in_each[num_raw_tasks:] for task in some]
+    _check_names([task.name for some in in_each[:num_raw_tasks] for task in some], own_targets, no_validation, targets)
+    targets = {*targets, *own_targets}
+    found = sorted(chain.from_iterable(in_each), key=lambda task: task.name in targets)
     _check_bad_rows([row for task in found for row in task.bad_rows], on_bad_rows)
     _check_bad_rows([row for task in found for rows in task.bad_conversations.values() for row in rows], on_bad_rows)
     for task in found:
@@ -119,7 +134,9 @@ def prepare_tasks(
     objective = [task.name for task in found if task.name not in no_validation]
     for name in objective:
         if (name, "validation") not in splits:
-            prompts = _smallest_prompts(name, splits[name, "train"], validation_examples, "validation_examples")
+            train = splits[name, "train"]
+            number = min(validation_examples, len(train.prompts())) if name in targets else validation_examples
+            prompts = _smallest_prompts(name, train, number, "validation_examples", is_target=name in targets)
             splits[name, "validation"] = splits[name, "train"].take(prompts)
     validated = _HeldOut.union([_NOTHING, *(splits[name, "validation"].answers for name in objective)])
 
@@ -128,7 +145,9 @@ def prepare_tasks(
     for name in objective if test_examples else ():
         if (name, "test") not in splits:
             without = None if name in memorized else validated.pairs
-            prompts = _smallest_prompts(name, splits[name, "train"], test_examples, "test_examples", without)
+            prompts = _smallest_prompts(
+                name, splits[name, "train"], test_examples, "test_examples", without, is_target=name in targets
+            )
             splits[name, "test"] = splits[name, "train"].take(prompts)
     tested = [splits[name, "test"].answers for name in objective if (name, "test") in splits]
 
@@ -141,6 +160,7 @@ def prepare_tasks(
             {split: splits[task.name, split] for split in names if (task.name, split) in splits},
             validated,
             held_out,
+            is_target=task.name in targets,
         )
         for task in found
     ]
@@ -242,17 +262,24 @@ def _bad_conversation(
     return BadRow(where, number, reason)
 
 
-def _without_leaks(task: _Found, rows: dict[Split, _Rows], validated: _HeldOut, held_out: _HeldOut) -> Task:
+def _without_leaks(
+    task: _Found, rows: dict[Split, _Rows], validated: _HeldOut, held_out: _HeldOut, *, is_target: bool
+) -> Task:
     """Step 6 for one task, with the rows of its splits; ``held_out`` are all answers of validation and test."""
-    train, answers, examples = rows["train"], 0, 0
+    train, answers, examples, untrained = rows["train"], 0, 0, 0
+    if is_target:
+        untrained = int(train.kept.sum())
+        train.kept = np.zeros_like(train.kept)
     if not task.memorized:
-        if own := [each for split, each in rows.items() if split != "train" and split in task.splits]:
+        own = [each for split, each in rows.items() if split != "train" and split in task.splits]
+        if own and not is_target:
             _warn_about_own_splits(task.name, train, own)
         if "test" in rows:
             rows["test"].hide(validated, task.name)
-        answers, examples = train.hide(held_out, task.name)
+        if not is_target:
+            answers, examples = train.hide(held_out, task.name)
     for split, each in rows.items():
-        if not each.kept.any():
+        if not each.kept.any() and not (is_target and each is train):
             raise ValueError(
                 f"task {task.name!r}: no {split} example is left, because other splits hold out all of its answers"
             )
@@ -262,6 +289,7 @@ def _without_leaks(task: _Found, rows: dict[Split, _Rows], validated: _HeldOut, 
         unlabeled=sum(each.unlabeled for each in rows.values()),
         leaked_answers=answers,
         leaked_examples=examples,
+        untrained=untrained,
         unused_keys=dict(sorted(task.unused_keys.items())),
     )
     selected = {split: each.examples() for split, each in rows.items()}
@@ -419,15 +447,30 @@ class _Rows:
         return Examples(self._index.sources, torch.from_numpy(rows), torch.from_numpy(hidden))
 
 
-def _check_names(names: Sequence[str], no_validation: Collection[str]) -> None:
+def _check_names(
+    names: Sequence[str], own_targets: Sequence[str], no_validation: Collection[str], targets: Collection[str]
+) -> None:
+    """Checks the names of the tasks of the source, and of the targets that have a source of their own."""
     if not names:
         raise ValueError("tasks: there is no task")
-    name, number = Counter(names).most_common(1)[0]
-    if number > 1:
-        raise ValueError(f"tasks: two tasks have the name {name!r}")
-    for name in no_validation:
-        if name not in names:
-            raise ValueError(f"tasks.no_validation: no task {name!r}{nearest(name, names)}")
+    for name in own_targets:
+        if name in names:
+            raise ValueError(f"tasks.targets: {name!r} is a task to train on as well; call one of them differently")
+    for key, several in (
+        ("tasks: two tasks have", [*names, *own_targets]),
+        ("tasks.targets: two targets have", targets),
+    ):
+        name, number = Counter(several).most_common(1)[0] if several else ("", 0)
+        if number > 1:
+            raise ValueError(f"{key} the name {name!r}")
+    for key, some in (("no_validation", no_validation), ("targets", targets)):
+        for name in some:
+            if name not in names:
+                raise ValueError(f"tasks.{key}: no task {name!r}{nearest(name, names)}")
+            if key == "targets" and name in no_validation:
+                raise ValueError(f"tasks.no_validation: {name!r} is a target, and nothing but validated on")
+    if set(names) <= set(targets):
+        raise ValueError("tasks.targets: it names every task; leave at least one to train on")
 
 
 def _check_bad_rows(bad_rows: Sequence[BadRow], on_bad_rows: str) -> None:
@@ -450,14 +493,18 @@ def _warn_about_empty(read: Iterable[_Read]) -> None:
         warn(f"tasks.path: instances with only empty outputs, which are left out: {number:,} ({named})")
 
 
-def _smallest_prompts(name: str, rows: _Rows, number: int, key: str, without: np.ndarray | None = None) -> np.ndarray:
+def _smallest_prompts(
+    name: str, rows: _Rows, number: int, key: str, without: np.ndarray | None = None, *, is_target: bool
+) -> np.ndarray:
     """The hashes of the prompts that task ``name`` holds out."""
     prompts, num_left = rows.prompts(without), len(rows.prompts())
-    if len(prompts) < number or num_left <= number:
+    if len(prompts) < number or (num_left <= number and not is_target):
         free = "" if without is None else " that no task validates on"
+        more = "" if is_target else " and must train on at least one"
+        advice = "" if is_target else ", or list the task in tasks.no_validation"
         raise ValueError(
-            f"tasks.{key}: {number} is too many for task {name!r}, which has {len(prompts)} different prompts{free} "
-            "and must train on at least one; lower it, or list the task in tasks.no_validation"
+            f"tasks.{key}: {number} is too many for task {name!r}, which has {len(prompts)} different prompts{free}"
+            f"{more}; lower it{advice}"
         )
     return prompts[:number]
 

@@ -6,11 +6,14 @@ of it, and every default below is *ours*. With one logit a_i per task:
 
     (1)  s = softmax(a + log prior),   p = (1 - floor) s + floor * prior               the mixture
     (2)  theta'(p) = theta - eta * sum_i p_i g_i,   g_i = grad L_train_i(theta)        one look-ahead step
-    (3)  F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p)                     smooth worst case, entropy
+    (3)  F(p) = (1/beta) log( sum_j o_j exp(beta l_j) ) - lambda H(p)                  smooth worst case, entropy
          l_j = (L_val_j(theta') - r_j) / c_j,   H(p) = -sum_i p_i log(p_i / q_i),   q = prior / max prior
-    (4)  v = sum_j w_j / c_j * grad L_val_j(theta'),   w = softmax(beta l)             one aggregated gradient
+    (4)  v = sum_j w_j / c_j * grad L_val_j(theta'),   w ~ o exp(beta l)               one aggregated gradient
     (5)  dF/dp_i = -u_i + lambda (log(p_i / q_i) + 1),   u_i = eta <v, g_i>            u_i: decrease of (3) per unit p_i
     (6)  a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)                      gradient descent on F through (1)
+
+j runs over the tasks that are validated on, o_j = 1 / their number. With targets, which are validated on and never
+trained, j runs over both, and o is given; by default it is even over the targets, and 0 for the tasks (ours).
 
 The prior is ours too. If it is uniform, q = 1 and H is the entropy, as in the paper; else that term draws the mixture
 to the prior. The reference r_j is 0, or the loss that the task is expected to reach (``reference.py``), so that a task
@@ -63,12 +66,12 @@ class Adapt:
             newest u.
         lookahead_lr: eta of (2), > 0 (ours), which is not the optimizer's learning rate. With ``center_and_scale`` it
             has an effect on the mixture only through theta', with ``probe.exact_lookahead``.
+        target_names: the targets, in order, from the recipe.
+        target_weights: (num_tasks + num_targets,) o of (3), normalized here, from the recipe.
 
     Raises:
         ValueError: an argument is out of range; one line that names it.
     """
-
-    observes: tuple[str, ...] = ("validation_losses", "gradient_dots")
 
     def __init__(
         self,
@@ -87,6 +90,8 @@ class Adapt:
         center_and_scale: bool = True,
         ema_decay: float = 0.7,
         lookahead_lr: float = 0.1,
+        target_names: Sequence[str] = (),
+        target_weights: Tensor | None = None,
     ) -> None:
         # Arguments.
         if normalize not in ("initial", "none"):
@@ -101,13 +106,21 @@ class Adapt:
         self.lookahead_lr = number("lookahead_lr", lookahead_lr, above=0)
         self.normalize = normalize
         self.center_and_scale = center_and_scale
-        self.reference = Reference(reference, task_names=task_names, budget_tokens=budget_tokens)
+        validated = [*task_names, *target_names]
+        self.reference = Reference(reference, task_names=validated, budget_tokens=budget_tokens)
         self.prior = Prior(prior, temperature, task_names=task_names, num_supervised_tokens=num_supervised_tokens)
 
-        # State, (num_tasks,) float64 each: a; the average of u and the first losses, NaN until measured.
+        self.observes: tuple[str, ...] = ("validation_losses", "gradient_dots")
+        if target_names:
+            self.observes += ("target_losses",)
+        # o of (3), up to a factor
+        ones = torch.ones(len(validated), dtype=torch.float64)
+        self.target_weights = ones if target_weights is None else target_weights
+
+        # State, float64: a and the average of u, (num_tasks,); the first losses of all. NaN until measured.
         self.logits = torch.zeros(len(task_names), dtype=torch.float64)
         self.values = torch.full_like(self.logits, math.nan)
-        self.first_losses = torch.full_like(self.logits, math.nan)
+        self.first_losses = torch.full_like(ones, math.nan)
 
     def probabilities(self) -> Tensor:
         """The mixture (1): (num_tasks,) float64 on the CPU, sums to 1."""
@@ -117,16 +130,18 @@ class Adapt:
     def objective_weights(
         self,
         validation_losses: Tensor,  # (num_tasks,) float64, nats per supervised token; NaN: no validation split
+        target_losses: Tensor | None = None,  # (num_targets,) float64, nats per supervised token
     ) -> Tensor:
         """The weights w_j / c_j of the validation gradients in (4).
 
         Returns:
-            (num_tasks,) float64; 0 for a task that is not in the objective. At the first call, before any update, c_j
-            is computed from these losses.
+            (num_tasks + num_targets,) float64; 0 for what is not in the objective. At the first call, before any
+            update, c_j is computed from these losses.
         """
-        _, weights = self._worst_case(validation_losses)
+        losses = _joined(validation_losses, target_losses)
+        _, weights = self._worst_case(losses)
         # (4): v = sum_j w_j / c_j * grad L_val_j
-        return weights / torch.nan_to_num(self._normalizers(validation_losses), nan=1.0)
+        return weights / torch.nan_to_num(self._normalizers(losses), nan=1.0)
 
     def update(
         self,
@@ -134,27 +149,32 @@ class Adapt:
         task_tokens: Tensor,  # (num_tasks,) float64, supervised tokens spent on each task
         validation_losses: Tensor,  # (num_tasks,) float64, the same as given to ``objective_weights``
         gradient_dots: Tensor,  # (num_tasks,) float64, <v, g_i>; NaN: the probe had no token of the task
+        target_losses: Tensor | None = None,  # (num_targets,) float64, the same as given to ``objective_weights``
         **signals: Tensor,
     ) -> dict[str, Tensor]:
         """One step (6) on the logits.
 
         Returns:
             To log: ``objective``, F at the mixture in use, a scalar; ``weights``, w; ``values``, the average of u;
-            ``reference_losses``, the r_j of the next update.
+            ``reference_losses``, the r_j of the next update; ``target_weights`` and ``target_reference_losses`` of the
+            targets, if there are any.
         """
         assert not gradient_dots.isinf().any(), "an infinite gradient: the model has diverged"
 
         # Losses and weights with the reference and c_j of ``objective_weights``; only then may the reference change.
-        losses, weights = self._worst_case(validation_losses)
-        self.first_losses = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
-        self.reference.observe(validation_losses, task_tokens)
+        measured_losses = _joined(validation_losses, target_losses)
+        losses, weights = self._worst_case(measured_losses)
+        self.first_losses = torch.where(self.first_losses.isnan(), measured_losses, self.first_losses)
+        # A target's curve is over the tokens of all tasks, in units of a fair share.
+        others = task_tokens.double().mean().expand(len(losses) - len(task_tokens))
+        self.reference.observe(measured_losses, torch.cat([task_tokens, others]))
 
-        # (3): F(p) = (1/beta) log( mean_j exp(beta l_j) ) - lambda H(p), where p_i log p_i -> 0 as p_i -> 0
+        # (3): F(p) = (1/beta) log( sum_j o_j exp(beta l_j) ) - lambda H(p), where p_i log p_i -> 0 as p_i -> 0
         s, p = self._shares(), self.probabilities()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log() - self.prior.logits
-        beta = self.sharpness
-        measured = losses[~losses.isnan()]
-        worst_case = (torch.logsumexp(beta * measured, dim=0) - math.log(max(len(measured), 1))) / beta
+        beta, measured = self.sharpness, self._measured(losses)
+        o = self.target_weights[measured]
+        worst_case = (torch.logsumexp(beta * losses[measured] + o.log(), dim=0) - o.sum().log()) / beta
         objective = worst_case + self.entropy_weight * (p * log_p).sum()
 
         # (5): dF/dp_i = -u_i + lambda (log(p_i / q_i) + 1), u averaged over updates, optionally centered and scaled
@@ -167,8 +187,12 @@ class Adapt:
 
         # (6): a <- a - rho (1 - floor) s * (dF/dp - sum_k s_k dF/dp_k)
         self.logits = self.logits - rate * (1 - self.floor) * s * (gradient - (s * gradient).sum())
-        logged = {"objective": objective, "weights": weights, "values": torch.nan_to_num(self.values)}
-        return {**logged, "reference_losses": self.reference.losses.clone()}
+        logged = {"objective": objective, "values": torch.nan_to_num(self.values)}
+        num_tasks, references = len(self.logits), self.reference.losses.clone()
+        logged |= {"weights": weights[:num_tasks], "reference_losses": references[:num_tasks]}
+        if target_losses is not None:
+            logged |= {"target_weights": weights[num_tasks:], "target_reference_losses": references[num_tasks:]}
+        return logged
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that an exact resume needs."""
@@ -184,21 +208,26 @@ class Adapt:
         """s of (1): (num_tasks,) float64."""
         return torch.softmax(self.logits + self.prior.logits, dim=0)
 
-    def _normalizers(self, validation_losses: Tensor) -> Tensor:
-        """c_j of (3): (num_tasks,) float64."""
+    def _normalizers(self, losses: Tensor) -> Tensor:
+        """c_j of (3): (num_tasks + num_targets,) float64."""
         if self.normalize == "none":
-            return torch.ones_like(validation_losses)
-        first = torch.where(self.first_losses.isnan(), validation_losses, self.first_losses)
-        return first.clamp_min(MIN_NORMALIZER)
+            return torch.ones_like(losses)
+        return torch.where(self.first_losses.isnan(), losses, self.first_losses).clamp_min(MIN_NORMALIZER)
 
-    def _worst_case(self, validation_losses: Tensor) -> tuple[Tensor, Tensor]:
+    def _measured(self, losses: Tensor) -> Tensor:
+        """(num_tasks + num_targets,) bool: what is in the objective."""
+        return ~losses.isnan() & (self.target_weights > 0)
+
+    def _worst_case(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """(l, w) of (3) and (4): l is NaN and w is 0 for tasks that are not in the objective."""
-        assert not validation_losses.isinf().any(), "an infinite validation loss: the model has diverged"
+        assert not losses.isinf().any(), "an infinite validation loss: the model has diverged"
         # (3): l_j = (L_val_j(theta') - r_j) / c_j
-        losses = self.reference.excess(validation_losses) / self._normalizers(validation_losses)
-        # (4): w = softmax(beta l)
-        weights, measured = torch.zeros_like(losses), ~losses.isnan()
-        weights[measured] = torch.softmax(self.sharpness * losses[measured], dim=0)
+        losses = self.reference.excess(losses) / self._normalizers(losses)
+        # (4): w ~ o exp(beta l)
+        weights, measured = torch.zeros_like(losses), self._measured(losses)
+        weights[measured] = torch.softmax(
+            self.sharpness * losses[measured] + self.target_weights[measured].log(), dim=0
+        )
         return losses, weights
 
     def _average_values(self, gradient_dots: Tensor, s: Tensor) -> Tensor:
@@ -214,6 +243,11 @@ class Adapt:
         known = ~self.values.isnan()
         u = torch.where(known, self.values, 0.0)
         return torch.where(known, u, (s * u).sum() / (s * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
+
+
+def _joined(validation_losses: Tensor, target_losses: Tensor | None) -> Tensor:
+    """The losses of tasks and targets: (num_tasks + num_targets,) float64."""
+    return validation_losses if target_losses is None else torch.cat([validation_losses, target_losses])
 
 
 def _centered_and_scaled(u: Tensor) -> tuple[Tensor, bool]:

@@ -32,6 +32,10 @@ class Mixture(Protocol):
     A recipe builds it with the keywords ``task_names``, ``num_supervised_tokens`` (available per task, (num_tasks,))
     and ``budget_tokens``, and with the arguments in the config. It must be the same on every rank, so it may depend on
     nothing but its arguments and the signals.
+
+    One that takes ``target_names`` and ``target_weights`` is built with them if there are targets, which are validated
+    on and never trained. It then observes ``target_losses``. The weights, (num_tasks + num_targets,) float64, say what
+    the objective is over.
     """
 
     observes: tuple[str, ...]
@@ -47,9 +51,11 @@ class Mixture(Protocol):
         Args:
             task_tokens: (num_tasks,) float64, supervised tokens spent on each task so far.
             signals: (num_tasks,) float64 on the CPU each, the same on every rank; NaN for a task that was not measured.
+                ``target_losses`` are (num_targets,).
 
         Returns:
-            Tensors to log, each () or (num_tasks,); may be empty.
+            Tensors to log, each () or (num_tasks,), or (num_targets,) if their name begins with ``target_``; may be
+            empty.
         """
         ...
 
@@ -61,7 +67,11 @@ class Mixture(Protocol):
 
 
 class GradientMixture(Mixture, Protocol):
-    """A mixture that observes ``gradient_dots`` also gives the look-ahead step and the weights of its objective."""
+    """A mixture that observes ``gradient_dots`` also gives the look-ahead step and the weights of its objective.
+
+    If it observes ``target_losses`` as well, ``objective_weights`` takes them second, and returns the weights of tasks
+    and targets, (num_tasks + num_targets,).
+    """
 
     lookahead_lr: float
     """the step size of the look-ahead step"""
@@ -71,7 +81,9 @@ class GradientMixture(Mixture, Protocol):
         ...
 
 
-def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str) -> None:
+def check_mixture(
+    mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str, target_names: Sequence[str] = ()
+) -> None:
     """Refuses a mixture whose signals the recipe cannot measure, or that does not have the interface.
 
     Args:
@@ -79,9 +91,10 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
         measurable: the signals that the recipe can measure.
         num_tasks: tasks in the run.
         recipe: its name, for the error.
+        target_names: the tasks that are validated on and never trained.
 
     Raises:
-        ValueError: it names the missing member or signal.
+        ValueError: it names the missing member or signal, or the targets that the mixture would ignore.
     """
     name = f"mixture: {type(mixture).__name__}"
     observes = getattr(mixture, "observes", None)
@@ -96,18 +109,25 @@ def check_mixture(mixture: Any, measurable: Collection[str], *, num_tasks: int, 
         if signal not in measurable:
             can = nearest(signal, measurable) if measurable else "; it measures nothing"
             raise ValueError(f"{name} observes '{signal}', which {recipe} does not measure{can}")
+    if target_names and observes and "target_losses" not in observes:
+        named = ", ".join(map(repr, target_names))
+        advice = "remove tasks.targets, or take mixture Adapt, or one that does not learn"
+        raise ValueError(f"{name} takes no targets, and tasks.targets names {named}; {advice}")
+    if "target_losses" in observes and not target_names:
+        raise ValueError(f"{name} observes 'target_losses', and there are no targets; name them in tasks.targets")
     if observes:
         check_takes(f"{name}.update", mixture.update, ["task_tokens", *observes])
     _check_probabilities(mixture, num_tasks=num_tasks)
 
 
-def check_update(mixture: Any, logged: Any, *, num_tasks: int) -> None:
+def check_update(mixture: Any, logged: Any, *, num_tasks: int, num_targets: int = 0) -> None:
     """Refuses a mixture whose update left invalid probabilities, or returned something that cannot be logged.
 
     Args:
         mixture: after its update.
         logged: the return value of its ``update``.
         num_tasks: tasks in the run.
+        num_targets: targets in the run.
 
     Raises:
         ValueError: it names the mixture and the value.
@@ -117,8 +137,9 @@ def check_update(mixture: Any, logged: Any, *, num_tasks: int) -> None:
     if not isinstance(logged, Mapping):
         raise ValueError(f"{name} has to return a dict of tensors to log, which may be empty, not {logged!r}")
     for key, value in logged.items():
-        if not isinstance(value, torch.Tensor) or value.shape not in ((), (num_tasks,)):
-            raise ValueError(f"{name} returned '{key}', which is not a tensor of shape () or ({num_tasks},): {value!r}")
+        size = num_targets if num_targets and key.startswith("target_") else num_tasks
+        if not isinstance(value, torch.Tensor) or value.shape not in ((), (size,)):
+            raise ValueError(f"{name} returned '{key}', which is not a tensor of shape () or ({size},): {value!r}")
         if key in (*LOGGED_BY_RECIPES, *mixture.observes):
             raise ValueError(f"{name} returned '{key}', which is logged already; give it another name")
 
