@@ -190,6 +190,8 @@ def fingerprint(tasks: Sequence[Task], *, cache_dir: Path | None = None) -> str:
     digest = blake2b(digest_size=_FINGERPRINT_BYTES)
     for task in tasks:
         digest.update(task.name.encode() + b"\0")
+        if task.is_target:
+            digest.update(b"target\0")
         for split in task.splits.values():
             if split is task.test:
                 # Without a test split the hash is that of earlier versions.

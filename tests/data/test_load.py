@@ -42,6 +42,11 @@ def test_a_hash_is_of_every_split_and_its_place() -> None:
     assert len({fingerprint(tasks) for tasks in (*map(with_test, tests), moved, other)}) == 6
 
 
+def test_a_hash_tells_a_target_from_a_task_without_validation() -> None:
+    none = examples(1, 2).select([])
+    assert fingerprint([Task("a", none, examples(1, 2, 3))]) != fingerprint([Task("a", examples(1, 2, 3), None)])
+
+
 def test_the_highest_token_is_of_every_split() -> None:
     assert max_token(TASKS) == 7 and max_token(with_test(examples(1, 9))) == 9
     assert max_token([]) == 0

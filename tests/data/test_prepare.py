@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -194,6 +195,61 @@ def test_what_is_held_out_is_never_learned(
     without = prepare(tmp_path, *raw_tasks, no_validation=no_validation, **options | {"test_examples": 0})
     for task, other in zip(tasks, without, strict=True):
         assert task.validation is None or task.validation.tokens.tolist() == other.validation.tokens.tolist()
+
+
+def test_a_target_is_validated_on_and_never_trained(tmp_path: Path) -> None:
+    """It holds out the same prompts as if it were trained, and what it does not hold out is counted."""
+    same_pairs = [(f"{i} = ", str(i)) for i in range(40, 80)]
+    raw = [numbered("a"), numbered("b", start=40), raw_task("c", [*same_pairs, ("c", "c")])]
+    options = {"test_examples": 2}
+    as_tasks = {task.name: task for task in prepare(tmp_path, *raw, **options)}
+    a, c, b = prepare(tmp_path, *raw, targets=["b"], **options)
+    assert [a.name, c.name, b.name] == ["a", "c", "b"], "targets come last"
+    assert b.is_target and not a.is_target and not c.is_target
+    assert list(b.splits) == ["validation", "test"]
+    for split in ("validation", "test"):
+        assert pairs_of(b.splits[split]) == pairs_of(as_tasks["b"].splits[split])
+    assert b.left_out == LeftOut(untrained=40 - 4 - 2) and b.left_out.examples == 34
+    held_out = {*pairs_of(b.validation), *pairs_of(b.test)}
+    assert held_out and not held_out & {*pairs_of(c.train)}, "a target's answers are learned in no task"
+    assert same([a], [as_tasks["a"]])
+
+
+def test_targets_of_a_source_of_their_own(tmp_path: Path) -> None:
+    """Its splits are used as they are, and few prompts are all held out."""
+    own = raw_task("own", [("x", "y"), ("y", "z")], [("p", "q")])
+    few = raw_task("few", [("f", "g"), ("g", "h"), ("g", "i")])
+    task, first, second = prepare(tmp_path, numbered("a"), raw_targets=[own, few])
+    assert [task.name, first.name, second.name] == ["a", "own", "few"]
+    assert pairs_of(first.validation) == [("p", "q")] and first.left_out == LeftOut(untrained=2)
+    assert sorted(pairs_of(second.validation)) == [("f", "g"), ("g", "h"), ("g", "i")]
+    assert second.left_out == LeftOut()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ["c"]}, "tasks.targets: no task 'c'; allowed: a, b"),
+        ({"targets": ["a", "a"]}, "tasks.targets: two targets have the name 'a'"),
+        ({"targets": ["a", "b"]}, "tasks.targets: it names every task; leave at least one to train on"),
+        (
+            {"raw_targets": [numbered("a")]},
+            "tasks.targets: 'a' is a task to train on as well; call one of them differently",
+        ),
+        (
+            {"targets": ["a"], "no_validation": ["a"]},
+            "tasks.no_validation: 'a' is a target, and nothing but validated on",
+        ),
+        (
+            {"targets": ["a"], "test_examples": 37},
+            "tasks.test_examples: 37 is too many for task 'a', which has 36 different prompts that no task validates "
+            "on; lower it",
+        ),
+    ],
+)
+def test_wrong_targets_are_named_in_one_line(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        prepare(tmp_path, numbered("a"), numbered("b", 100), **options)
 
 
 def test_a_pair_is_a_leak_in_any_turn_whatever_is_around_it(tmp_path: Path) -> None:

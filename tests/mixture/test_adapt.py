@@ -145,6 +145,77 @@ def test_the_update_is_the_gradient_of_the_unrolled_step(floor, normalize, left_
     assert dF_da.abs().max() > 1e-2, "the step is not trivially 0"
 
 
+def test_with_targets_the_update_is_the_gradient_of_their_worst_case() -> None:
+    """Three tasks and two targets; the objective is over both targets and one of the tasks, with weights."""
+    num_tasks, eta, rho, beta, entropy_weight = 3, 0.7, 0.6, 2.5, 0.4
+    o = tensor([0.0, 1.0, 0.0, 2.0, 3.0])
+    torch.manual_seed(0)
+    model, generator = TinyModel(), torch.Generator().manual_seed(1)
+    train, validation = random_batches(num_tasks, generator), random_batches(5, generator)
+    mixture = make(
+        num_tasks,
+        meta_lr=rho,
+        entropy_weight=entropy_weight,
+        sharpness=beta,
+        floor=0.0,
+        normalize="none",
+        center_and_scale=False,
+        ema_decay=0.0,
+        lookahead_lr=eta,
+        target_names=["x", "y"],
+        target_weights=o,
+    )
+    assert mixture.observes == ("validation_losses", "gradient_dots", "target_losses")
+    with_logits(mixture, [0.3, -1.2, 0.8])
+
+    step = passes.loss_gradient(model, train, mixture.probabilities())
+    with passes.stepped(model, step, -eta):
+        losses = passes.task_losses(model, validation, 5)
+        weights = mixture.objective_weights(losses[:num_tasks], losses[num_tasks:])
+        v = passes.loss_gradient(model, validation, weights)
+    dots = passes.gradient_dots_by_backward(model, train, v, num_tasks)
+    logged = mixture.update(
+        task_tokens=torch.zeros(num_tasks),
+        validation_losses=losses[:num_tasks],
+        target_losses=losses[num_tasks:],
+        gradient_dots=dots,
+    )
+
+    a = tensor([0.3, -1.2, 0.8]).requires_grad_()
+    p = torch.softmax(a, 0)
+    theta = dict(model.named_parameters())
+    train_losses = [differentiable_losses(model, theta, train, i) for i in range(num_tasks)]
+    gradients = torch.autograd.grad((p * torch.stack(train_losses)).sum(), list(theta.values()), create_graph=True)
+    ahead = {name: x - eta * g for (name, x), g in zip(theta.items(), gradients, strict=True)}
+    ahead_losses = torch.stack([differentiable_losses(model, ahead, validation, j) for j in range(5)])
+    worst_case = ((o / o.sum()) * (beta * ahead_losses).exp()).sum().log() / beta
+    (gradient,) = torch.autograd.grad(worst_case + entropy_weight * (p * p.log()).sum(), a)
+
+    torch.testing.assert_close(mixture.logits, (a - rho * gradient).detach(), rtol=0, atol=1e-8)
+    assert weights[0] == weights[2] == 0 and (weights[[1, 3, 4]] > 0).all()
+    assert torch.equal(torch.cat([logged["weights"], logged["target_weights"]]), weights)
+    assert gradient.abs().max() > 1e-2, "the step is not trivially 0"
+
+
+def test_targets_are_part_of_the_state() -> None:
+    targets = {"target_names": ["x"], "target_weights": tensor([1.0, 0.0, 1.0])}
+    mixtures = [make(2, reference="initial", **targets) for _ in range(2)]
+    for number in range(3):
+        for mixture in mixtures:
+            mixture.update(
+                task_tokens=torch.full((2,), float(number)),
+                validation_losses=tensor([2.0 - number / 2, 1.0]),
+                target_losses=tensor([3.0 - number]),
+                gradient_dots=tensor([0.1, number]),
+            )
+        state = mixtures[0].state_dict()
+        mixtures[0] = make(2, reference="initial", **targets)
+        mixtures[0].load_state_dict(state)
+    assert torch.equal(mixtures[0].probabilities(), mixtures[1].probabilities())
+    with pytest.raises(ValueError, match="the state is of"):
+        make(2, reference="initial").load_state_dict(mixtures[0].state_dict())
+
+
 def test_objective_weights_are_the_gradient_of_the_worst_case_and_leave_out_nan() -> None:
     mixture = make(4, sharpness=3.0)
     first, losses = tensor([2.0, 1.0, NAN, 0.5]), tensor([1.5, 1.1, NAN, 0.1])
