@@ -162,20 +162,28 @@ class Display:
     def results(self, summary: Summary, *, folder: Path) -> None:
         """Prints the results at the end of a run."""
         test_losses = summary.test_losses
-        table = task_table("p", "spent", "of budget", "loss before", "loss after", *["test loss"] * bool(test_losses))
+        split = "test" if test_losses else "validation"
+        # Other units of the last loss, if there is room.
+        units = {"exact match": f"{split}_exact_match", "bits/byte": f"{split}_bits_per_byte"}
+        shown = units if self.console.width >= WIDE else {}
+        columns = ["p", "spent", "of budget", "loss before", "loss after", *["test loss"] * bool(test_losses), *shown]
+        table = task_table(*columns)
         for name, p in summary.probabilities.items():
             tokens = summary.task_tokens[name]
             losses = [summary.initial_validation_losses[name], summary.validation_losses[name]]
             losses += [test_losses[name]] if test_losses else []
+            losses += [getattr(summary, key)[name] for key in shown.values()]
             share = f"{tokens / summary.budget_tokens:.1%}"
             table.add_row(task_name(name), f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
         self.console.print(table)
         test = ""
         if test_losses:
             test = f"; test loss worst {summary.worst_test_loss:.4f}, mean {summary.mean_test_loss:.4f}"
+        means = [_number(getattr(summary, f"mean_{key}")) for key in units.values()]
         self.say(
             f"{summary.strategy}: validation loss worst {summary.worst_validation_loss:.4f}, "
             f"mean {summary.mean_validation_loss:.4f}{test}\n"
+            f"{split}: exact match {means[0]}, {means[1]} bits per byte, means over tasks\n"
             f"{summary.supervised_tokens:,} supervised tokens in {summary.steps:,} steps and {summary.seconds:.1f} s; "
             f"mixture updates read {summary.probe_tokens:,} more, validation and test {summary.validation_tokens:,}; "
             f"{summary.total_tokens:,} tokens read in all\n"

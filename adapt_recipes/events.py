@@ -78,7 +78,11 @@ class ValidationEvent:
     """supervised tokens read by validations and the test so far, in addition to the budget"""
     seconds: float
     losses: ByTask
-    """nats per supervised token; null for a task without a validation split"""
+    """nats per supervised token; null, as the next two, for a task without a validation split"""
+    exact_match: ByTask
+    """share of the examples whose answers greedy decoding generates to the token, end token included"""
+    bits_per_byte: ByTask
+    """bits of the supervised tokens per UTF-8 byte of the answers; null for a task whose answers have no known bytes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,11 @@ class SavedValidationEvent:
     """supervised tokens read by validations and the test so far, in addition to the budget"""
     seconds: float
     losses: ByTask
-    """nats per supervised token; null for a task without a validation split"""
+    """nats per supervised token; null, as the next two, for a task without a validation split"""
+    exact_match: ByTask
+    """share of the examples whose answers greedy decoding generates to the token, end token included"""
+    bits_per_byte: ByTask
+    """bits of the supervised tokens per UTF-8 byte of the answers; null for a task whose answers have no known bytes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +116,11 @@ class TestEvent:
     """supervised tokens read by validations and the test so far, in addition to the budget"""
     seconds: float
     losses: ByTask
-    """nats per supervised token; null for a task without a test split"""
+    """nats per supervised token; null, as the next two, for a task without a test split"""
+    exact_match: ByTask
+    """share of the examples whose answers greedy decoding generates to the token, end token included"""
+    bits_per_byte: ByTask
+    """bits of the supervised tokens per UTF-8 byte of the answers; null for a task whose answers have no known bytes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +185,7 @@ def to_line(event: Event) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """``summary.json``. Losses are nats per supervised token on a whole split.
+    """``summary.json``. Losses are nats per supervised token on a whole split; see ``ValidationEvent`` for other units.
 
     Those of validation are with the weights as they were trained, ``saved_validation_losses`` and those of the test
     with the weights as they are in ``model/``.
@@ -205,11 +217,23 @@ class Summary:
     """over tasks, unweighted"""
     saved_validation_losses: ByTask
     """equal to ``validation_losses`` where saving rounded no weight and merged no adapter"""
+    validation_exact_match: ByTask
+    mean_validation_exact_match: float
+    """over tasks, unweighted"""
+    validation_bits_per_byte: ByTask
+    mean_validation_bits_per_byte: float
+    """over tasks, unweighted"""
     test_losses: ByTask | None = None
-    """None, as in the next two: no task has a test split"""
+    """None, as all that is of the test: no task has a test split"""
     worst_test_loss: float | None = None
     """over tasks, unweighted"""
     mean_test_loss: float | None = None
+    """over tasks, unweighted"""
+    test_exact_match: ByTask | None = None
+    mean_test_exact_match: float | None = None
+    """over tasks, unweighted"""
+    test_bits_per_byte: ByTask | None = None
+    mean_test_bits_per_byte: float | None = None
     """over tasks, unweighted"""
     seconds: float
     mixture_seconds: float

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ from adapt_recipes.runlog import (
     write_resolved,
     write_summary,
 )
+from adapt_recipes.signals.passes import Scores
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.strict import config_differences, marked
 from adapt_recipes.training.checkpoint import Checkpoints
@@ -101,9 +103,10 @@ class Run:
         saved: the checkpoint that ``start`` resumes from; None: the run begins.
         num_updates: mixture updates so far.
         validation_losses: (num_tasks,) float64 of the last validation; ``initial_validation_losses`` of the first.
+        validation_exact_match: (num_tasks,) float64 of the last validation.
         saved_validation_losses: (num_tasks,) float64 of the model as it is in ``model/``; None: they are the last ones.
-        test_losses: (num_tasks,) float64 of the test; None: there is none. As the line above, it comes after the last
-            checkpoint, and a resume from there measures it again.
+        test_scores: of the test; None: there is none. As the line above, they come after the last checkpoint, and a
+            resume from there measures them again.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -111,8 +114,9 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.num_updates = 0
         self.validation_losses = self.initial_validation_losses = torch.empty(0)
+        self.validation_exact_match = torch.empty(0)
         self.saved_validation_losses: Tensor | None = None
-        self.test_losses: Tensor | None = None
+        self.test_scores: Scores | None = None
         self._phase_seconds = {"mixture": 0.0, "validation": 0.0}
         # When the run would have begun without its down time, by time.perf_counter().
         self._began = 0.0
@@ -208,6 +212,7 @@ class Run:
         if config.sampling != getattr(states.get("sampler"), "sampling", "tokens"):
             raise ValueError("sampling: the recipe has to give it to TokenSampler")
         self._ledger = ledger
+        self._tasks = tasks
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture
         self._states: dict[str, Stateful] = {**states, "run": self}
@@ -384,33 +389,32 @@ class Run:
             )
         )
 
-    def log_validation(self, losses: Tensor, *, saved: bool = False) -> None:
-        """(num_tasks,) float64, nats per supervised token on the whole validation split; NaN for a task without.
+    def log_validation(self, scores: Scores, *, saved: bool = False) -> None:
+        """What ``Probe.scores`` measures on the whole validation split.
 
         ``saved``: of the model after ``models.round_as_saved``.
         """
-        spent = {**self._spent(), "validation_tokens": self.ledger.validation_tokens}
-        by_task = self._by_task(losses)
+        measured = self._measured(scores, "validation")
+        losses = scores.losses
         if saved:
             self.saved_validation_losses = losses
-            self._log.write(SavedValidationEvent(**spent, losses=by_task))
+            self._log.write(SavedValidationEvent(**measured))
             stages = (self.initial_validation_losses, self.validation_losses, losses)
             has_adapters = (self.output_dir / ADAPTER).is_dir()
             if text := rounding_warning(*(float(each.nanmean()) for each in stages), has_adapters=has_adapters):
                 warn(text)
                 self._log.write(NoteEvent(step=self.ledger.steps, text=text))
             return
-        self.validation_losses = losses
+        self.validation_losses, self.validation_exact_match = scores
         if self.ledger.steps == 0:
             self.initial_validation_losses = losses
-        self._log.write(ValidationEvent(**spent, losses=by_task))
+        self._log.write(ValidationEvent(**measured))
         self._display.validation(losses)
 
-    def log_test(self, losses: Tensor) -> None:
-        """(num_tasks,) float64, nats per supervised token on the whole test split; NaN for a task without."""
-        self.test_losses = losses
-        spent = {**self._spent(), "validation_tokens": self.ledger.validation_tokens}
-        self._log.write(TestEvent(**spent, losses=self._by_task(losses)))
+    def log_test(self, scores: Scores) -> None:
+        """What ``Probe.scores`` measures on the whole test split."""
+        self._log.write(TestEvent(**self._measured(scores, "test")))
+        self.test_scores = scores
 
     def note(self, component: str, text: str) -> None:
         """Logs and prints a remark of a component about the run."""
@@ -444,8 +448,10 @@ class Run:
 
     def finished(self) -> int:
         """The budget is spent, ``model/`` written, the test done: write ``summary.json``. Returns the exit status."""
-        ledger, losses, test_losses = self.ledger, self.validation_losses, self.test_losses
+        ledger, losses = self.ledger, self.validation_losses
         saved_losses = losses if self.saved_validation_losses is None else self.saved_validation_losses
+        results = self._results(Scores(losses, self.validation_exact_match), "validation")
+        results |= self._results(self.test_scores, "test") if self.test_scores else {}
         self._log.write(EndEvent(reason="finished", step=ledger.steps, seconds=self.seconds))
         summary = Summary(
             strategy=self.config.strategy,
@@ -462,14 +468,9 @@ class Run:
             validation_total_tokens=ledger.validation_total_tokens,
             task_tokens=self._by_task(ledger.task_tokens),
             probabilities=self._by_task(self._mixture.probabilities()),
-            validation_losses=self._by_task(losses),
+            **results,
             initial_validation_losses=self._by_task(self.initial_validation_losses),
-            worst_validation_loss=float(losses[~losses.isnan()].max()),
-            mean_validation_loss=float(losses.nanmean()),
             saved_validation_losses=self._by_task(saved_losses),
-            test_losses=None if test_losses is None else self._by_task(test_losses),
-            worst_test_loss=None if test_losses is None else float(test_losses[~test_losses.isnan()].max()),
-            mean_test_loss=None if test_losses is None else float(test_losses.nanmean()),
             seconds=self.seconds,
             mixture_seconds=self._phase_seconds["mixture"],
             validation_seconds=self._phase_seconds["validation"],
@@ -493,6 +494,7 @@ class Run:
             "phase_seconds": dict(self._phase_seconds),
             "num_updates": self.num_updates,
             "validation_losses": self.validation_losses,
+            "validation_exact_match": self.validation_exact_match,
             "initial_validation_losses": self.initial_validation_losses,
         }
 
@@ -501,6 +503,7 @@ class Run:
         self._phase_seconds = dict(state["phase_seconds"])
         self.num_updates = state["num_updates"]
         self.validation_losses = state["validation_losses"]
+        self.validation_exact_match = state["validation_exact_match"]
         self.initial_validation_losses = state["initial_validation_losses"]
 
     def _spent(self) -> dict[str, Any]:
@@ -512,6 +515,38 @@ class Run:
             "total_tokens": ledger.total_tokens,
             "seconds": self.seconds,
         }
+
+    def _measured(self, scores: Scores, split: Literal["validation", "test"]) -> dict[str, Any]:
+        """The values of an event about a whole split."""
+        if isinstance(scores, Tensor):
+            raise ValueError(f"log_{split}: takes what Probe.scores returns, and the recipe gives losses alone")
+        return {
+            **self._spent(),
+            "validation_tokens": self.ledger.validation_tokens,
+            "losses": self._by_task(scores.losses),
+            "exact_match": self._by_task(scores.exact_match),
+            "bits_per_byte": self._by_task(self._bits_per_byte(scores.losses, split)),
+        }
+
+    def _results(self, scores: Scores, split: Literal["validation", "test"]) -> dict[str, Any]:
+        """The keys of ``summary.json`` about a whole split."""
+        losses, exact_match = scores
+        bits_per_byte = self._bits_per_byte(losses, split)
+        return {
+            f"{split}_losses": self._by_task(losses),
+            f"worst_{split}_loss": float(losses[~losses.isnan()].max()),
+            f"mean_{split}_loss": float(losses.nanmean()),
+            f"{split}_exact_match": self._by_task(exact_match),
+            f"mean_{split}_exact_match": float(exact_match.nanmean()),
+            f"{split}_bits_per_byte": self._by_task(bits_per_byte),
+            f"mean_{split}_bits_per_byte": float(bits_per_byte.nanmean()),
+        }
+
+    def _bits_per_byte(self, losses: Tensor, split: Literal["validation", "test"]) -> Tensor:
+        """(num_tasks,) float64: losses of a whole split in bits per byte of its answers; NaN where not known."""
+        splits = [getattr(task, split) for task in self._tasks]
+        tokens_per_byte = [math.nan if each is None else each.tokens_per_byte for each in splits]
+        return losses * torch.tensor(tokens_per_byte, dtype=torch.float64) / math.log(2)
 
     def _by_task(self, values: Tensor) -> dict[str, Any]:
         return dict(zip(self._task_names, values.tolist(), strict=True))

@@ -109,11 +109,14 @@ class RunLog:
                 n: getattr(event, n) for n in ("supervised_tokens", "probe_tokens", "mixture_seconds")
             }
         if isinstance(event, ValidationEvent | SavedValidationEvent | TestEvent):
-            split = event.event
-            measured = {f"{split}_loss/{task}": loss for task, loss in event.losses.items() if loss == loss}
-            worst, mean = max(measured.values()), sum(measured.values()) / len(measured)
-            measured["validation_tokens"] = event.validation_tokens
-            return measured | {f"worst_{split}_loss": worst, f"mean_{split}_loss": mean}
+            measured: dict[str, float] = {"validation_tokens": event.validation_tokens}
+            units = {"loss": event.losses, "exact_match": event.exact_match, "bits_per_byte": event.bits_per_byte}
+            for unit, by_task in units.items():
+                name = f"{event.event}_{unit}"
+                if known := {f"{name}/{task}": value for task, value in by_task.items() if value == value}:
+                    measured |= known | {f"mean_{name}": sum(known.values()) / len(known)}
+            worst = max(loss for loss in event.losses.values() if loss == loss)
+            return measured | {f"worst_{event.event}_loss": worst}
         return {}
 
 

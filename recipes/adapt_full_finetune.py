@@ -194,7 +194,7 @@ class Recipe:
             if "train_losses" in observes:
                 signals["train_losses"] = self.train_losses.mean()
             if "validation_losses" in observes and "gradient_dots" not in observes:
-                signals["validation_losses"] = self.probe.losses(self.probe_validation, for_mixture=True)
+                signals["validation_losses"] = self.probe.losses(self.probe_validation)
             # Gradients: ADAPT's one-step form.
             if "gradient_dots" in observes:
                 signals |= self.gradient_signals()
@@ -218,7 +218,7 @@ class Recipe:
                 gradient = probe.gradient(train, self.mixture.probabilities(), of="training")
                 lookahead.enter_context(passes.stepped(self.model, gradient, -self.mixture.lookahead_lr))
             # (3): L_val_j, at theta' or, to first order in eta, at theta
-            losses = probe.losses(self.probe_validation, for_mixture=True)
+            losses = probe.losses(self.probe_validation)
             # (4): v = sum_j w_j / c_j * grad L_val_j
             v = probe.gradient(self.probe_validation, self.mixture.objective_weights(losses), of="validation")
         # (5): <v, grad L_train_i>
@@ -228,15 +228,15 @@ class Recipe:
     def validate(self, *, saved: bool = False) -> None:
         """Measures every task on its whole validation split. ``saved``: the weights are those of ``model/`` by now."""
         with self.run.timed("validation", "validating"):
-            losses = self.probe.losses(self.validation)
-        self.run.log_validation(losses, saved=saved)
+            scores = self.probe.scores(self.validation)
+        self.run.log_validation(scores, saved=saved)
 
     def test(self) -> None:
         """Measures every task on its whole test split, if there is one. Nothing reads it before the end."""
         if examples := data.test_examples(self.tasks):
             with self.run.timed("validation", "testing"):
-                losses = self.probe.losses(self.batches(examples), split="test")
-            self.run.log_test(losses)
+                scores = self.probe.scores(self.batches(examples), split="test")
+            self.run.log_test(scores)
 
     def batches(self, examples: Sequence[tuple[int, data.Example]]) -> list[data.MicroBatch]:
         """This process's micro-batches of examples, each given with its task."""

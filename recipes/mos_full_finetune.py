@@ -199,7 +199,7 @@ class Recipe:
             if "train_losses" in observes:
                 signals["train_losses"] = self.train_losses.mean()
             if "validation_losses" in observes:
-                signals["validation_losses"] = self.probe.losses(self.probe_validation, for_mixture=True)
+                signals["validation_losses"] = self.probe.losses(self.probe_validation)
             # MoS, equations (7) to (10): the reward of each task.
             if self.reward is not None:
                 batches = {"validation": self.probe_validation, "pool": self.pool}
@@ -229,15 +229,15 @@ class Recipe:
     def validate(self, *, saved: bool = False) -> None:
         """Measures every task on its whole validation split. ``saved``: the weights are those of ``model/`` by now."""
         with self.run.timed("validation", "validating"):
-            losses = self.probe.losses(self.validation)
-        self.run.log_validation(losses, saved=saved)
+            scores = self.probe.scores(self.validation)
+        self.run.log_validation(scores, saved=saved)
 
     def test(self) -> None:
         """Measures every task on its whole test split, if there is one. Nothing reads it before the end."""
         if examples := data.test_examples(self.tasks):
             with self.run.timed("validation", "testing"):
-                losses = self.probe.losses(self.batches(examples), split="test")
-            self.run.log_test(losses)
+                scores = self.probe.scores(self.batches(examples), split="test")
+            self.run.log_test(scores)
 
     def batches(self, examples: Sequence[tuple[int, data.Example]]) -> list[data.MicroBatch]:
         """This process's micro-batches of examples, each given with its task."""

@@ -176,6 +176,10 @@ SUMMARY = Summary(
     worst_validation_loss=1.0,
     mean_validation_loss=1.0,
     saved_validation_losses={"one": 1.0, "two": float("nan")},
+    validation_exact_match={"one": 0.25, "two": float("nan")},
+    mean_validation_exact_match=0.25,
+    validation_bits_per_byte={"one": 1.5, "two": float("nan")},
+    mean_validation_bits_per_byte=1.5,
     seconds=3.21,
     mixture_seconds=0.0,
     validation_seconds=0.0,
@@ -200,6 +204,7 @@ def test_the_plan_and_the_results(tmp_path: Path) -> None:
     assert rows["one"] == ["0.250", "10", "33.3%", "2.000", "1.000"]
     assert rows["two"] == ["0.750", "20", "66.7%", "-", "-"]
     assert "uniform: validation loss worst 1.0000, mean 1.0000\n" in shown(out)
+    assert "validation: exact match 0.250, 1.500 bits per byte, means over tasks\n" in shown(out)
     said = " ".join(shown(out).split())
     assert "mixture updates read 40 more, validation and test 50; 300 tokens read in all" in said
     assert str(tmp_path) in shown(out)
@@ -217,9 +222,22 @@ def test_the_plan_and_the_results_with_a_test_split(tmp_path: Path) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["task"][-4:] == ["held", "out", "test", "p"]
     assert rows["one"][-3:] == ["20", "-", "0.500"] and rows["two"][-3:] == ["20", "20", "0.500"]
-    measured = {"test_losses": {"one": 3.0, "two": float("nan")}, "worst_test_loss": 3.0, "mean_test_loss": 3.0}
+    nan = float("nan")
+    measured = {"test_losses": {"one": 3.0, "two": nan}, "worst_test_loss": 3.0, "mean_test_loss": 3.0}
+    measured |= {"test_exact_match": {"one": 0.125, "two": nan}, "mean_test_exact_match": 0.125}
+    measured |= {"test_bits_per_byte": {"one": nan, "two": nan}, "mean_test_bits_per_byte": nan}
     display.results(replace(SUMMARY, **measured), folder=tmp_path)
     rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
     assert rows["task"][-2:] == ["test", "loss"]
     assert rows["one"][-2:] == ["1.000", "3.000"] and rows["two"][-2:] == ["-", "-"]
     assert "uniform: validation loss worst 1.0000, mean 1.0000; test loss worst 3.0000, mean 3.0000\n" in shown(out)
+    assert "test: exact match 0.125, - bits per byte, means over tasks\n" in shown(out)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_wide_terminal_has_room_for_other_units(tmp_path: Path, width: int) -> None:
+    out = console(width=width)
+    Display([task("one"), task("two")], budget_tokens=30, log_every=0, console=out).results(SUMMARY, folder=tmp_path)
+    rows = {line.split()[0]: line.split()[1:] for line in shown(out).splitlines() if line.split()}
+    assert rows["task"][-3:] == (["exact", "match", "bits/byte"] if width == 100 else ["before", "loss", "after"])
+    assert rows["one"][-2:] == (["0.250", "1.500"] if width == 100 else ["2.000", "1.000"])

@@ -46,6 +46,8 @@ MIXTURE = {
 }
 EFFECTIVE: dict[str, Any] = {"effective_probabilities": {"b": 0.25, "a": 0.75}}
 MEASURED = {"step": 3, "supervised_tokens": 8, "total_tokens": 40, "validation_tokens": 6, "seconds": 1.5}
+SCORES = {"losses": {"b": 1.0, "a": None}, "exact_match": {"b": 0.5, "a": None}}
+SCORES |= {"bits_per_byte": {"b": 2.0, "a": None}}
 SIGNALS = {"validation_losses": {"b": 1.0, "a": 2.0}, "objective": 1.5}
 
 LINES: list[tuple[Any, dict[str, Any]]] = [
@@ -57,18 +59,9 @@ LINES: list[tuple[Any, dict[str, Any]]] = [
     (MixtureEvent(**MIXTURE), {"event": "mixture"} | MIXTURE),
     (MixtureEvent(**MIXTURE, signals=SIGNALS), {"event": "mixture"} | MIXTURE | SIGNALS),
     (MixtureEvent(**MIXTURE, **EFFECTIVE), {"event": "mixture"} | MIXTURE | EFFECTIVE),
-    (
-        ValidationEvent(**MEASURED, losses={"b": 1.0, "a": 2.0}),
-        {"event": "validation", **MEASURED, "losses": {"b": 1.0, "a": 2.0}},
-    ),
-    (
-        SavedValidationEvent(**MEASURED, losses={"b": 1.0, "a": None}),
-        {"event": "saved_validation", **MEASURED, "losses": {"b": 1.0, "a": None}},
-    ),
-    (
-        events.TestEvent(**MEASURED, losses={"b": 1.0, "a": None}),
-        {"event": "test", **MEASURED, "losses": {"b": 1.0, "a": None}},
-    ),
+    (ValidationEvent(**MEASURED, **SCORES), {"event": "validation", **MEASURED, **SCORES}),
+    (SavedValidationEvent(**MEASURED, **SCORES), {"event": "saved_validation", **MEASURED, **SCORES}),
+    (events.TestEvent(**MEASURED, **SCORES), {"event": "test", **MEASURED, **SCORES}),
     (CheckpointEvent(step=3), {"event": "checkpoint", "step": 3}),
     (ResumeEvent(step=3, supervised_tokens=8), {"event": "resume", "step": 3, "supervised_tokens": 8}),
     (NoteEvent(step=0, text="so it is"), {"event": "note", "step": 0, "text": "so it is"}),

@@ -47,6 +47,10 @@ SUMMARY = Summary(
     worst_validation_loss=1.5,
     mean_validation_loss=1.5,
     saved_validation_losses={"one": 1.75, "two": math.nan},
+    validation_exact_match={"one": 0.5, "two": math.nan},
+    mean_validation_exact_match=0.5,
+    validation_bits_per_byte={"one": math.nan, "two": math.nan},
+    mean_validation_bits_per_byte=math.nan,
     seconds=3.5,
     mixture_seconds=0.0,
     validation_seconds=0.5,
@@ -136,9 +140,12 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
         "validation_losses": {"one": 1.5, "two": None},
         "initial_validation_losses": {"one": 2.5, "two": None},
         "saved_validation_losses": {"one": 1.75, "two": None},
+        "validation_exact_match": {"one": 0.5, "two": None},
+        "validation_bits_per_byte": {"one": None, "two": None},
+        "mean_validation_bits_per_byte": None,
     }
     assert written == asdict(SUMMARY) | unmeasured
-    assert written["test_losses"] is written["worst_test_loss"] is written["mean_test_loss"] is None, "no test split"
+    assert all(value is None for key, value in written.items() if "test" in key), "no test split"
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -197,10 +204,13 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
             **shares, total_tokens=40, seconds=1.5, probabilities={"one": 0.25, "two": 0.75}, signals={"z": 1.0}
         )
     )
-    measured = {"one": 1.0, "two": 2.0, "unmeasured": math.nan}
-    log.write(ValidationEvent(step=4, **spent, losses=measured))
-    log.write(SavedValidationEvent(step=4, **spent, losses=measured))
-    log.write(events.TestEvent(step=5, **spent, losses=measured))
+    unmeasured = {"unmeasured": math.nan}
+    measured: dict[str, Any] = {"losses": {"one": 1.0, "two": 2.0} | unmeasured}
+    measured["exact_match"] = {"one": 0.0, "two": 0.5} | unmeasured
+    unknown = dict.fromkeys(("one", "two", "unmeasured"), math.nan)
+    log.write(ValidationEvent(step=4, **spent, **measured, bits_per_byte={"one": 3.0, "two": math.nan} | unmeasured))
+    log.write(SavedValidationEvent(step=4, **spent, **measured, bits_per_byte=unknown))
+    log.write(events.TestEvent(step=5, **spent, **measured, bits_per_byte=unknown))
     for event in (
         CheckpointEvent(step=5),
         ResumeEvent(step=5, supervised_tokens=9),
@@ -211,12 +221,15 @@ def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:
     totals = {name: value for name, value in shares.items() if name != "step"}
     losses = {"validation_loss/one": 1.0, "validation_loss/two": 2.0}
     losses |= {"worst_validation_loss": 2.0, "mean_validation_loss": 1.5}
+    losses |= {"validation_exact_match/one": 0.0, "validation_exact_match/two": 0.5}
+    losses |= {"mean_validation_exact_match": 0.25}
     of_saved, of_test = (
         {name.replace("validation", split): value for name, value in losses.items()}
         for split in ("saved_validation", "test")
     )
     for each in (losses, of_saved, of_test):
         each["validation_tokens"] = 6
+    losses |= {"validation_bits_per_byte/one": 3.0, "mean_validation_bits_per_byte": 3.0}
     probabilities = {"p/one": 0.25, "p/two": 0.75}
     assert logger.lines == [(3, probabilities | totals), (4, losses), (4, of_saved), (5, of_test)]
 

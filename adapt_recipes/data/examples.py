@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,18 @@ class Examples:
     @cached_property
     def num_supervised(self) -> Tensor:
         """(num_examples,) int64: supervised tokens of each example. Kept, because a run asks for it again and again."""
-        return self._gathered(self._num_supervised_of)
+        return self._answer_sums(lambda columns, answers: columns.ends[answers] - columns.firsts[answers])
+
+    @cached_property
+    def num_answer_bytes(self) -> Tensor:
+        """(num_examples,) int64: UTF-8 bytes of the supervised answers of each example; 0 where they are not known."""
+        return self._answer_sums(lambda columns, answers: columns.num_bytes[answers])
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Supervised tokens, end tokens included, over UTF-8 bytes of supervised answers; NaN if no bytes are known."""
+        num_bytes = int(self.num_answer_bytes.sum())
+        return int(self.num_supervised.sum()) / num_bytes if num_bytes else math.nan
 
     @property
     def prompt_hashes(self) -> Tensor:
@@ -281,13 +293,17 @@ class Examples:
         offsets = self.sources[source].offsets
         return offsets[rows + 1] - offsets[rows]
 
-    def _num_supervised_of(self, source: int, rows: np.ndarray) -> np.ndarray:
-        columns = self.sources[source]
-        answers, counts = self._answers_of(source, rows)
-        sizes = columns.ends[answers] - columns.firsts[answers]
-        sizes[np.isin(answers, self._hidden_of(source))] = 0
-        sums, cuts = (np.concatenate([[0], each.cumsum()]) for each in (sizes, counts))
-        return np.diff(sums[cuts])
+    def _answer_sums(self, sizes_of: Callable[[Columns, np.ndarray], np.ndarray]) -> Tensor:
+        """(num_examples,) int64: sums over the supervised answers of each example, of sizes of answers of a source."""
+
+        def of_source(source: int, rows: np.ndarray) -> np.ndarray:
+            answers, counts = self._answers_of(source, rows)
+            sizes = sizes_of(self.sources[source], answers)
+            sizes[np.isin(answers, self._hidden_of(source))] = 0
+            sums, cuts = (np.concatenate([[0], each.cumsum()]) for each in (sizes, counts))
+            return np.diff(sums[cuts])
+
+        return self._gathered(of_source)
 
     def _answers_of(self, source: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The answers of rows of a source, and their number for each row."""

@@ -95,10 +95,10 @@ class TokenLosses(nn.Module):
         self,
         tokens: Tensor,
         labels: Tensor,
-        output: Literal["losses", "logits", "hidden_states"] = "losses",
+        output: Literal["losses", "scores", "logits", "hidden_states"] = "losses",
         rows: PackedRows | None = None,
     ) -> Tensor:
-        """The loss of each supervised token, or the logits or hidden states it is computed from.
+        """The loss of each supervised token, its scores, or the logits or hidden states they are computed from.
 
         Args:
             tokens: (batch, length) int64, padded on the right with any token.
@@ -110,8 +110,9 @@ class TokenLosses(nn.Module):
         Returns:
             ``losses``: (num_supervised,) fp32 cross-entropies in nats, row by row. Without a supervised position it is
             empty but still part of the graph: the backward pass of its sum gives zero gradients, so that every process
-            can run one. ``logits``: (num_supervised, vocab_size) fp32. ``hidden_states``: (batch, length, dim), the
-            output of the final norm, as in transformers.
+            can run one. ``scores``: (num_supervised, 2) fp32, the same losses, and 1 where the label is the arg max of
+            the logits, else 0. ``logits``: (num_supervised, vocab_size) fp32. ``hidden_states``: (batch, length, dim),
+            the output of the final norm, as in transformers.
         """
         decoder = self.decoder
         assert tokens.shape[1] <= decoder.max_seq_len, "longer than the model's max_seq_len"
@@ -133,10 +134,16 @@ class TokenLosses(nn.Module):
             hidden = decoder.norm(hidden[0, rows.index[supervised]])
             if output == "logits":
                 return decoder.output(hidden).float()
+            score = self._scores if output == "scores" else self._losses
             if self.loss_chunk_tokens is None:
-                return self._losses(hidden, labels[supervised])
+                return score(hidden, labels[supervised])
             chunks = zip(*(each.split(self.loss_chunk_tokens) for each in (hidden, labels[supervised])), strict=True)
-            return torch.cat([checkpoint(self._losses, *chunk, use_reentrant=False) for chunk in chunks])
+            return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.decoder.output(hidden).float(), labels, reduction="none")
+
+    def _scores(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = self.decoder.output(hidden).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=1)

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from adapt_recipes.files import atomic_file
 from adapt_recipes.report.figures import NAMED, Chart, charts, to_plotly, to_png
-from adapt_recipes.report.read import Array, Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks
+from adapt_recipes.report.read import UNITS, Array, Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks
 from adapt_recipes.report.tables import (
     COUNTERS,
     Group,
@@ -28,6 +28,7 @@ from adapt_recipes.report.tables import (
     counters,
     differing_settings,
     final_mean,
+    final_mean_in,
     final_worst,
     group_runs,
     on_shared_tasks,
@@ -312,6 +313,7 @@ def _task_table(run: Run) -> Table:
     first, last, tokens = run.mixtures.probabilities[0], run.final_probabilities, run.task_tokens
     before, after, test = run.initial_losses, run.final_losses, run.test_losses
     has_test = _is_measured(test)
+    units = {unit: run.results_in(unit) for unit in UNITS if _is_measured(run.results_in(unit))}
     rows = [
         [
             _name(task),
@@ -323,14 +325,16 @@ def _task_table(run: Run) -> Table:
             _cell(after[i]),
             _cell(after[i] - before[i]),
             *([_cell(test[i])] if has_test else []),
+            *(_cell(values[i]) for values in units.values()),
         ]
         for i, task in enumerate(run.tasks)
     ]
     columns = ["task", "start p", "final p", "tokens", "share", "start loss", "final loss", "change"]
-    columns += ["test loss"] if has_test else []
+    columns += [*["test loss"] * has_test, *units]
+    of_units = f" At the end, on the {run.split} split: {' and '.join(units)}." if units else ""
     caption = (
-        "Each task's probability, supervised tokens and validation loss (nats per supervised token). To see whether "
-        "the mixture helped, compare with another run: tune report RUN OTHER_RUN."
+        f"Each task's probability, supervised tokens and validation loss (nats per supervised token).{of_units} To see "
+        "whether the mixture helped, compare with another run: tune report RUN OTHER_RUN."
     )
     return Table("tasks", "Tokens and losses of each task", caption, columns, rows)
 
@@ -355,6 +359,8 @@ def _strategy_table(
     groups: Sequence[Group], results: Sequence[TaskResult], rivals: Sequence[int], *, several: bool
 ) -> Table:
     worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
+    units = {unit: [final_mean_in(group, unit) for group in groups] for unit in UNITS}
+    units = {unit: values for unit, values in units.items() if not all(math.isnan(each.mean) for each in values)}
     rows = []
     for i, group in enumerate(groups):
         counts = [counters(run) for run in group.runs]
@@ -364,6 +370,7 @@ def _strategy_table(
                 _name(group.name, f"seed{'s' if len(group.runs) > 1 else ''} {group.seeds}" if group.seeds else ""),
                 _cell(worst[i], is_best=i in rivals and worst[i].mean == min(worst[j].mean for j in rivals)),
                 _cell(means[i], is_best=i in rivals and means[i].mean == min(means[j].mean for j in rivals)),
+                *(_cell(values[i]) for values in units.values()),
                 *([_cell(sum(result.winner == i for result in results), _count)] if rivals else []),
                 _cell(spread(run.spent for run in group.runs), _count),
                 _cell(spread(count["total_tokens"] for count in counts), _count),
@@ -376,6 +383,7 @@ def _strategy_table(
         "strategy",
         "worst loss",
         "mean loss",
+        *units,
         *(["tasks won"] if rivals else []),
         "tokens spent",
         "tokens read",
@@ -383,11 +391,12 @@ def _strategy_table(
         "time",
         "mixture time",
     ]
+    of_units = f" Means over tasks too: {' and '.join(units)}." if units else ""
     caption = (
         f"{_of_seeds(several)}{groups[0].split.capitalize()} losses at the end, in nats per supervised token: the "
-        "highest of any task, and the unweighted mean. Supervised tokens are spent on training. Tokens read are all, "
-        "in training and outside of it, supervised or not. Probe tokens are supervised ones that mixture updates read. "
-        "Click a heading to sort."
+        f"highest of any task, and the unweighted mean.{of_units} Supervised tokens are spent on training. Tokens read "
+        "are all, in training and outside of it, supervised or not. Probe tokens are supervised ones that mixture "
+        "updates read. Click a heading to sort."
     )
     return Table("strategies", "Strategies", caption, columns, rows)
 

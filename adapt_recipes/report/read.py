@@ -24,6 +24,8 @@ Array = NDArray[np.float64]
 # Lines kept of each thinned event: this many, up to twice as many.
 KEPT_LINES = 400
 THINNED = ("step", "mixture")
+# Other units of results than nats per supervised token, as tables call them and as ``summary.json`` does.
+UNITS = {"exact match": "exact_match", "bits per byte": "bits_per_byte"}
 
 
 class Steps(NamedTuple):
@@ -90,7 +92,7 @@ class Run:
     mixtures: Mixtures
     validations: Validations
     split: Literal["validation", "test"] = "validation"
-    """of ``result_losses``; see ``on_one_split``"""
+    """of the results; see ``on_one_split``"""
 
     @property
     def strategy(self) -> str:
@@ -155,6 +157,10 @@ class Run:
     def result_losses(self) -> Array:
         """(tasks,): the losses at the end by which runs are compared, on ``split``."""
         return self.test_losses if self.split == "test" else self.final_losses
+
+    def results_in(self, unit: str) -> Array:
+        """(tasks,): the results at the end in one of ``UNITS``, on ``split``; NaN if the run does not say."""
+        return self._in_summary(f"{self.split}_{UNITS[unit]}", np.empty(0))
 
     def _in_summary(self, key: str, of_log: Array, otherwise: float = math.nan) -> Array:
         """One value per task from the summary, or without a summary from the log."""

@@ -163,6 +163,11 @@ def final_mean(group: Group) -> Spread:
     return spread(float(mean_over_tasks(run.result_losses)) for run in group.runs)
 
 
+def final_mean_in(group: Group, unit: str) -> Spread:
+    """The same mean in one of ``read.UNITS``; NaN if a run does not say."""
+    return spread(float(mean_over_tasks(run.results_in(unit))) for run in group.runs)
+
+
 def _last(values: Array) -> float:
     return float(values[-1]) if len(values) else math.nan
 

@@ -1,4 +1,4 @@
-"""Forward and backward passes that measure tasks: losses, gradients and their dot products, embeddings, uncertainties.
+"""Forward and backward passes that measure tasks: losses, exact matches, gradients, embeddings, uncertainties.
 
 ``model`` is any module whose ``forward(tokens, labels)`` returns the cross-entropies of the supervised positions in
 row-major order, and which takes the third argument of ``adapt_recipes.models.TokenLosses``. ``batches`` is a sequence
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,46 @@ def task_losses(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> T
     """
     with _measuring(model):
         return _loss_sums(model, batches, num_tasks) / num_supervised(batches, num_tasks)
+
+
+class Scores(NamedTuple):
+    """What results are made of, (num_tasks,) float64 on the CPU each; NaN for a task without an example.
+
+    Attributes:
+        losses: nats per supervised token.
+        exact_match: share of the examples whose supervised tokens, the end token included, are all the most likely
+            ones given what precedes them in the example. Greedy decoding generates the answers of these examples.
+    """
+
+    losses: Tensor
+    exact_match: Tensor
+
+
+@torch.no_grad()
+def task_scores(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> Scores:
+    """The mean loss of each task, as ``task_losses`` measures it, and its exact match, by the same forward passes.
+
+    Args:
+        model: see the module's docstring.
+        batches: the examples.
+        num_tasks: tasks in the run.
+    """
+    loss_sums, num_matches, num_examples = torch.zeros(3, num_tasks, dtype=torch.float64)
+    with _measuring(model):
+        for batch in batches:
+            device, tasks = device_of(model), batch.tasks.cpu()
+            losses, hits = model(batch.tokens.to(device), batch.labels.to(device), "scores").to("cpu", torch.float64).T
+            _reshard(model)
+            rows = _of_supervised(batch.labels, torch.arange(len(tasks)))
+            loss_sums.index_add_(0, tasks[rows], losses)
+            num_misses = torch.bincount(rows, weights=1 - hits, minlength=len(tasks))
+            kept = _examples(batch)
+            num_matches += torch.bincount(tasks[kept & (num_misses == 0)], minlength=num_tasks)
+            num_examples += torch.bincount(tasks[kept], minlength=num_tasks)
+    return Scores(
+        losses=all_reduce_sum(loss_sums) / num_supervised(batches, num_tasks),
+        exact_match=all_reduce_sum(num_matches) / all_reduce_sum(num_examples),
+    )
 
 
 def loss_gradient(

@@ -12,6 +12,7 @@ from adapt_recipes.data import MicroBatch, Task
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import passes
 from adapt_recipes.signals.nonfinite import check_dots, check_finite, check_rewards
+from adapt_recipes.signals.passes import Scores
 from adapt_recipes.training import precision
 
 Batches = Sequence[MicroBatch]
@@ -34,22 +35,35 @@ class Probe:
         self.model, self.ledger, self.tasks = model, ledger, tasks
         self.task_names = [task.name for task in tasks]
 
-    def losses(
-        self, batches: Batches, *, split: Literal["validation", "test"] = "validation", for_mixture: bool = False
-    ) -> Tensor:
-        """Mean loss per task, of examples of a split. ``for_mixture``: its tokens are counted as those of a probe.
+    def scores(self, batches: Batches, *, split: Literal["validation", "test"] = "validation") -> Scores:
+        """Mean loss and exact match per task, of a whole split: a validation, or the test.
 
         Returns:
-            (num_tasks,) float64, nats per supervised token; NaN for a task without that split.
+            (num_tasks,) float64 each; NaN for a task without that split.
         """
-        count = self.ledger.probe if for_mixture else self.ledger.validate
-        count(batches)
+        self.ledger.validate(batches)
         # One context around all batches casts the weights once.
         with self.model.autocast():
+            scores = passes.task_scores(self.model, batches, len(self.tasks))
+        self._check_losses(scores.losses, batches, split)
+        return scores
+
+    def losses(self, batches: Batches) -> Tensor:
+        """Mean loss per task, of validation examples, for the mixture.
+
+        Returns:
+            (num_tasks,) float64, nats per supervised token; NaN for a task without a validation split.
+        """
+        self.ledger.probe(batches)
+        with self.model.autocast():
             losses = passes.task_losses(self.model, batches, len(self.tasks))
+        self._check_losses(losses, batches, "validation")
+        return losses
+
+    def _check_losses(self, losses: Tensor, batches: Batches, split: Literal["validation", "test"]) -> None:
+        """Those of the tasks that have the split are finite."""
         measured = losses[[getattr(task, split) is not None for task in self.tasks]]
         check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.ledger.steps, of=split)
-        return losses
 
     def gradient(
         self,

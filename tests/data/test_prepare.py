@@ -272,6 +272,7 @@ def test_a_pair_is_a_leak_in_any_turn_whatever_is_around_it(tmp_path: Path) -> N
         [(("a", "Y"), True)],
     ]
     assert (task.left_out.leaked_answers, task.left_out.leaked_examples, task.left_out.examples) == (2, 3, 3)
+    assert task.train.num_answer_bytes.tolist() == [1, 1, 1, 1], "those that are context do not count"
 
 
 def test_conversations_that_all_end_alike_are_not_all_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

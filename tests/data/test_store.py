@@ -213,6 +213,10 @@ def test_texts_and_lengths_are_kept(data: Path) -> None:
             assert bytes(tokens.tolist()).decode() == messages[0]["content"] + learned and learned == answer
             assert tools is None and split.references(i) == [answer, "ja"]
             assert split.answer_bytes(i) == [len(answer.encode())]
+        assert split.num_answer_bytes.tolist() == [sum(split.answer_bytes(i)) for i in range(len(split))]
+    # The end of each answer is a token.
+    num_bytes, num_examples = int(task.train.num_answer_bytes.sum()), len(task.train)
+    assert task.train.tokens_per_byte == (num_bytes + num_examples) / num_bytes
     assert task.train.max_token == int(task.train.tokens.max()) == 256
     assert torch.equal(task.train.offsets.diff(), task.train.lengths)
 

@@ -100,6 +100,33 @@ def test_nothing_supervised_gives_zero_gradients(compute_dtype: torch.dtype | No
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
+@torch.no_grad()
+def test_of_equal_logits_the_first_is_the_arg_max() -> None:
+    model, (tokens, labels) = TokenLosses(tiny_decoder(tied=False)), batch(share_supervised=1.0)
+    torch.nn.init.zeros_(model.decoder.output.weight)
+    labels[:, ::2] = 0
+    assert torch.equal(model(tokens, labels, "scores")[:, 1], (labels.flatten() == 0).float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("share_supervised", [0.6, 0.0])
+def test_scores_in_chunks_are_those_of_the_whole(compute_dtype: torch.dtype | None, share_supervised: float) -> None:
+    tokens, labels = batch(share_supervised=share_supervised)
+    whole = TokenLosses(tiny_decoder(), compute_dtype=compute_dtype)
+    supervised = labels != IGNORE_INDEX
+    labels[supervised] = whole(tokens, labels, "logits").argmax(-1)
+    labels[0] = labels[0].where(~supervised[0], 5)
+    expected = whole(tokens, labels, "scores")
+    assert expected.shape == (int(supervised.sum()), 2)
+    assert not share_supervised or 0 < expected[:, 1].mean() < 1
+    for chunk in (1, 5, 1000):
+        chunked = TokenLosses(tiny_decoder(), compute_dtype=compute_dtype, loss_chunk_tokens=chunk)
+        scores = chunked(tokens, labels, "scores")
+        torch.testing.assert_close(scores[:, 0], expected[:, 0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(scores[:, 1], expected[:, 1])
+
+
 def test_a_padded_row_has_the_losses_that_it_has_alone() -> None:
     model = TokenLosses(tiny_decoder())
     tokens, labels = batch(share_supervised=0.5)
@@ -125,6 +152,12 @@ def test_losses_are_made_of_logits_and_logits_of_hidden_states(
     assert hidden.shape == (*tokens.shape, 32)
     losses = F.cross_entropy(logits, labels[supervised], reduction="none")
     assert torch.equal(losses, model(tokens, labels)) and torch.equal(losses, model(tokens, labels, "losses"))
+    # Some labels are the likeliest tokens, some are not.
+    likeliest = labels.masked_scatter(supervised, logits.argmax(-1)).where(torch.arange(3)[:, None] == 1, labels)
+    scores, is_second = model(tokens, likeliest, "scores"), supervised.nonzero()[:, 0] == 1
+    assert scores.dtype == torch.float32 and torch.equal(scores[:, 0], model(tokens, likeliest))
+    assert scores[is_second, 1].all() and scores[:, 1].sum() < len(scores)
+    assert torch.equal(scores[:, 1], (logits.argmax(-1) == likeliest[supervised]).float())
     # Hidden states are of whole rows, and logits of rows up to their last label: kernels of bf16 round otherwise.
     in_bf16 = torch.bfloat16 in (weights, compute_dtype)
     tolerance = {"rtol": 0.02, "atol": 0.1} if in_bf16 else {"rtol": 1e-5, "atol": 1e-5}
@@ -232,7 +265,7 @@ def test_as_the_root_of_fsdp2(share_supervised: float, tmp_path_factory: pytest.
         for layer in sharded.decoder.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
-        for output in ("logits", "hidden_states"):
+        for output in ("scores", "logits", "hidden_states"):
             assert torch.equal(sharded(tokens, labels, output), plain(tokens, labels, output))
         losses = sharded(tokens, labels)
         losses.sum().backward()

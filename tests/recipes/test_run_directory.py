@@ -51,7 +51,16 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     assert done.log[-1] | {"seconds": 0} == {"event": "end", "reason": "finished", "step": 8, "seconds": 0}
     assert [line["step"] for line in done.events("validation")] == [0, 4, 8]
     assert done.events("validation")[0]["losses"] == summary["initial_validation_losses"]
-    assert done.events("validation")[-1]["losses"] == summary["validation_losses"]
+    last = done.events("validation")[-1]
+    assert last["losses"] == summary["validation_losses"]
+    for key in ("exact_match", "bits_per_byte"):
+        values = summary[f"validation_{key}"]
+        assert last[key] == values and values.keys() == summary["task_tokens"].keys()
+        assert summary[f"mean_validation_{key}"] == pytest.approx(sum(values.values()) / 7)
+    # An answer is a byte, and a token: its end is not supervised.
+    bits = {task: pytest.approx(loss / math.log(2)) for task, loss in summary["validation_losses"].items()}
+    assert summary["validation_bits_per_byte"] == bits
+    assert all(0 <= share <= 1 for share in summary["validation_exact_match"].values())
     start, *updates = done.events("mixture")
     learned = learns(CONFIGS[config])
     assert [line["step"] for line in updates] == ([3, 6] if learned else [])

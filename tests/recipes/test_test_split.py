@@ -173,7 +173,8 @@ def test_the_log_has_it_once_at_the_end(runs: Runs, strategy: str) -> None:
     *_, checkpoint, test, end = events(runs.whole(strategy, **TEST))
     spent = {key: done[key] for key in ("supervised_tokens", "total_tokens", "validation_tokens")}
     del test["seconds"]
-    assert test == {"event": "test", "step": done["steps"], **spent, "losses": done["test_losses"]}
+    scores = {"losses": done["test_losses"]} | {key: done[f"test_{key}"] for key in ("exact_match", "bits_per_byte")}
+    assert test == {"event": "test", "step": done["steps"], **spent, **scores}
     assert (checkpoint["event"], end["event"]) == ("checkpoint", "end")
     assert [event["event"] for event in sequence(runs.whole(strategy, **TEST))].count("test") == 1
 
@@ -192,7 +193,7 @@ def test_what_it_reads_is_counted_once(runs: Runs) -> None:
 @pytest.mark.parametrize("strategy", ONE_OF_EACH_RECIPE)
 def test_without_a_test_split_there_is_none(runs: Runs, strategy: str) -> None:
     done = summary(runs.whole(strategy))
-    assert done["test_losses"] is done["worst_test_loss"] is done["mean_test_loss"] is None
+    assert all(value is None for key, value in done.items() if "test" in key)
     assert "test" not in {event["event"] for event in events(runs.whole(strategy))}
 
 
@@ -262,6 +263,7 @@ def test_two_processes_measure_the_same(runs: Runs, tmp_path: Path) -> None:
     assert {task: both["test_losses"][task] for task in MEASURED} == {
         task: pytest.approx(alone["test_losses"][task], abs=1e-4) for task in MEASURED
     }
+    assert both["test_exact_match"] == alone["test_exact_match"]
 
 
 # ---- a source with its own

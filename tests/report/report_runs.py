@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def write_run(
     loss: Loss | None = None,
     test: Sequence[float] | None = None,
     saved: Sequence[float] | None = None,
+    has_units: bool = True,
     finished: bool = True,
     resolved: dict[str, Any] | None = None,
 ) -> Path:
@@ -37,6 +39,7 @@ def write_run(
         loss: of a task by its index, at a share of the run in [0, 1]; NaN for a task that is not measured.
         test: the test loss of each task, NaN for one that is not measured; None: there is no test split.
         saved: the validation loss of each task of what was saved; None: it is what was trained.
+        has_units: false leaves out exact match and bits per byte, as earlier versions did.
         finished: false leaves the log where a kill after its last step would.
         resolved: keys of the config besides the usual ones.
     """
@@ -54,6 +57,18 @@ def write_run(
 
     def by_task(values: Any) -> dict[str, Any]:
         return dict(zip(tasks, values, strict=True))
+
+    def scores(losses: dict[str, float]) -> dict[str, Any]:
+        """Made of the losses: any numbers that differ from them."""
+        exact_match = {task: math.exp(-value) for task, value in losses.items()}
+        return {"losses": losses, "exact_match": exact_match, "bits_per_byte": {k: v / 2 for k, v in losses.items()}}
+
+    def results(split: str, losses: dict[str, float]) -> dict[str, Any]:
+        found = {f"{split}_{key}": by_task for key, by_task in scores(losses).items()}
+        for key in ("exact_match", "bits_per_byte"):
+            measured = [value for value in found[f"{split}_{key}"].values() if value == value]
+            found[f"mean_{split}_{key}"] = sum(measured) / len(measured)
+        return found
 
     def read() -> dict[str, int]:
         total = int(spent.sum())
@@ -81,8 +96,8 @@ def write_run(
         losses = by_task(loss(i, step / steps) for i in range(len(tasks)))
         validation_seconds, seconds = validation_seconds + 0.5, seconds + 0.5
         validation_tokens += 10
-        measured = {"validation_tokens": validation_tokens, "seconds": seconds, "losses": losses}
-        log.write(ValidationEvent(step=step, **read(), **measured))
+        measured = {"validation_tokens": validation_tokens, "seconds": seconds}
+        log.write(ValidationEvent(step=step, **read(), **measured, **scores(losses)))
 
     mixture(0)
     validate(0)
@@ -107,7 +122,7 @@ def write_run(
         test_losses = by_task(test) if test else None
         if test_losses:
             tested_at = {"validation_tokens": validation_tokens, "seconds": seconds}
-            log.write(TestEvent(step=steps, **read(), **tested_at, losses=test_losses))
+            log.write(TestEvent(step=steps, **read(), **tested_at, **scores(test_losses)))
         log.write(EndEvent(reason="finished", step=steps, seconds=seconds))
         measured = [value for value in losses.values() if value == value]
         tested = [value for value in test or () if value == value]
@@ -123,12 +138,12 @@ def write_run(
             validation_total_tokens=3 * validation_tokens,
             task_tokens=by_task(spent.tolist()),
             probabilities=by_task(p.tolist()),
-            validation_losses=losses,
+            **results("validation", losses),
+            **(results("test", test_losses) if test_losses else {}),
             initial_validation_losses=first,
             worst_validation_loss=max(measured),
             mean_validation_loss=sum(measured) / len(measured),
             saved_validation_losses=by_task(saved) if saved else losses,
-            test_losses=test_losses,
             worst_test_loss=max(tested) if tested else None,
             mean_test_loss=sum(tested) / len(tested) if tested else None,
             seconds=seconds,
@@ -141,7 +156,20 @@ def write_run(
         )
         write_summary(folder, summary)
     log.close()
+    if not has_units:
+        _remove_units(folder)
     return folder
+
+
+def _remove_units(folder: Path) -> None:
+    def without(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if not key.endswith(("exact_match", "bits_per_byte"))}
+
+    log, summary = folder / "log.jsonl", folder / "summary.json"
+    lines = [json.dumps(without(json.loads(line))) + "\n" for line in log.read_text(encoding="utf-8").splitlines()]
+    log.write_text("".join(lines), encoding="utf-8")
+    if summary.exists():
+        summary.write_text(json.dumps(without(json.loads(summary.read_text()))))
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:

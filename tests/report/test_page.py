@@ -96,7 +96,10 @@ def test_a_page_on_one_run(tmp_path: Path) -> None:
         before, after = summary["initial_validation_losses"][task], summary["validation_losses"][task]
         tokens = summary["task_tokens"][task]
         expected = [loss(p[0][task]), loss(p[-1][task]), f"{tokens:,}", f"{tokens / summary['supervised_tokens']:.1%}"]
-        assert row == [*expected, loss(before), loss(after), loss(after - before)]
+        units = [loss(summary[f"validation_{key}"][task]) for key in ("exact_match", "bits_per_byte")]
+        assert row == [*expected, loss(before), loss(after), loss(after - before), *units]
+    assert page.tables["tasks"][0][-2:] == ["exact match", "bits per byte"]
+    assert "At the end, on the validation split: exact match and bits per byte." in page.text
     counters = page.rows("counters")
     for key in (
         "budget_tokens",
@@ -239,14 +242,16 @@ def test_a_comparison(folders: dict[str, list[Path]]) -> None:
         runs = summaries[strategy]
         worst = [run["worst_validation_loss"] for run in runs]
         means = [run["mean_validation_loss"] for run in runs]
-        for cell, values in ((row[1], worst), (row[2], means)):
+        match, bits = ([run[f"mean_validation_{key}"] for run in runs] for key in ("exact_match", "bits_per_byte"))
+        for cell, values in zip(row[1:5], (worst, means, match, bits), strict=True):
             assert cell == f"{loss(sum(values) / 2)} {loss(min(values))} to {loss(max(values))}"
-        assert row[4:7] == ["1,280", f"{runs[0]['total_tokens']:,}", str(runs[0]["probe_tokens"])]
+        assert row[6:9] == ["1,280", f"{runs[0]['total_tokens']:,}", str(runs[0]["probe_tokens"])]
         seconds = sorted(run["seconds"] for run in runs)
-        assert row[7] == f"{sum(seconds) / 2:.1f} s {seconds[0]:.1f} s to {seconds[1]:.1f} s"
+        assert row[9] == f"{sum(seconds) / 2:.1f} s {seconds[0]:.1f} s to {seconds[1]:.1f} s"
         shares = [run["mixture_seconds"] / run["seconds"] for run in runs]
-        assert row[8].split(" ")[0] == f"{sum(shares) / 2:.1%}"
-    assert [row[3] for row in strategies] == ["2", "1"]
+        assert row[10].split(" ")[0] == f"{sum(shares) / 2:.1%}"
+    assert [row[5] for row in strategies] == ["2", "1"]
+    assert "Means over tasks too: exact match and bits per byte." in page.text
     assert page.tables["tokens_to_reach"][1:] == [["adapt", "1,280", "960"], ["uniform", "never", "1,280"]]
     one, two, three = page.tables["winners"][1:]
     assert one[:2] == ["one", "uniform clear"] and three[:2] == ["three", "adapt clear"]
@@ -278,11 +283,24 @@ def test_a_page_on_one_run_with_a_test_split(tested_folders: list[Path]) -> None
         "The worst validation loss went from 9.0000 to 2.0000 nats (two), the mean from 9.0000 to 1.5000." in page.text
     )
     assert "On the test split the worst loss is 7.0000 nats (two), the mean 6.5000." in page.text
-    assert page.tables["tasks"][0][-1] == "test loss"
-    assert {task: row[-3:] for task, row in page.rows("tasks").items()} == {
-        "one": ["1.0000", "-8.0000", "6.0000"],
-        "two": ["2.0000", "-7.0000", "7.0000"],
+    assert page.tables["tasks"][0][-3:] == ["test loss", "exact match", "bits per byte"]
+    assert "At the end, on the test split: exact match and bits per byte." in page.text
+    assert {task: row[-5:] for task, row in page.rows("tasks").items()} == {
+        "one": ["1.0000", "-8.0000", "6.0000", loss(math.exp(-6)), "3.0000"],
+        "two": ["2.0000", "-7.0000", "7.0000", loss(math.exp(-7)), "3.5000"],
     }
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_runs_of_earlier_versions_have_no_other_units(tmp_path: Path, finished: bool) -> None:
+    """Beside one that has them there is a dash."""
+    old = write_run(tmp_path / "old", has_units=False, finished=finished)
+    assert page_of(old).tables["tasks"][0][-1] == "change" and "exact match" not in page_of(old).text
+    new = write_run(tmp_path / "new", strategy="uniform")
+    page = page_of(old, new)
+    assert page.tables["strategies"][0][3:5] == ["exact match", "bits per byte"]
+    assert page.rows("strategies")["adapt" if finished else "adapt,"][2:4] == ["–", "–"]
+    assert "–" not in page.rows("strategies")["uniform"][2:4]
 
 
 def test_a_page_on_one_run_whose_weights_were_rounded(tmp_path: Path) -> None:
@@ -314,6 +332,7 @@ def test_a_comparison_by_test_losses(tested_folders: list[Path]) -> None:
         "b": ["4.5000", "4.0000"],
         "a": ["7.0000", "6.5000"],
     }
+    assert [row[3] for row in page.rows("strategies").values()] == ["2.0000", "3.2500"], "bits per byte of the test"
     assert page.rows("winners") == {"one": ["b", "3.5000", "6.0000"], "two": ["b", "4.5000", "7.0000"]}
     # The course of training is that of validation: b never gets to where a ends.
     assert page.rows("tokens_to_reach")["b"] == ["1,280", "never"]

@@ -98,8 +98,41 @@ def test_task_losses_are_means_over_all_tokens_of_all_batches() -> None:
     assert losses.isnan().tolist() == [task == EMPTY_TASK for task in range(NUM_TASKS)]
 
 
+def with_matches(model, batches):
+    """In every other sequence the labels become the likeliest tokens; in every fourth all but one."""
+    for batch in batches:
+        supervised = batch.labels != -100
+        likeliest = batch.labels.masked_scatter(supervised, model(batch.tokens, batch.labels, "logits").argmax(-1))
+        batch.labels[::2] = likeliest[::2]
+        for row, kept in zip(batch.labels[::4], supervised[::4], strict=True):
+            last = kept.nonzero()[-1:]
+            row[last] = (row[last] + 1) % VOCABULARY
+    return batches
+
+
+@torch.no_grad()
+def test_exact_match_is_the_share_of_examples_without_a_miss() -> None:
+    model = make_model()
+    batches = with_matches(model, make_batches())
+    scores = passes.task_scores(model, batches, NUM_TASKS)
+    losses = passes.task_losses(model, batches, NUM_TASKS)
+    assert torch.equal(scores.losses.nan_to_num(-1), losses.nan_to_num(-1)), "bit for bit"
+    matches = [[] for _ in range(NUM_TASKS)]
+    for batch in batches:
+        for tokens, labels, task in zip(batch.tokens, batch.labels, batch.tasks.tolist(), strict=True):
+            logits = model(tokens[None], labels[None], "logits")
+            if len(logits):
+                matches[task].append(float(torch.equal(logits.argmax(-1), labels[labels != -100])))
+    expected = [sum(each) / len(each) if each else math.nan for each in matches]
+    assert scores.exact_match.tolist() == pytest.approx(expected, nan_ok=True)
+    assert scores.exact_match.isnan().tolist() == [task == EMPTY_TASK for task in range(NUM_TASKS)]
+    assert 0.1 < scores.exact_match.nanmean() < 0.9
+
+
 def test_a_cut_into_other_batches_changes_nothing() -> None:
     model, (batch,) = make_model(), make_batches(num_batches=1)
+    with torch.no_grad():
+        with_matches(model, [batch])
     rows = [
         SimpleNamespace(tokens=batch.tokens[i : i + 1], labels=batch.labels[i : i + 1], tasks=batch.tasks[i : i + 1])
         for i in range(len(batch.tasks))
@@ -111,6 +144,8 @@ def test_a_cut_into_other_batches_changes_nothing() -> None:
         atol=1e-6,
         equal_nan=True,
     )
+    matches = [passes.task_scores(model, each, NUM_TASKS).exact_match for each in (rows, [batch])]
+    assert torch.equal(*(each.nan_to_num(-1) for each in matches)) and matches[0].nan_to_num(0).any()
     for one, other in zip(
         passes.loss_gradient(model, rows, WEIGHTS), passes.loss_gradient(model, [batch], WEIGHTS), strict=True
     ):
@@ -295,13 +330,13 @@ class Restless(nn.Module):
         self.model, self.dropout, self.frozen_dropout = model, nn.Dropout(0.5), nn.Dropout(0.5).eval()
         self.raise_at, self.forwards, self.reshards = raise_at, 0, 0
 
-    def forward(self, tokens, labels):
+    def forward(self, tokens, labels, *output):
         self.forwards += 1
         assert not self.training
         torch.rand(3)
         if self.forwards == self.raise_at:
             raise RuntimeError("out of memory")
-        return self.dropout(self.model(tokens, labels))
+        return self.dropout(self.model(tokens, labels, *output))
 
     def reshard(self) -> None:
         self.reshards += 1
@@ -309,6 +344,7 @@ class Restless(nn.Module):
 
 CALLS = {
     "task_losses": lambda model, batches, v: passes.task_losses(model, batches, NUM_TASKS),
+    "task_scores": lambda model, batches, v: passes.task_scores(model, batches, NUM_TASKS),
     "loss_gradient": lambda model, batches, v: passes.loss_gradient(model, batches, WEIGHTS),
     "gradient_dots": lambda model, batches, v: passes.gradient_dots(model, batches, v, NUM_TASKS, relative_step=1e-3),
     "gradient_dots_by_backward": lambda model, batches, v: passes.gradient_dots_by_backward(

@@ -61,18 +61,23 @@ class Reward:
         return torch.full((len(NAMES),), float(base_losses), dtype=torch.float64)
 
 
-def test_losses_are_those_of_the_passes_and_are_counted() -> None:
+def test_scores_are_those_of_the_passes_and_are_counted() -> None:
+    probe = make_probe()
+    scores = probe.scores(BATCHES["validation"])
+    assert (validated(probe), read(probe)) == (tokens("validation"), (0, 0))
+    expected = passes.task_scores(probe.model, BATCHES["validation"], len(NAMES))
+    for values, those in zip(scores, expected, strict=True):
+        assert values.isnan().tolist() == [False, False, True, False], "without a validation split"
+        torch.testing.assert_close(values, those, rtol=0, atol=0, equal_nan=True)
+    probe.scores(BATCHES["validation"])
+    assert validated(probe) == tokens("validation", "validation"), "each time"
+
+
+def test_losses_are_those_of_scores_and_are_counted_apart() -> None:
     probe = make_probe()
     losses = probe.losses(BATCHES["validation"])
-    assert (validated(probe), read(probe)) == (tokens("validation"), (0, 0))
-    assert losses.isnan().tolist() == [False, False, True, False], "without a validation split"
-    expected = passes.task_losses(probe.model, BATCHES["validation"], len(NAMES))
-    torch.testing.assert_close(losses, expected, rtol=0, atol=0, equal_nan=True)
-    probe.losses(BATCHES["validation"])
-    assert validated(probe) == tokens("validation", "validation"), "each time"
-    probe.losses(BATCHES["validation"], for_mixture=True)
-    assert read(probe) == tokens("validation"), "apart"
-    assert validated(probe) == tokens("validation", "validation")
+    assert (validated(probe), read(probe)) == ((0, 0), tokens("validation"))
+    torch.testing.assert_close(losses, probe.scores(BATCHES["validation"]).losses, rtol=0, atol=0, equal_nan=True)
 
 
 def with_test_split(probe: Probe, *names: str) -> Probe:
@@ -81,16 +86,16 @@ def with_test_split(probe: Probe, *names: str) -> Probe:
     return probe
 
 
-def test_losses_of_the_test_split_are_checked_for_the_tasks_that_have_it() -> None:
+def test_scores_of_the_test_split_are_checked_for_the_tasks_that_have_it() -> None:
     """c has no validation split, and a no test split."""
     probe, batches = with_test_split(make_probe(), *"bcd"), batched([(1, EXAMPLE), (2, EXAMPLE), (3, EXAMPLE)])
-    losses = probe.losses(batches, split="test")
-    assert losses.isnan().tolist() == [True, False, False, False]
+    scores = probe.scores(batches, split="test")
+    assert scores.losses.isnan().tolist() == [True, False, False, False]
     assert (validated(probe), read(probe)) == ((3 * 2, 3 * 3), (0, 0))
     with pytest.raises(ValueError, match="is not finite"):
-        probe.losses(batches)
+        probe.scores(batches)
     with pytest.raises(ValueError, match="is not finite"):
-        probe.losses(batched([(1, EXAMPLE), (3, EXAMPLE)]), split="test")
+        probe.scores(batched([(1, EXAMPLE), (3, EXAMPLE)]), split="test")
 
 
 def test_a_gradient_is_that_of_the_passes_and_is_counted() -> None:
@@ -156,8 +161,9 @@ FATAL = 40
     ("measure", "said"),
     [
         (lambda probe, batches: probe.losses(batches), "the loss of validation example 1 of task 'b'"),
+        (lambda probe, batches: probe.scores(batches), "the loss of validation example 1 of task 'b'"),
         (
-            lambda probe, batches: with_test_split(probe, "b").losses(batches, split="test"),
+            lambda probe, batches: with_test_split(probe, "b").scores(batches, split="test"),
             "the loss of test example 1 of task 'b'",
         ),
         (
@@ -175,7 +181,7 @@ FATAL = 40
             "the gradient of training examples of task 'b'",
         ),
     ],
-    ids=["losses", "test losses", "gradient", "gradient of training", "dots"],
+    ids=["losses", "scores", "test scores", "gradient", "gradient of training", "dots"],
 )
 def test_what_is_not_finite_ends_in_one_line(measure: Any, said: str) -> None:
     """It names the step, the task and, where there is one, the example."""
