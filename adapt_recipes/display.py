@@ -35,16 +35,23 @@ class Display:
 
     Args:
         tasks: in the order of the mixture.
+        targets: tasks that are validated on and never trained.
         budget_tokens: supervised tokens the run will spend.
         log_every: steps between plain lines if there is no terminal; 0: only the first and the last step.
         console: default: standard output.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], *, budget_tokens: int, log_every: int, console: Console | None = None
+        self,
+        tasks: Sequence[Task],
+        *,
+        targets: Sequence[Task] = (),
+        budget_tokens: int,
+        log_every: int,
+        console: Console | None = None,
     ) -> None:
         self.console = console or Console(highlight=False)
-        self._tasks = tasks
+        self._tasks, self._targets = tasks, targets
         self._budget_tokens = budget_tokens
         self._log_every = log_every
         # Seconds, tokens and supervised tokens at the first step since the start or resume.
@@ -155,7 +162,7 @@ class Display:
                 f"{p:.3f}",
             )
         self.console.print(table)
-        for line in unused_keys([task.left_out for task in self._tasks]):
+        for line in [*unused_keys([task.left_out for task in self._tasks]), *target_lines(self._targets)]:
             self.say(line)
         self.say(f"budget: {of_available(ledger.budget_tokens, sum(available))}, in {steps}, {where}")
 
@@ -175,14 +182,24 @@ class Display:
             losses += [getattr(summary, key)[name] for key in shown.values()]
             share = f"{tokens / summary.budget_tokens:.1%}"
             table.add_row(task_name(name), f"{p:.3f}", f"{tokens:,}", share, *map(_number, losses))
+        for name, loss in (summary.target_losses or {}).items():
+            losses = [(summary.initial_target_losses or {})[name], loss]
+            losses += [(summary.target_test_losses or {})[name]] if test_losses else []
+            target_units = [
+                key.replace("validation", "target").replace("test", "target_test") for key in shown.values()
+            ]
+            losses += [getattr(summary, key)[name] for key in target_units]
+            table.add_row(task_name(name), "target", "-", "-", *map(_number, losses))
         self.console.print(table)
-        test = ""
+        more = ""
+        if summary.target_losses:
+            more = f"; target loss worst {summary.worst_target_loss:.4f}, mean {summary.mean_target_loss:.4f}"
         if test_losses:
-            test = f"; test loss worst {summary.worst_test_loss:.4f}, mean {summary.mean_test_loss:.4f}"
+            more += f"; test loss worst {summary.worst_test_loss:.4f}, mean {summary.mean_test_loss:.4f}"
         means = [_number(getattr(summary, f"mean_{key}")) for key in units.values()]
         self.say(
             f"{summary.strategy}: validation loss worst {summary.worst_validation_loss:.4f}, "
-            f"mean {summary.mean_validation_loss:.4f}{test}\n"
+            f"mean {summary.mean_validation_loss:.4f}{more}\n"
             f"{split}: exact match {means[0]}, {means[1]} bits per byte, means over tasks\n"
             f"{summary.supervised_tokens:,} supervised tokens in {summary.steps:,} steps and {summary.seconds:.1f} s; "
             f"mixture updates read {summary.probe_tokens:,} more, validation and test {summary.validation_tokens:,}; "
@@ -272,6 +289,16 @@ def unused_keys(of_tasks: Sequence[LeftOut]) -> list[str]:
         counts.update(each.unused_keys)
     named = ", ".join(f"{key} ({count(number, 'row')})" for key, number in counts.most_common())
     return [f"keys that are not used: {named}"] if counts else []
+
+
+def target_lines(targets: Sequence[Task]) -> list[str]:
+    """A line about the targets under the table of tasks; none if there are none."""
+    sizes = [
+        f"{task.name} ({' + '.join(f'{len(split):,}' for split in task.splits.values())} of "
+        f"{sum(map(len, task.splits.values())) + task.left_out.examples:,} examples)"
+        for task in targets
+    ]
+    return [f"targets, validated or tested on and never trained: {', '.join(sizes)}"] if sizes else []
 
 
 def task_name(name: str) -> Text:

@@ -83,6 +83,8 @@ class ValidationEvent:
     """share of the examples whose answers greedy decoding generates to the token, end token included"""
     bits_per_byte: ByTask
     """bits of the supervised tokens per UTF-8 byte of the answers; null for a task whose answers have no known bytes"""
+    targets: dict[str, ByTask] = field(default_factory=dict)
+    """the same of the targets, if there are any: ``target_losses`` and so on, keys of the line"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ class SavedValidationEvent:
     """share of the examples whose answers greedy decoding generates to the token, end token included"""
     bits_per_byte: ByTask
     """bits of the supervised tokens per UTF-8 byte of the answers; null for a task whose answers have no known bytes"""
+    targets: dict[str, ByTask] = field(default_factory=dict)
+    """the same of the targets, if there are any: ``target_losses`` and so on, keys of the line"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,8 @@ class TestEvent:
     """share of the examples whose answers greedy decoding generates to the token, end token included"""
     bits_per_byte: ByTask
     """bits of the supervised tokens per UTF-8 byte of the answers; null for a task whose answers have no known bytes"""
+    targets: dict[str, ByTask] = field(default_factory=dict)
+    """the same of the targets, if there are any: ``target_losses`` and so on, keys of the line"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +183,10 @@ Event = (
 def to_line(event: Event) -> dict[str, Any]:
     """An event as an object of ``log.jsonl``."""
     values = {each.name: getattr(event, each.name) for each in fields(event)}
-    signals = values.pop("signals", {})
+    inlined = values.pop("signals", {}) | values.pop("targets", {})
     if isinstance(event, EndEvent | MixtureEvent):
         values = {name: value for name, value in values.items() if value is not None}
-    return {"event": event.event, **values, **signals}
+    return {"event": event.event, **values, **inlined}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +229,17 @@ class Summary:
     validation_bits_per_byte: ByTask
     mean_validation_bits_per_byte: float
     """over tasks, unweighted"""
+    initial_target_losses: ByTask | None = None
+    """None, as all that is of targets: there are none. They are validated on and never trained"""
+    target_losses: ByTask | None = None
+    worst_target_loss: float | None = None
+    """over targets, unweighted"""
+    mean_target_loss: float | None = None
+    """over targets, unweighted"""
+    target_exact_match: ByTask | None = None
+    mean_target_exact_match: float | None = None
+    target_bits_per_byte: ByTask | None = None
+    mean_target_bits_per_byte: float | None = None
     test_losses: ByTask | None = None
     """None, as all that is of the test: no task has a test split"""
     worst_test_loss: float | None = None
@@ -235,6 +252,14 @@ class Summary:
     test_bits_per_byte: ByTask | None = None
     mean_test_bits_per_byte: float | None = None
     """over tasks, unweighted"""
+    target_test_losses: ByTask | None = None
+    """of the targets' test splits"""
+    worst_target_test_loss: float | None = None
+    mean_target_test_loss: float | None = None
+    target_test_exact_match: ByTask | None = None
+    mean_target_test_exact_match: float | None = None
+    target_test_bits_per_byte: ByTask | None = None
+    mean_target_test_bits_per_byte: float | None = None
     seconds: float
     mixture_seconds: float
     validation_seconds: float

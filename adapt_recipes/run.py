@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from adapt_recipes.config import FREE_AT_RESUME, TrainConfig, to_dict
 from adapt_recipes.display import Display
 from adapt_recipes.errors import warn
 from adapt_recipes.events import (
+    ByTask,
     CheckpointEvent,
     DataEvent,
     EndEvent,
@@ -45,6 +45,7 @@ from adapt_recipes.events import (
     ValidationEvent,
 )
 from adapt_recipes.output import take_warnings
+from adapt_recipes.results import Split, by_unit, summarized
 from adapt_recipes.run_directory import (
     ADAPTER,
     check_output_dir,
@@ -102,9 +103,9 @@ class Run:
         is_finished: the folder holds a finished run, which ``resume: true`` leaves as it is.
         saved: the checkpoint that ``start`` resumes from; None: the run begins.
         num_updates: mixture updates so far.
-        validation_losses: (num_tasks,) float64 of the last validation; ``initial_validation_losses`` of the first.
-        validation_exact_match: (num_tasks,) float64 of the last validation.
-        saved_validation_losses: (num_tasks,) float64 of the model as it is in ``model/``; None: they are the last ones.
+        validation_scores: of the last validation, those of the tasks and then of the targets.
+        initial_validation_losses: (num_tasks + num_targets,) float64 of the first one.
+        saved_validation_losses: the same of the model as it is in ``model/``; None: they are the last ones.
         test_scores: of the test; None: there is none. As the line above, they come after the last checkpoint, and a
             resume from there measures them again.
     """
@@ -113,8 +114,8 @@ class Run:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.num_updates = 0
-        self.validation_losses = self.initial_validation_losses = torch.empty(0)
-        self.validation_exact_match = torch.empty(0)
+        self.validation_scores = Scores(torch.empty(0), torch.empty(0))
+        self.initial_validation_losses = torch.empty(0)
         self.saved_validation_losses: Tensor | None = None
         self.test_scores: Scores | None = None
         self._phase_seconds = {"mixture": 0.0, "validation": 0.0}
@@ -192,6 +193,8 @@ class Run:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         states: Mapping[str, Stateful],
+        *,
+        targets: Sequence[data.Task] = (),
     ) -> None:
         """Loads what a resume continues from, and only then writes to ``output_dir``.
 
@@ -201,6 +204,7 @@ class Run:
             mixture: with ``probabilities()``.
             model, optimizer: sharded as they train. A checkpoint holds their state.
             states: what else an exact resume needs, by name; ledger and mixture included.
+            targets: tasks that are validated on and never trained.
 
         Raises:
             ValueError: the checkpoint is of another config or of other data, or the recipe does not use a key; it names
@@ -211,12 +215,14 @@ class Run:
             raise ValueError("tasks.max_epochs_per_task: the recipe has to give it to TokenSampler, and caps to Ledger")
         if config.sampling != getattr(states.get("sampler"), "sampling", "tokens"):
             raise ValueError("sampling: the recipe has to give it to TokenSampler")
+        if any(task.is_target for task in tasks):
+            raise ValueError("tasks.targets: the recipe has to split them off (data.split_targets)")
         self._ledger = ledger
-        self._tasks = tasks
+        self._tasks, self._targets = tasks, targets
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture
         self._states: dict[str, Stateful] = {**states, "run": self}
-        read = data.fingerprint(tasks, cache_dir=config.tasks.cache_folder)
+        read = data.fingerprint([*tasks, *targets], cache_dir=config.tasks.cache_folder)
         self._fingerprint: dict[str, Any] = {"config": to_dict(config), "data": read}
         check_same({"tasks": self._fingerprint["data"]}, advice="the data files have to be the same for all")
         self._check_same_mixture()
@@ -240,8 +246,8 @@ class Run:
                 budget_tokens=ledger.budget_tokens,
             )
             self._open.callback(self._log.close)
-        self._left_out = {task.name: asdict(task.left_out) for task in tasks}
-        if saved is None and any(task.left_out != data.LeftOut() for task in tasks):
+        self._left_out = {task.name: asdict(task.left_out) for task in (*tasks, *targets)}
+        if saved is None and any(task.left_out != data.LeftOut() for task in (*tasks, *targets)):
             self._log.write(DataEvent(step=0, left_out=self._left_out))
         self.checkpoints.clean()
         self._saved_at = ledger.steps
@@ -288,7 +294,9 @@ class Run:
     def _show_plan(self, tasks: Sequence[data.Task]) -> None:
         """What is about to happen, on the terminal."""
         config, ledger = self.config, self.ledger
-        self._display = Display(tasks, budget_tokens=ledger.budget_tokens, log_every=config.log_every)
+        self._display = Display(
+            tasks, targets=self._targets, budget_tokens=ledger.budget_tokens, log_every=config.log_every
+        )
         self._open.callback(self._display.close)
         p = ledger.capped(self._mixture.probabilities())
         where = f"on {self.device.type} in {config.dtype}, seed {config.seed}"
@@ -370,14 +378,15 @@ class Run:
     def log_mixture(self, signals: Mapping[str, Tensor] | None = None) -> None:
         """The probabilities used from the next step on, the same on all processes.
 
-        ``signals`` are what an update measured and logs, () or (num_tasks,) each; None: there was no update.
+        ``signals`` are what an update measured and logs, () or (num_tasks,) each, or (num_targets,) if their names
+        begin with ``target_``; None: there was no update.
         """
         if signals is not None:
             self._check_same_mixture()
             self.num_updates += 1
         effective = self.ledger.capped(self._mixture.probabilities())
         self._display.mixture(effective, self._phase_seconds["mixture"])
-        values = {name: self._by_task(value) if value.dim() else value for name, value in (signals or {}).items()}
+        values = {name: self._by_name(name, value) for name, value in (signals or {}).items()}
         self._log.write(
             MixtureEvent(
                 **self._spent(),
@@ -399,17 +408,17 @@ class Run:
         if saved:
             self.saved_validation_losses = losses
             self._log.write(SavedValidationEvent(**measured))
-            stages = (self.initial_validation_losses, self.validation_losses, losses)
+            stages = (self.initial_validation_losses, self.validation_scores.losses, losses)
             has_adapters = (self.output_dir / ADAPTER).is_dir()
             if text := rounding_warning(*(float(each.nanmean()) for each in stages), has_adapters=has_adapters):
                 warn(text)
                 self._log.write(NoteEvent(step=self.ledger.steps, text=text))
             return
-        self.validation_losses, self.validation_exact_match = scores
+        self.validation_scores = scores
         if self.ledger.steps == 0:
             self.initial_validation_losses = losses
         self._log.write(ValidationEvent(**measured))
-        self._display.validation(losses)
+        self._display.validation(losses[: len(self._tasks)])
 
     def log_test(self, scores: Scores) -> None:
         """What ``Probe.scores`` measures on the whole test split."""
@@ -448,10 +457,17 @@ class Run:
 
     def finished(self) -> int:
         """The budget is spent, ``model/`` written, the test done: write ``summary.json``. Returns the exit status."""
-        ledger, losses = self.ledger, self.validation_losses
+        ledger, losses = self.ledger, self.validation_scores.losses
         saved_losses = losses if self.saved_validation_losses is None else self.saved_validation_losses
-        results = self._results(Scores(losses, self.validation_exact_match), "validation")
-        results |= self._results(self.test_scores, "test") if self.test_scores else {}
+        (initial, initial_of_targets), (saved, _) = map(self._split, (self.initial_validation_losses, saved_losses))
+        of_tasks, of_targets = self._by_unit(self.validation_scores, "validation")
+        results = summarized("validation", of_tasks)
+        if of_targets:
+            initial_target_losses = self._by_target(initial_of_targets)
+            results |= summarized("target", of_targets) | {"initial_target_losses": initial_target_losses}
+        if self.test_scores:
+            of_tasks, of_targets = self._by_unit(self.test_scores, "test")
+            results |= summarized("test", of_tasks) | (summarized("target_test", of_targets) if of_targets else {})
         self._log.write(EndEvent(reason="finished", step=ledger.steps, seconds=self.seconds))
         summary = Summary(
             strategy=self.config.strategy,
@@ -469,8 +485,8 @@ class Run:
             task_tokens=self._by_task(ledger.task_tokens),
             probabilities=self._by_task(self._mixture.probabilities()),
             **results,
-            initial_validation_losses=self._by_task(self.initial_validation_losses),
-            saved_validation_losses=self._by_task(saved_losses),
+            initial_validation_losses=self._by_task(initial),
+            saved_validation_losses=self._by_task(saved),
             seconds=self.seconds,
             mixture_seconds=self._phase_seconds["mixture"],
             validation_seconds=self._phase_seconds["validation"],
@@ -493,8 +509,7 @@ class Run:
             "seconds": self.seconds,
             "phase_seconds": dict(self._phase_seconds),
             "num_updates": self.num_updates,
-            "validation_losses": self.validation_losses,
-            "validation_exact_match": self.validation_exact_match,
+            "validation_scores": tuple(self.validation_scores),
             "initial_validation_losses": self.initial_validation_losses,
         }
 
@@ -502,8 +517,7 @@ class Run:
         self._began = -state["seconds"]
         self._phase_seconds = dict(state["phase_seconds"])
         self.num_updates = state["num_updates"]
-        self.validation_losses = state["validation_losses"]
-        self.validation_exact_match = state["validation_exact_match"]
+        self.validation_scores = Scores(*state["validation_scores"])
         self.initial_validation_losses = state["initial_validation_losses"]
 
     def _spent(self) -> dict[str, Any]:
@@ -516,40 +530,34 @@ class Run:
             "seconds": self.seconds,
         }
 
-    def _measured(self, scores: Scores, split: Literal["validation", "test"]) -> dict[str, Any]:
+    def _measured(self, scores: Scores, split: Split) -> dict[str, Any]:
         """The values of an event about a whole split."""
         if isinstance(scores, Tensor):
             raise ValueError(f"log_{split}: takes what Probe.scores returns, and the recipe gives losses alone")
-        return {
-            **self._spent(),
-            "validation_tokens": self.ledger.validation_tokens,
-            "losses": self._by_task(scores.losses),
-            "exact_match": self._by_task(scores.exact_match),
-            "bits_per_byte": self._by_task(self._bits_per_byte(scores.losses, split)),
-        }
+        tasks, targets = self._by_unit(scores, split)
+        of_targets = {f"target_{unit}": by_task for unit, by_task in targets.items()}
+        counts = {**self._spent(), "validation_tokens": self.ledger.validation_tokens}
+        return {**counts, **tasks, "targets": of_targets}
 
-    def _results(self, scores: Scores, split: Literal["validation", "test"]) -> dict[str, Any]:
-        """The keys of ``summary.json`` about a whole split."""
-        losses, exact_match = scores
-        bits_per_byte = self._bits_per_byte(losses, split)
-        return {
-            f"{split}_losses": self._by_task(losses),
-            f"worst_{split}_loss": float(losses[~losses.isnan()].max()),
-            f"mean_{split}_loss": float(losses.nanmean()),
-            f"{split}_exact_match": self._by_task(exact_match),
-            f"mean_{split}_exact_match": float(exact_match.nanmean()),
-            f"{split}_bits_per_byte": self._by_task(bits_per_byte),
-            f"mean_{split}_bits_per_byte": float(bits_per_byte.nanmean()),
-        }
+    def _by_unit(self, scores: Scores, split: Split) -> tuple[dict[str, ByTask], dict[str, ByTask]]:
+        """The scores of tasks and those of targets; {} without targets."""
+        of_tasks, of_targets = (Scores(*each) for each in zip(*map(self._split, scores), strict=True))
+        return by_unit(of_tasks, self._tasks, split), by_unit(of_targets, self._targets, split) if self._targets else {}
 
-    def _bits_per_byte(self, losses: Tensor, split: Literal["validation", "test"]) -> Tensor:
-        """(num_tasks,) float64: losses of a whole split in bits per byte of its answers; NaN where not known."""
-        splits = [getattr(task, split) for task in self._tasks]
-        tokens_per_byte = [math.nan if each is None else each.tokens_per_byte for each in splits]
-        return losses * torch.tensor(tokens_per_byte, dtype=torch.float64) / math.log(2)
+    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of tasks, and those of targets."""
+        return values[: len(self._tasks)], values[len(self._tasks) :]
 
-    def _by_task(self, values: Tensor) -> dict[str, Any]:
+    def _by_task(self, values: Tensor) -> ByTask:
         return dict(zip(self._task_names, values.tolist(), strict=True))
+
+    def _by_target(self, values: Tensor) -> ByTask:
+        return dict(zip([task.name for task in self._targets], values.tolist(), strict=True))
+
+    def _by_name(self, name: str, value: Tensor) -> Any:
+        """What an update measured or logs under this name."""
+        is_of_targets = self._targets and name.startswith("target_")
+        return value if not value.dim() else self._by_target(value) if is_of_targets else self._by_task(value)
 
     def _check_same_mixture(self) -> None:
         probabilities = self._by_task(self._mixture.probabilities())

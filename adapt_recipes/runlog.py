@@ -31,6 +31,11 @@ from adapt_recipes.events import (
 from adapt_recipes.files import atomic_file
 from adapt_recipes.run_directory import LOG, RESOLVED, SUMMARY
 
+# The names of metrics of a whole split, and the keys of events that they are of.
+UNITS = {"loss": "losses", "exact_match": "exact_match", "bits_per_byte": "bits_per_byte"}
+# What the metrics of targets begin with, by event.
+TARGET_METRICS = {"validation": "target", "saved_validation": "saved_target", "test": "target_test"}
+
 
 class RunLog:
     """``log.jsonl``, one JSON object per line, flushed as it is written; and the metric logger.
@@ -109,15 +114,25 @@ class RunLog:
                 n: getattr(event, n) for n in ("supervised_tokens", "probe_tokens", "mixture_seconds")
             }
         if isinstance(event, ValidationEvent | SavedValidationEvent | TestEvent):
-            measured: dict[str, float] = {"validation_tokens": event.validation_tokens}
             units = {"loss": event.losses, "exact_match": event.exact_match, "bits_per_byte": event.bits_per_byte}
-            for unit, by_task in units.items():
-                name = f"{event.event}_{unit}"
-                if known := {f"{name}/{task}": value for task, value in by_task.items() if value == value}:
-                    measured |= known | {f"mean_{name}": sum(known.values()) / len(known)}
-            worst = max(loss for loss in event.losses.values() if loss == loss)
-            return measured | {f"worst_{event.event}_loss": worst}
+            of_targets = {unit: event.targets[f"target_{key}"] for unit, key in UNITS.items()} if event.targets else {}
+            return {
+                "validation_tokens": event.validation_tokens,
+                **_metrics_of(event.event, units),
+                **_metrics_of(TARGET_METRICS[event.event], of_targets),
+            }
         return {}
+
+
+def _metrics_of(name: str, units: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Each task's value in each unit, their means, and the worst loss."""
+    metrics: dict[str, float] = {}
+    for unit, by_task in units.items():
+        if known := {f"{name}_{unit}/{task}": value for task, value in by_task.items() if value == value}:
+            metrics |= known | {f"mean_{name}_{unit}": sum(known.values()) / len(known)}
+            if unit == "loss":
+                metrics[f"worst_{name}_loss"] = max(known.values())
+    return metrics
 
 
 class NullLog:

@@ -58,7 +58,7 @@ class Config(TrainConfig):
 
 
 # The signals that this recipe measures for a mixture, if it observes them.
-SIGNALS = ("train_losses", "validation_losses", "gradient_dots")
+SIGNALS = ("train_losses", "validation_losses", "target_losses", "gradient_dots")
 
 
 class Recipe:
@@ -72,7 +72,8 @@ class Recipe:
         config, run = self.config, self.run
 
         # Data: tokenized or from the cache, and split. The order within a task depends on the seed alone.
-        self.tokenizer, self.tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
+        self.tokenizer, tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
+        self.tasks, self.targets = data.split_targets(tasks)
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
         budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
@@ -82,18 +83,22 @@ class Recipe:
         self.ledger = Ledger(budget_tokens, len(self.tasks), caps=self.sampler.caps(budget_tokens))
         with raise_on_all_ranks():
             self.mixture = config.mixture.build(
-                task_names=self.task_names, num_supervised_tokens=available, budget_tokens=budget_tokens
+                task_names=self.task_names,
+                num_supervised_tokens=available,
+                budget_tokens=budget_tokens,
+                **config.mixture.taken(data.target_arguments(config.tasks, self.tasks, self.targets)),
             )
-            check_mixture(self.mixture, SIGNALS, num_tasks=len(self.tasks), recipe=Path(__file__).stem)
-        self.validation = self.batches(data.validation_examples(self.tasks))
-        self.probe_validation = self.batches(data.validation_examples(self.tasks, config.probe.examples))
+            sizes = {"num_tasks": len(self.tasks), "num_targets": len(self.targets)}
+            check_mixture(self.mixture, SIGNALS, **sizes, recipe=Path(__file__).stem)
+        self.validation = self.batches(data.validation_examples(tasks))
+        self.probe_validation = self.batches(data.validation_examples(tasks, config.probe.examples))
 
         # Model: check that it fits its folder, shard it, and load the weights unless a checkpoint will.
         with raise_on_all_ranks():
             self.checkpointer = config.checkpointer.build()
-        self.model = models.build(config, self.tasks, device=run.device, checkpointer=self.checkpointer)
+        self.model = models.build(config, tasks, device=run.device, checkpointer=self.checkpointer)
         models.prepare(self.model, config, device=run.device, checkpointer=self.checkpointer, load=run.saved is None)
-        self.probe = Probe(self.model, self.ledger, self.tasks)
+        self.probe = Probe(self.model, self.ledger, self.tasks, self.targets)
 
         # Optimizer.
         self.optimizer = config.optimizer.build(params=[p for p in self.model.parameters() if p.requires_grad])
@@ -110,7 +115,7 @@ class Recipe:
             "mixture": self.mixture,
             "train_losses": self.train_losses,
         }
-        run.start(self.tasks, self.ledger, self.mixture, self.model, self.optimizer, states)
+        run.start(self.tasks, self.ledger, self.mixture, self.model, self.optimizer, states, targets=self.targets)
 
     def train(self) -> int:
         """Spends the budget. Returns the exit status: 0, or 143 / 130 when SIGTERM / Ctrl-C stopped it."""
@@ -193,37 +198,44 @@ class Recipe:
             # Losses per task: of training since the last update, and of validation examples now.
             if "train_losses" in observes:
                 signals["train_losses"] = self.train_losses.mean()
-            if "validation_losses" in observes and "gradient_dots" not in observes:
-                signals["validation_losses"] = self.probe.losses(self.probe_validation)
+            if {"validation_losses", "target_losses"} & {*observes} and "gradient_dots" not in observes:
+                signals |= self.by_name(self.probe.losses(self.probe_validation))
             # Gradients: ADAPT's one-step form.
             if "gradient_dots" in observes:
                 signals |= self.gradient_signals()
+            signals = {name: signals[name] for name in observes}
             with raise_on_all_ranks():
                 logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
-                check_update(self.mixture, logged, num_tasks=len(self.tasks))
+                check_update(self.mixture, logged, num_tasks=len(self.tasks), num_targets=len(self.targets))
             self.train_losses.reset()
         run.log_mixture({**signals, **logged})
 
     def gradient_signals(self) -> dict[str, Tensor]:
-        """Equations (2) to (5) of ``mixture/adapt.py``: validation losses and gradient dots, (num_tasks,) each."""
+        """Equations (2) to (5) of ``mixture/adapt.py``: validation losses, and (num_tasks,) gradient dots."""
         config, probe = self.config.probe, self.probe
         if config.separate_batches:
             seed, number = self.config.seed, self.run.num_updates
             train = self.batches(data.random_examples(self.tasks, config.examples, seed=seed, update=number))
         else:
-            train = self.probe_validation
+            train = self.batches(data.validation_examples(self.tasks, config.examples))
         with contextlib.ExitStack() as lookahead:
             if config.exact_lookahead:
                 # (2): theta' = theta - eta * sum_i p_i grad L_train_i
                 gradient = probe.gradient(train, self.mixture.probabilities(), of="training")
                 lookahead.enter_context(passes.stepped(self.model, gradient, -self.mixture.lookahead_lr))
             # (3): L_val_j, at theta' or, to first order in eta, at theta
-            losses = probe.losses(self.probe_validation)
+            losses = self.by_name(probe.losses(self.probe_validation))
             # (4): v = sum_j w_j / c_j * grad L_val_j
-            v = probe.gradient(self.probe_validation, self.mixture.objective_weights(losses), of="validation")
+            weights = self.mixture.objective_weights(**losses)
+            v = probe.gradient(self.probe_validation, weights, of="validation")
         # (5): <v, grad L_train_i>
         dots = probe.gradient_dots(train, v, estimator=config.estimator, dtype=self.config.dtype)
-        return {"validation_losses": losses, "gradient_dots": dots}
+        return {**losses, "gradient_dots": dots}
+
+    def by_name(self, losses: Tensor) -> dict[str, Tensor]:
+        """Losses of tasks and targets as signals."""
+        signals = {"validation_losses": losses[: len(self.tasks)], "target_losses": losses[len(self.tasks) :]}
+        return signals if self.targets else {"validation_losses": losses}
 
     def validate(self, *, saved: bool = False) -> None:
         """Measures every task on its whole validation split. ``saved``: the weights are those of ``model/`` by now."""
@@ -233,7 +245,7 @@ class Recipe:
 
     def test(self) -> None:
         """Measures every task on its whole test split, if there is one. Nothing reads it before the end."""
-        if examples := data.test_examples(self.tasks):
+        if examples := data.test_examples([*self.tasks, *self.targets]):
             with self.run.timed("validation", "testing"):
                 scores = self.probe.scores(self.batches(examples), split="test")
             self.run.log_test(scores)

@@ -68,7 +68,8 @@ class Recipe:
         config, run = self.config, self.run
 
         # Data: tokenized or from the cache, and split. The order within a task depends on the seed alone.
-        self.tokenizer, self.tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
+        self.tokenizer, tasks = data.build_tasks(config.tasks, config.tokenizer, max_seq_len=config.max_seq_len)
+        self.tasks, self.targets = data.split_targets(tasks)
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
         budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
@@ -78,10 +79,14 @@ class Recipe:
         self.ledger = Ledger(budget_tokens, len(self.tasks), caps=self.sampler.caps(budget_tokens))
         with raise_on_all_ranks():
             self.mixture = config.mixture.build(
-                task_names=self.task_names, num_supervised_tokens=available, budget_tokens=budget_tokens
+                task_names=self.task_names,
+                num_supervised_tokens=available,
+                budget_tokens=budget_tokens,
+                **config.mixture.taken(data.target_arguments(config.tasks, self.tasks, self.targets)),
             )
-            check_mixture(self.mixture, SIGNALS, num_tasks=len(self.tasks), recipe=Path(__file__).stem)
-        self.validation = self.batches(data.validation_examples(self.tasks))
+            sizes = {"num_tasks": len(self.tasks), "num_targets": len(self.targets)}
+            check_mixture(self.mixture, SIGNALS, **sizes, recipe=Path(__file__).stem)
+        self.validation = self.batches(data.validation_examples(tasks))
         self.probe_validation = self.batches(data.validation_examples(self.tasks, config.probe.examples))
         pool = data.random_examples(self.tasks, config.probe.examples, seed=config.seed, update=None)
         self.pool_tasks, self.pool = [task for task, _ in pool], self.batches(pool)
@@ -91,9 +96,9 @@ class Recipe:
         # Model: check that it fits its folder, shard it, and load the weights unless a checkpoint will.
         with raise_on_all_ranks():
             self.checkpointer = config.checkpointer.build()
-        self.model = models.build(config, self.tasks, device=run.device, checkpointer=self.checkpointer)
+        self.model = models.build(config, tasks, device=run.device, checkpointer=self.checkpointer)
         models.prepare(self.model, config, device=run.device, checkpointer=self.checkpointer, load=run.saved is None)
-        self.probe = Probe(self.model, self.ledger, self.tasks)
+        self.probe = Probe(self.model, self.ledger, self.tasks, self.targets)
         self.reward = config.reward.build(task_names=self.task_names, model=self.model) if config.reward else None
         check_reward(self.reward, self.mixture)
 
@@ -112,7 +117,7 @@ class Recipe:
             "train_losses": self.train_losses,
             "base_losses": self.base_losses,
         }
-        run.start(self.tasks, self.ledger, self.mixture, self.model, self.optimizer, states)
+        run.start(self.tasks, self.ledger, self.mixture, self.model, self.optimizer, states, targets=self.targets)
 
     def train(self) -> int:
         """Spends the budget. Returns the exit status: 0, or 143 / 130 when SIGTERM / Ctrl-C stopped it."""
@@ -234,7 +239,7 @@ class Recipe:
 
     def test(self) -> None:
         """Measures every task on its whole test split, if there is one. Nothing reads it before the end."""
-        if examples := data.test_examples(self.tasks):
+        if examples := data.test_examples([*self.tasks, *self.targets]):
             with self.run.timed("validation", "testing"):
                 scores = self.probe.scores(self.batches(examples), split="test")
             self.run.log_test(scores)

@@ -82,7 +82,7 @@ class GradientMixture(Mixture, Protocol):
 
 
 def check_mixture(
-    mixture: Any, measurable: Collection[str], *, num_tasks: int, recipe: str, target_names: Sequence[str] = ()
+    mixture: Any, measurable: Collection[str], *, num_tasks: int, num_targets: int = 0, recipe: str
 ) -> None:
     """Refuses a mixture whose signals the recipe cannot measure, or that does not have the interface.
 
@@ -90,8 +90,8 @@ def check_mixture(
         mixture: the built component.
         measurable: the signals that the recipe can measure.
         num_tasks: tasks in the run.
+        num_targets: targets in the run.
         recipe: its name, for the error.
-        target_names: the tasks that are validated on and never trained.
 
     Raises:
         ValueError: it names the missing member or signal, or the targets that the mixture would ignore.
@@ -109,11 +109,10 @@ def check_mixture(
         if signal not in measurable:
             can = nearest(signal, measurable) if measurable else "; it measures nothing"
             raise ValueError(f"{name} observes '{signal}', which {recipe} does not measure{can}")
-    if target_names and observes and "target_losses" not in observes:
-        named = ", ".join(map(repr, target_names))
-        advice = "remove tasks.targets, or take mixture Adapt, or one that does not learn"
-        raise ValueError(f"{name} takes no targets, and tasks.targets names {named}; {advice}")
-    if "target_losses" in observes and not target_names:
+    if num_targets and observes and "target_losses" not in observes:
+        advice = "remove them, or take Adapt, another mixture that observes target_losses, or one that does not learn"
+        raise ValueError(f"{name} would ignore the targets in tasks.targets; {advice}")
+    if "target_losses" in observes and not num_targets:
         raise ValueError(f"{name} observes 'target_losses', and there are no targets; name them in tasks.targets")
     if observes:
         check_takes(f"{name}.update", mixture.update, ["task_tokens", *observes])

@@ -65,6 +65,7 @@ class Plan:
 
     Attributes:
         tasks: by name.
+        targets: the examples that each target validates and tests on, by name; they are never trained.
         available_supervised_tokens: of all tasks.
         budget_tokens: supervised tokens to spend.
         steps: optimizer steps.
@@ -85,6 +86,7 @@ class Plan:
     """
 
     tasks: dict[str, TaskPlan]
+    targets: dict[str, dict[str, int]]
     available_supervised_tokens: int
     budget_tokens: int
     steps: int
@@ -136,7 +138,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     drawn = _draw(config, parts, probabilities)
     update_every = getattr(config, "mixture_update_every", 0)
     num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
-    reads = _Reads(tasks, count=parts.probe.examples if parts.probe else 0, seed=config.seed)
+    reads = _Reads(tasks, parts.targets, count=parts.probe.examples if parts.probe else 0, seed=config.seed)
     (probe_tokens, probe_total_tokens), cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
     validate_every = getattr(config, "validate_every", 0)
     num_validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
@@ -144,7 +146,11 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
 
     say("estimating memory")
     in_step, in_reading = _shapes(
-        config, tasks, reads, num_processes, most_examples=_most_examples(config, tasks, parts.ledger)
+        config,
+        [*tasks, *parts.targets],
+        reads,
+        num_processes,
+        most_examples=_most_examples(config, tasks, parts.ledger),
     )
     memory, size = estimate_memory(
         parts.model,
@@ -156,6 +162,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     )
     plan = Plan(
         tasks=_task_plans(tasks, probabilities, effective, drawn.task_tokens),
+        targets={task.name: {split: len(each) for split, each in task.splits.items()} for task in parts.targets},
         available_supervised_tokens=int(parts.available.sum()),
         budget_tokens=parts.ledger.budget_tokens,
         steps=drawn.steps,
@@ -200,6 +207,9 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     console.print(table)
     for line in unused_keys(left_out):
         console.print(line, markup=False, soft_wrap=soft_wrap)
+    for name, splits in plan.targets.items():
+        held_out = ", ".join(f"{split} {count(size, 'example')}" for split, size in splits.items())
+        console.print(f"target, never trained: {name} ({held_out})", markup=False, soft_wrap=soft_wrap)
     if any(map(_is_odd, plan.tasks.values())):
         console.print(f"! read more than {MANY_EPOCHS} times, or never", style=WARNING_STYLE)
 
@@ -248,13 +258,13 @@ def _is_odd(task: TaskPlan) -> bool:
     return task.epochs == 0 or task.epochs > MANY_EPOCHS
 
 
-def _check_mixture(mixture: Any, config: Any, *, num_tasks: int) -> None:
+def _check_mixture(mixture: Any, config: Any, *, num_tasks: int, num_targets: int) -> None:
     """Checks the mixture as its recipe does, which lists its signals in SIGNALS; one without updates has none."""
     recipe = sys.modules[type(config).__module__]
     measurable: Sequence[str] = ()
     if hasattr(config, "mixture_update_every"):
         measurable = getattr(recipe, "SIGNALS", getattr(mixture, "observes", ()))
-    check_mixture(mixture, measurable, num_tasks=num_tasks, recipe=recipe.__name__)
+    check_mixture(mixture, measurable, num_tasks=num_tasks, num_targets=num_targets, recipe=recipe.__name__)
 
 
 @dataclass
@@ -262,6 +272,7 @@ class _Parts:
     """The components of a config, built and checked as in a recipe."""
 
     tasks: list[data.Task]
+    targets: list[data.Task]
     available: Tensor  # (num_tasks,) int64, supervised tokens
     sampler: data.TokenSampler
     ledger: Ledger
@@ -274,7 +285,9 @@ class _Parts:
 
 def _build(config: Any) -> _Parts:
     # Data and mixture.
-    tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
+    tokenizer = config.tokenizer.build()
+    all_tasks = data.load_tasks(config.tasks, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
+    tasks, targets = data.split_targets(all_tasks)
     names = [task.name for task in tasks]
     available = torch.stack([task.train.num_supervised.sum() for task in tasks])
     budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
@@ -282,11 +295,16 @@ def _build(config: Any) -> _Parts:
         tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task, sampling=config.sampling
     )
     ledger = Ledger(budget_tokens, len(tasks), caps=sampler.caps(budget_tokens))
-    mixture = config.mixture.build(task_names=names, num_supervised_tokens=available, budget_tokens=budget_tokens)
-    _check_mixture(mixture, config, num_tasks=len(tasks))
+    mixture = config.mixture.build(
+        task_names=names,
+        num_supervised_tokens=available,
+        budget_tokens=budget_tokens,
+        **config.mixture.taken(data.target_arguments(config.tasks, tasks, targets)),
+    )
+    _check_mixture(mixture, config, num_tasks=len(tasks), num_targets=len(targets))
 
     # Model and reward.
-    model = models.build(config, tasks, device=torch.device("cpu"), checkpointer=None)
+    model = models.build(config, all_tasks, device=torch.device("cpu"), checkpointer=None)
     model.activation_offloading = False
     reward = None
     if hasattr(config, "reward"):
@@ -301,7 +319,7 @@ def _build(config: Any) -> _Parts:
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
     precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
     update = update_of(mixture.observes, probe, reward)
-    return _Parts(tasks, available, sampler, ledger, mixture, model, reward, probe, update)
+    return _Parts(tasks, targets, available, sampler, ledger, mixture, model, reward, probe, update)
 
 
 @dataclass
@@ -333,11 +351,11 @@ def _draw(config: Any, parts: _Parts, probabilities: Tensor) -> _Drawn:
 class _Reads:
     """Numbers of tokens that probes, validation and test read."""
 
-    def __init__(self, tasks: Sequence[data.Task], *, count: int, seed: int) -> None:
-        self._tasks, self._count, self._seed = tasks, count, seed
-        self.validation = _totals([task.validation for task in tasks])
-        self.test = _totals([task.test for task in tasks])
-        self.num_probed = count * len(tasks)
+    def __init__(self, tasks: Sequence[data.Task], targets: Sequence[data.Task], *, count: int, seed: int) -> None:
+        self._tasks, self._validated, self._count, self._seed = tasks, [*tasks, *targets], count, seed
+        self.validation = _totals([task.validation for task in self._validated])
+        self.test = _totals([task.test for task in self._validated])
+        self.num_probed = count * len(self._validated)
         self._always: dict[Source, tuple[int, int]] = {}
 
     def tokens(self, source: Source, update: int) -> tuple[int, int]:
@@ -346,7 +364,7 @@ class _Reads:
             return self._counted(data.random_examples(self._tasks, self._count, seed=self._seed, update=update))
         if source not in self._always:
             self._always[source] = self._counted(
-                data.validation_examples(self._tasks, self._count)
+                data.validation_examples(self._validated, self._count)
                 if source == "validation"
                 else data.random_examples(self._tasks, self._count, seed=self._seed, update=None)
             )

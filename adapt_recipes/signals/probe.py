@@ -29,22 +29,24 @@ class Probe:
         model: of the run.
         ledger: of the run.
         tasks: of the run, in the order of the mixture.
+        targets: tasks that are validated on and never trained; in batches they are numbered after the others.
     """
 
-    def __init__(self, model: TokenLosses, ledger: Ledger, tasks: Sequence[Task]) -> None:
-        self.model, self.ledger, self.tasks = model, ledger, tasks
+    def __init__(self, model: TokenLosses, ledger: Ledger, tasks: Sequence[Task], targets: Sequence[Task] = ()) -> None:
+        self.model, self.ledger = model, ledger
+        self.tasks, self.targets = [*tasks], [*targets]
         self.task_names = [task.name for task in tasks]
 
     def scores(self, batches: Batches, *, split: Literal["validation", "test"] = "validation") -> Scores:
         """Mean loss and exact match per task, of a whole split: a validation, or the test.
 
         Returns:
-            (num_tasks,) float64 each; NaN for a task without that split.
+            (num_tasks + num_targets,) float64 each; NaN for a task without that split.
         """
         self.ledger.validate(batches)
         # One context around all batches casts the weights once.
         with self.model.autocast():
-            scores = passes.task_scores(self.model, batches, len(self.tasks))
+            scores = passes.task_scores(self.model, batches, len(self.tasks + self.targets))
         self._check_losses(scores.losses, batches, split)
         return scores
 
@@ -52,23 +54,24 @@ class Probe:
         """Mean loss per task, of validation examples, for the mixture.
 
         Returns:
-            (num_tasks,) float64, nats per supervised token; NaN for a task without a validation split.
+            (num_tasks + num_targets,) float64, nats per supervised token; NaN for a task without a validation split.
         """
         self.ledger.probe(batches)
         with self.model.autocast():
-            losses = passes.task_losses(self.model, batches, len(self.tasks))
+            losses = passes.task_losses(self.model, batches, len(self.tasks + self.targets))
         self._check_losses(losses, batches, "validation")
         return losses
 
     def _check_losses(self, losses: Tensor, batches: Batches, split: Literal["validation", "test"]) -> None:
         """Those of the tasks that have the split are finite."""
-        measured = losses[[getattr(task, split) is not None for task in self.tasks]]
-        check_finite(self.model, batches, [measured], tasks=self.tasks, step=self.ledger.steps, of=split)
+        tasks = self.tasks + self.targets
+        measured = losses[[getattr(task, split) is not None for task in tasks]]
+        check_finite(self.model, batches, [measured], tasks=tasks, step=self.ledger.steps, of=split)
 
     def gradient(
         self,
         batches: Batches,
-        weights: Tensor,  # (num_tasks,) float64
+        weights: Tensor,  # (num_tasks,) or (num_tasks + num_targets,) float64, of the tasks in these batches
         *,
         of: Literal["training", "validation"],
     ) -> list[Tensor]:
@@ -79,7 +82,8 @@ class Probe:
         self.ledger.probe(batches)
         with self.model.autocast():
             gradient = passes.loss_gradient(self.model, batches, weights)
-        check_finite(self.model, batches, gradient, tasks=self.tasks, step=self.ledger.steps, of=of)
+        tasks = self.tasks + self.targets
+        check_finite(self.model, batches, gradient, tasks=tasks, step=self.ledger.steps, of=of)
         return gradient
 
     def gradient_dots(
