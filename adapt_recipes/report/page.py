@@ -29,6 +29,7 @@ from adapt_recipes.report.tables import (
     differing_settings,
     final_mean,
     final_mean_in,
+    final_targets,
     final_worst,
     group_runs,
     on_shared_tasks,
@@ -105,7 +106,8 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         )
         for chart in made
     }
-    tables = [_task_table(runs[0])] if len(runs) == 1 else _comparison_tables(groups)
+    of_run = [_task_table(runs[0]), *([_target_table(runs[0])] if runs[0].targets else [])]
+    tables = of_run if len(runs) == 1 else _comparison_tables(groups)
 
     # The page, with the scripts of plotly and itables in it.
     template = jinja2.Environment(
@@ -186,6 +188,13 @@ def _headline(run: Run) -> list[str]:
         text.append(
             f"On the test split the worst loss is {_loss(float(worst_over_tasks(test)))} nats{_worst_task(run, test)}, "
             f"the mean {_loss(float(mean_over_tasks(test)))}."
+        )
+    if run.targets:
+        stages = [run.of_targets(key) for key in ("initial_target_losses", "target_losses")]
+        worst, mean = ([_loss(float(over(each))) for each in stages] for over in (worst_over_tasks, mean_over_tasks))
+        text.append(
+            f"On the {_number(len(run.targets), 'target')}, which are never trained, the worst validation loss went "
+            f"from {worst[0]} to {worst[1]} nats, the mean from {mean[0]} to {mean[1]}."
         )
     read = f"validations and test read {_count(counts['validation_tokens'])} supervised tokens in addition"
     if counts["mixture_updates"] > 0:
@@ -339,6 +348,17 @@ def _task_table(run: Run) -> Table:
     return Table("tasks", "Tokens and losses of each task", caption, columns, rows)
 
 
+def _target_table(run: Run) -> Table:
+    """Results on the tasks that were validated on and never trained."""
+    keys = {"start loss": "initial_target_losses", "final loss": "target_losses", "test loss": "target_test_losses"}
+    prefix = "target_test" if run.split == "test" else "target"
+    keys |= {unit: f"{prefix}_{key}" for unit, key in UNITS.items()}
+    columns = {title: values for title, key in keys.items() if _is_measured(values := run.of_targets(key))}
+    rows = [[_name(target), *(_cell(values[i]) for values in columns.values())] for i, target in enumerate(run.targets)]
+    caption = "Tasks that were validated on and never trained. Losses are nats per supervised token."
+    return Table("targets", "Targets", caption, ["target", *columns], rows)
+
+
 def _comparison_tables(groups: Sequence[Group]) -> list[Table]:
     """Tables of strategies, of the tokens that each needs to reach another's loss, and of tasks."""
     results = task_results(groups)
@@ -361,6 +381,9 @@ def _strategy_table(
     worst, means = [final_worst(group) for group in groups], [final_mean(group) for group in groups]
     units = {unit: [final_mean_in(group, unit) for group in groups] for unit in UNITS}
     units = {unit: values for unit, values in units.items() if not all(math.isnan(each.mean) for each in values)}
+    of_targets = {"worst target loss": 0, "mean target loss": 1}
+    targets = {title: [final_targets(group)[k] for group in groups] for title, k in of_targets.items()}
+    units |= {title: each for title, each in targets.items() if not all(math.isnan(one.mean) for one in each)}
     rows = []
     for i, group in enumerate(groups):
         counts = [counters(run) for run in group.runs]
@@ -391,7 +414,10 @@ def _strategy_table(
         "time",
         "mixture time",
     ]
-    of_units = f" Means over tasks too: {' and '.join(units)}." if units else ""
+    means_too = [unit for unit in units if unit in UNITS]
+    of_units = f" Means over tasks too: {' and '.join(means_too)}." if means_too else ""
+    if len(means_too) < len(units):
+        of_units += " Targets are validated on and never trained."
     caption = (
         f"{_of_seeds(several)}{groups[0].split.capitalize()} losses at the end, in nats per supervised token: the "
         f"highest of any task, and the unweighted mean.{of_units} Supervised tokens are spent on training. Tokens read "

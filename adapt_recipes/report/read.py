@@ -162,6 +162,21 @@ class Run:
         """(tasks,): the results at the end in one of ``UNITS``, on ``split``; NaN if the run does not say."""
         return self._in_summary(f"{self.split}_{UNITS[unit]}", np.empty(0))
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The tasks that were validated on and never trained, as the summary names them."""
+        return tuple(self.summary.get("target_losses") or ())
+
+    def of_targets(self, key: str) -> Array:
+        """(targets,): values of the summary, such as ``target_losses``; NaN if the run does not say."""
+        by_target = self.summary.get(key) or {}
+        return _array([by_target.get(target) for target in self.targets])
+
+    @property
+    def result_target_losses(self) -> Array:
+        """(targets,): the losses of targets at the end, on ``split``."""
+        return self.of_targets("target_test_losses" if self.split == "test" else "target_losses")
+
     def _in_summary(self, key: str, of_log: Array, otherwise: float = math.nan) -> Array:
         """One value per task from the summary, or without a summary from the log."""
         if by_task := self.summary.get(key):

@@ -168,6 +168,16 @@ def final_mean_in(group: Group, unit: str) -> Spread:
     return spread(float(mean_over_tasks(run.results_in(unit))) for run in group.runs)
 
 
+def final_targets(group: Group) -> tuple[Spread, Spread]:
+    """The worst and the mean loss over targets at the end, on the same split; NaN if there are none."""
+    losses = [run.result_target_losses for run in group.runs]
+    if not all(each.size for each in losses):
+        return spread([math.nan]), spread([math.nan])
+    return spread(float(worst_over_tasks(each)) for each in losses), spread(
+        float(mean_over_tasks(each)) for each in losses
+    )
+
+
 def _last(values: Array) -> float:
     return float(values[-1]) if len(values) else math.nan
 

@@ -291,6 +291,41 @@ def test_a_page_on_one_run_with_a_test_split(tested_folders: list[Path]) -> None
     }
 
 
+def with_targets(folder: Path, *losses: float) -> Path:
+    """The run as if it had two targets, with these losses at first, at the end, and of the test."""
+    summary = json.loads((folder / "summary.json").read_text())
+    for key, low in zip(("initial_target_losses", "target_losses", "target_test_losses"), losses, strict=True):
+        summary[key] = {"mmlu": low, "gsm8k": low + 1}
+    summary["target_exact_match"] = {"mmlu": 0.25, "gsm8k": None}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_targets(tmp_path: Path) -> None:
+    folders = [
+        with_targets(write_run(tmp_path / name, strategy=name), 5.0, end, 3.0) for name, end in (("a", 4.0), ("b", 4.5))
+    ]
+    page = page_of(folders[0])
+    assert (
+        "On the 2 targets, which are never trained, the worst validation loss went from 6.0000 to 5.0000 nats, "
+        "the mean from 5.5000 to 4.5000." in page.text
+    )
+    assert page.tables["targets"] == [
+        ["target", "start loss", "final loss", "test loss", "exact match"],
+        ["mmlu", "5.0000", "4.0000", "3.0000", "0.2500"],
+        ["gsm8k", "6.0000", "5.0000", "4.0000", "–"],
+    ]
+    page = page_of(*folders)
+    columns = page.tables["strategies"][0]
+    worst, mean = (columns.index(f"{which} target loss") for which in ("worst", "mean"))
+    assert {name: (row[worst - 1], row[mean - 1]) for name, row in page.rows("strategies").items()} == {
+        "a": ("5.0000", "4.5000"),
+        "b": ("5.5000", "5.0000"),
+    }
+    other = page_of(folders[0], write_run(tmp_path / "c", strategy="c"))
+    assert [row[worst - 1] for row in other.rows("strategies").values()].count("5.0000") == 1
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_runs_of_earlier_versions_have_no_other_units(tmp_path: Path, finished: bool) -> None:
     """Beside one that has them there is a dash."""
