@@ -217,7 +217,7 @@ class Recipe:
             seed, number = self.config.seed, self.run.num_updates
             train = self.batches(data.random_examples(self.tasks, config.examples, seed=seed, update=number))
         else:
-            train = self.batches(data.validation_examples(self.tasks, config.examples))
+            train = self.probe_validation
         with contextlib.ExitStack() as lookahead:
             if config.exact_lookahead:
                 # (2): theta' = theta - eta * sum_i p_i grad L_train_i

@@ -119,6 +119,7 @@ EVEN = [
         ("uniform", None, ["budget.epochs=2.3", "validate_every=4"]),
         ("uniform", None, ["budget.epochs=1.2", "tasks.test_examples=5"]),
         ("uniform", None, ["budget.epochs=1.2", "tasks.max_epochs_per_task=1.3"]),
+        ("uniform", None, ["budget.epochs=1.2", "tasks.targets=[b]", "tasks.test_examples=2"]),
         pytest.param("proportional", None, ["budget.tokens=99", "validate_every=0"], marks=pytest.mark.slow),
         pytest.param("temperature", None, ["budget.fraction=0.9", "seed=3"], marks=pytest.mark.slow),
         ("fixed", None, ["mixture.weights={a: 7, b: 1, c: 2, d: 0}", "budget.epochs=1.5"]),
@@ -208,6 +209,13 @@ LEARNED = {
     "adapt, backward": ["probe.estimator=backward"],
     "adapt, exact": ["probe.exact_lookahead=true"],
     "adapt, on validation": ["probe.separate_batches=false"],
+    # What has the weight 0 is read but not computed in the backward pass, which a plan does not know.
+    "adapt, targets": ["tasks.targets=[b]", "tasks.target_weights={a: 1, b: 2, c: 1}"],
+    "adapt, targets, on validation": [
+        "tasks.targets=[b]",
+        "tasks.target_weights={a: 1, b: 2, c: 1}",
+        "probe.separate_batches=false",
+    ],
     "adapt_planned": ["mixture.measure_after=0.0"],
     "mos_cossim": [],
     "mos_diff": [],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from adapt_recipes.budget import Ledger
@@ -71,18 +72,21 @@ class Probe:
     def gradient(
         self,
         batches: Batches,
-        weights: Tensor,  # (num_tasks,) or (num_tasks + num_targets,) float64, of the tasks in these batches
+        weights: Tensor,  # (num_tasks,) float64, or (num_tasks + num_targets,)
         *,
         of: Literal["training", "validation"],
     ) -> list[Tensor]:
         """The gradient of ``sum_j weights_j * (mean loss of task j)``, one tensor per trainable parameter.
 
+        Without weights of their own targets have the weight 0.
+
         ``of`` names the examples in an error.
         """
         self.ledger.probe(batches)
+        tasks = self.tasks + self.targets
+        weights = F.pad(weights, (0, len(tasks) - len(weights)))
         with self.model.autocast():
             gradient = passes.loss_gradient(self.model, batches, weights)
-        tasks = self.tasks + self.targets
         check_finite(self.model, batches, gradient, tasks=tasks, step=self.ledger.steps, of=of)
         return gradient
 
@@ -96,15 +100,17 @@ class Probe:
     ) -> Tensor:
         """``<direction, gradient of task i's mean loss>`` on training examples: (num_tasks,) float64."""
         self.ledger.probe(batches)
+        num_tasks = len(self.tasks + self.targets)
         if estimator == "finite_difference":
             # On both sides of the weights.
             self.ledger.probe(batches)
             step = precision.finite_difference_step(dtype)
-            dots = passes.gradient_dots(self.model, batches, direction, len(self.tasks), **step)
+            dots = passes.gradient_dots(self.model, batches, direction, num_tasks, **step)
         else:
-            dots = passes.gradient_dots_by_backward(self.model, batches, direction, len(self.tasks))
-        check_dots(dots, batches, task_names=self.task_names, step=self.ledger.steps)
-        return dots
+            dots = passes.gradient_dots_by_backward(self.model, batches, direction, num_tasks)
+        names = [task.name for task in self.tasks + self.targets]
+        check_dots(dots, batches, task_names=names, step=self.ledger.steps)
+        return dots[: len(self.tasks)]
 
     def rewards(
         self,
