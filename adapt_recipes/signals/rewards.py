@@ -49,12 +49,12 @@ class CosineSimilarity:
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
-        """(num_tasks,) float64, in [0, 1]. A negative mean becomes 0 (ours), because (6) of the scorer needs R >= 0."""
+        """(num_tasks,) float64, in [-1, 1]. Not clamped, as in the authors' code: ``form: paper`` refuses R < 0."""
         # (7): z_i = mean over (x, y) in B_i of the mean over all tokens of the top layer's hidden states
         z = F.normalize(passes.task_embeddings(self.model, train, self.num_tasks), dim=1)
         # (8): R(i) = (1/N) sum_n cos(z_i, z_n)
         others = z if self.specialist is None else z[self.specialist : self.specialist + 1]
-        return (z @ others.T).nanmean(1).clamp(0, 1)
+        return (z @ others.T).nanmean(1)
 
 
 class PerplexityRatio:
