@@ -5,7 +5,9 @@ MoS (Mixture-of-Skills, arXiv 2406.08811) and the methods that it is compared wi
     (7)  z_i = mean over (x, y) in B_i of the mean over all tokens of x and y of the top layer's hidden states (here:
          all tokens that the model reads in training, that is, all but the last, which usually ends the answer)
     (8)  R(i) = (1/N) sum_n cos(z_i, z_n)                          task similarity, for transferability
-    (9)  r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)           theta_0: the base model; response tokens only
+    (9)  r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)           theta_0: the base model; response tokens only (in the
+         authors' code PPL(x, y) of the whole text, ``tokens: all``, of other training examples at every update,
+         ``examples: fresh``)
     (10) R(i) = mean over (x, y) in B_i of r(x, y)                 remaining difficulty
     (a)  R(i) = (1/N) sum_j cos(grad L_dev_j, grad L_train_i)      MultiDDS-S, arXiv 2004.06748
     (b)  R(i) = mean over (x, y) in B_i of u(y; x, theta)          MultiUAT, arXiv 2109.02284: u is an uncertainty
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.signals import passes
+from adapt_recipes.signals.reward_interface import TOKENS
 
 
 class CosineSimilarity:
@@ -57,6 +60,10 @@ class CosineSimilarity:
         return (z @ others.T).nanmean(1)
 
 
+# What ``PerplexityRatio`` reads.
+EXAMPLES: dict[str, tuple[str, ...]] = {"fixed": ("pool",), "fresh": ("train", "base_losses")}
+
+
 class PerplexityRatio:
     """MoS's difficulty, (9) and (10): the perplexity of a task relative to that of the base model.
 
@@ -66,29 +73,46 @@ class PerplexityRatio:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.signals.passes``.
         specialist: MoSpec: the target task; its reward counts twice.
+        tokens: of which a perplexity is: ``answer`` (the paper) or ``all``, prompt included (the authors' code).
+        examples: ``fixed``: the same at every update, so that the base model is measured once. ``fresh``: others at
+            every update (the authors' code); the base model is measured each time, with a copy of its trainable weights
+            that is kept in host memory.
 
     Raises:
-        ValueError: ``specialist`` is not a task.
+        ValueError: ``specialist`` is not a task, or ``tokens`` or ``examples`` is unknown.
     """
 
-    reads: tuple[str, ...] = ("pool",)
     gradients = 0
 
-    def __init__(self, *, task_names: Sequence[str], model: nn.Module, specialist: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        task_names: Sequence[str],
+        model: nn.Module,
+        specialist: str | None = None,
+        tokens: passes.Tokens = "answer",
+        examples: str = "fixed",
+    ) -> None:
+        if examples not in EXAMPLES:
+            raise ValueError(f"reward.examples: {examples!r}{nearest(str(examples), EXAMPLES)}")
+        self.reads = EXAMPLES[examples]
+        self.tokens = _tokens(tokens)
         self.specialist = _task(specialist, task_names)
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(
         self,
         *,
-        pool: Sequence[passes.ExampleBatch],
-        base_losses: Tensor,  # (num_examples,) float64, log PPL(y; x, theta_0) of the pool
+        base_losses: Tensor,  # (num_examples,) float64, log PPL(y; x, theta_0)
+        pool: Sequence[passes.ExampleBatch] = (),
+        train: Sequence[passes.ExampleBatch] = (),
     ) -> Tensor:
-        """(num_tasks,) float64, above 0."""
+        """(num_tasks,) float64, above 0. Of the pool, or of training examples; the other is empty."""
+        examples = [*pool, *train]
         # (9): r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)
-        ratios = (passes.example_losses(self.model, pool) - base_losses).exp()
+        ratios = (passes.example_losses(self.model, examples, tokens=self.tokens) - base_losses).exp()
         # (10): R(i) = mean over (x, y) in B_i of r(x, y)
-        rewards = passes.task_means(ratios, pool, self.num_tasks)
+        rewards = passes.task_means(ratios, examples, self.num_tasks)
         if self.specialist is not None:
             rewards[self.specialist] *= 2
         return rewards
@@ -222,6 +246,12 @@ def _task(name: str | None, task_names: Sequence[str]) -> int | None:
     if name is not None and name not in task_names:
         raise ValueError(f"reward.specialist: {name!r} is no task of this run{nearest(str(name), task_names)}")
     return None if name is None else list(task_names).index(name)
+
+
+def _tokens(tokens: passes.Tokens) -> passes.Tokens:
+    if tokens not in TOKENS:
+        raise ValueError(f"reward.tokens: {tokens!r}{nearest(str(tokens), TOKENS)}")
+    return tokens
 
 
 def _tasks_of(batches: Sequence[passes.Batch], num_tasks: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections import Counter
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from adapt_recipes.data import IGNORE_INDEX, Example
+from adapt_recipes.signals import passes
 from adapt_recipes.signals.rewards import (
     MEASURES,
     CosineSimilarity,
@@ -37,6 +39,8 @@ EVERY = [
     (CosineSimilarity, {"specialist": "b"}),
     (PerplexityRatio, {}),
     (PerplexityRatio, {"specialist": "d"}),
+    (PerplexityRatio, {"tokens": "all"}),
+    (PerplexityRatio, {"examples": "fresh"}),
     (GradientAlignment, {}),
     *((Uncertainty, {"measure": measure}) for measure in MEASURES),
     (GradientNorm, {}),
@@ -46,18 +50,36 @@ every_reward = pytest.mark.parametrize(
 )
 
 
+def of_base(reward):
+    """Of which examples a reward is given the base model's losses."""
+    return "train" if "base_losses" in reward.reads else "pool"
+
+
 def read(reward, batches, base_losses):
     """Call a reward with what it reads, as the recipe does."""
-    base = {"base_losses": base_losses} if "pool" in reward.reads else {}
-    return reward(**{name: batches[name] for name in reward.reads}, **base)
+    base = {"base_losses": base_losses} if {"pool", "base_losses"} & set(reward.reads) else {}
+    return reward(**{name: batches[name] for name in reward.reads if name != "base_losses"}, **base)
 
 
 def measured(kind, arguments, *, examples=EXAMPLES, model=None, names=NAMES, max_tokens=40):
     """A reward on these examples; the base model's losses are those of another tiny model."""
     model = model or tiny_model()
     batches = {name: batched(each, max_tokens=max_tokens) for name, each in examples.items()}
-    base_losses = torch.stack([alone(tiny_model(seed=7), example)[0].mean() for _, example in examples["pool"]])
-    return read(kind(task_names=names, model=model, **arguments), batches, base_losses.double().detach())
+    reward, base = kind(task_names=names, model=model, **arguments), tiny_model(seed=7)
+    tokens = arguments.get("tokens", "answer")
+    base_losses = torch.stack([losses_alone(base, example, tokens).mean() for _, example in examples[of_base(reward)]])
+    return read(reward, batches, base_losses)
+
+
+def losses_alone(model, example, tokens):
+    """Plain cross-entropies of one example, in float64."""
+    logits = copy.deepcopy(model).eval().double().decoder(example.tokens[None])[0].detach()
+    labels = example.labels.clone()
+    if tokens == "all":
+        hidden = (labels == IGNORE_INDEX) & (torch.arange(len(labels)) < len(labels) - 1)
+        labels[hidden] = example.tokens[1:][hidden[:-1]]
+    kept = labels != IGNORE_INDEX
+    return -logits.log_softmax(-1)[kept, labels[kept]]
 
 
 def means_by_task(split, values):
@@ -98,21 +120,55 @@ def test_cosine_similarity(specialist) -> None:
     assert_close(measured(CosineSimilarity, {"specialist": specialist}), expected)
 
 
+@pytest.mark.parametrize("examples", ["fixed", "fresh"])
+@pytest.mark.parametrize("tokens", ["answer", "all"])
 @pytest.mark.parametrize("specialist", [None, "d"])
-def test_perplexity_ratio(specialist) -> None:
+def test_perplexity_ratio(specialist, tokens, examples) -> None:
     """(9) and (10). MoSpec: the specialist's counts twice."""
 
     def perplexity(model, example):
-        log_p = alone(model, example)[1].double().log_softmax(-1)
-        labels = example.labels[example.labels != IGNORE_INDEX]
-        return math.prod(log_p[range(len(labels)), labels].exp().tolist()) ** (-1 / len(labels))
+        return losses_alone(model, example, tokens).mean().exp()
 
     model, base = tiny_model(), tiny_model(seed=7)
-    ratios = [perplexity(model, example) / perplexity(base, example) for _, example in EXAMPLES["pool"]]
-    expected = means_by_task("pool", ratios)
+    split = "train" if examples == "fresh" else "pool"
+    ratios = [float(perplexity(model, example) / perplexity(base, example)) for _, example in EXAMPLES[split]]
+    expected = means_by_task(split, ratios)
     if specialist is not None:
         expected[NAMES.index(specialist)] *= 2
-    assert_close(measured(PerplexityRatio, {"specialist": specialist}), expected)
+    arguments = {"specialist": specialist, "tokens": tokens, "examples": examples}
+    assert_close(measured(PerplexityRatio, arguments), expected)
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_fresh_examples_are_measured_as_fixed_ones(tokens) -> None:
+    """On the same examples; and of the base model itself every ratio is 1."""
+    model, batches = tiny_model(), batched(EXAMPLES["pool"])
+    rewards = {
+        examples: PerplexityRatio(task_names=NAMES, model=model, tokens=tokens, examples=examples)
+        for examples in ("fixed", "fresh")
+    }
+    base_losses = passes.example_losses(model, batches, tokens=tokens)
+    assert (rewards["fresh"](train=batches, base_losses=base_losses) == 1).all()
+    base_losses = base_losses + torch.linspace(-1, 1, len(base_losses))
+    fixed, fresh = rewards["fixed"](pool=batches, base_losses=base_losses), rewards["fresh"](
+        train=batches, base_losses=base_losses
+    )
+    assert torch.equal(fixed, fresh) and fixed.unique().numel() == NUM_TASKS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": "answers"}, "reward.tokens: 'answers'; did you mean 'answer'?"),
+        ({"tokens": "prompt"}, "reward.tokens: 'prompt'; allowed: answer, all"),
+        ({"examples": "fixd"}, "reward.examples: 'fixd'; did you mean 'fixed'?"),
+        ({"examples": 16}, "reward.examples: 16; allowed: fixed, fresh"),
+    ],
+)
+def test_what_perplexity_ratio_refuses(arguments, message) -> None:
+    with pytest.raises(ValueError) as error:
+        PerplexityRatio(task_names=NAMES, model=tiny_model(), **arguments)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -180,7 +236,8 @@ def test_a_measurement_repeats_and_leaves_no_trace(kind, arguments) -> None:
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.get_rng_state()
     batches = {name: batched(each) for name, each in EXAMPLES.items()}
-    reward, base_losses = kind(task_names=NAMES, model=model, **arguments), torch.zeros(len(EXAMPLES["pool"])).double()
+    reward = kind(task_names=NAMES, model=model, **arguments)
+    base_losses = torch.zeros(len(EXAMPLES[of_base(reward)]), dtype=torch.float64)
     first, second = (read(reward, batches, base_losses) for _ in range(2))
     assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
     assert [module.training for module in model.modules()] == modes
@@ -210,8 +267,10 @@ def test_reads_says_how_often_each_example_is_computed(kind, arguments, dropout)
 
     model.register_forward_pre_hook(count)
     reward = kind(task_names=NAMES, model=model, **arguments)
-    read(reward, batches, torch.zeros(len(EXAMPLES["pool"]), dtype=torch.float64))
-    assert computed == {name: times * len(EXAMPLES[name]) for name, times in Counter(reward.reads).items()}
+    read(reward, batches, torch.zeros(len(EXAMPLES[of_base(reward)]), dtype=torch.float64))
+    # The recipe measures the base model.
+    reads = Counter(name for name in reward.reads if name != "base_losses")
+    assert computed == {name: times * len(EXAMPLES[name]) for name, times in reads.items()}
     assert len(reward.reads) == (30 if kind is Uncertainty and dropout else len(set(reward.reads)))
 
 
@@ -259,7 +318,7 @@ def on_table(kind, arguments, table, examples, names):
     """A reward on ``Table``; the base losses are 0."""
     batches = {name: batched(each, max_tokens=10) for name, each in examples.items()}
     reward = kind(task_names=names, model=Table(table), **arguments)
-    return read(reward, batches, torch.zeros(len(examples["pool"]), dtype=torch.float64))
+    return read(reward, batches, torch.zeros(len(examples[of_base(reward)]), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("specialist", [None, "b"])
@@ -340,12 +399,12 @@ def test_an_unknown_specialist_is_named(kind) -> None:
 DROPOUTS = [{"attn_dropout": 0.2}, {"lora_dropout": 0.2}]
 
 
-@pytest.mark.parametrize("passes", [None, 1, 4])
+@pytest.mark.parametrize("samples", [None, 1, 4])
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=str)
-def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, passes, capsys) -> None:
+def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, samples, capsys) -> None:
     model, batches = tiny_model(**dropout), batched(EXAMPLES["validation"])
-    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", mc_samples=passes)
-    num_passes = passes or 30
+    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", mc_samples=samples)
+    num_passes = samples or 30
     assert reward.reads == ("validation",) * num_passes
     model.decoder.layers[0].eval()
     modes, start = [module.training for module in model.modules()], torch.get_rng_state()
@@ -378,10 +437,10 @@ def test_other_masks_at_every_update() -> None:
     assert (first - reward(validation=batches)).abs().nan_to_num().max() > 1e-6
 
 
-@pytest.mark.parametrize("passes", [None, 1])
+@pytest.mark.parametrize("samples", [None, 1])
 @pytest.mark.parametrize("none", [{}, {"lora_dropout": 0.0}], ids=["whole model", "adapters"])
-def test_without_dropout_one_pass_will_do(none, passes) -> None:
-    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), mc_samples=passes)
+def test_without_dropout_one_pass_will_do(none, samples) -> None:
+    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), mc_samples=samples)
     assert reward.reads == ("validation",)
     assert reward.note == "the model has no dropout: uncertainty is that of one forward pass"
 
@@ -419,9 +478,9 @@ def test_what_uncertainty_refuses(dropout, arguments, message) -> None:
 
 
 def all_rewards(model, batches):
-    base_losses = torch.zeros(len(EXAMPLES["pool"]), dtype=torch.float64)
-    rewards = (kind(task_names=NAMES, model=model, **arguments) for kind, arguments in EVERY)
-    return torch.stack([read(reward, batches, base_losses) for reward in rewards])
+    rewards = [kind(task_names=NAMES, model=model, **arguments) for kind, arguments in EVERY]
+    base_losses = [torch.zeros(len(EXAMPLES[of_base(reward)]), dtype=torch.float64) for reward in rewards]
+    return torch.stack([read(reward, batches, each) for reward, each in zip(rewards, base_losses, strict=True)])
 
 
 def one_of_two_processes(rank, folder) -> None:
