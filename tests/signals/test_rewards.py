@@ -73,7 +73,7 @@ def measured(kind, arguments, *, examples=EXAMPLES, model=None, names=NAMES, max
 
 def losses_alone(model, example, tokens):
     """Plain cross-entropies of one example, in float64."""
-    logits = copy.deepcopy(model).eval().double().decoder(example.tokens[None])[0].detach()
+    logits = copy.deepcopy(model).eval().double().decoder(example.tokens[None])[0].detach().double()
     labels = example.labels.clone()
     if tokens == "all":
         hidden = (labels == IGNORE_INDEX) & (torch.arange(len(labels)) < len(labels) - 1)
@@ -150,8 +150,9 @@ def test_fresh_examples_are_measured_as_fixed_ones(tokens) -> None:
     base_losses = passes.example_losses(model, batches, tokens=tokens)
     assert (rewards["fresh"](train=batches, base_losses=base_losses) == 1).all()
     base_losses = base_losses + torch.linspace(-1, 1, len(base_losses))
-    fixed, fresh = rewards["fixed"](pool=batches, base_losses=base_losses), rewards["fresh"](
-        train=batches, base_losses=base_losses
+    fixed, fresh = (
+        rewards["fixed"](pool=batches, base_losses=base_losses),
+        rewards["fresh"](train=batches, base_losses=base_losses),
     )
     assert torch.equal(fixed, fresh) and fixed.unique().numel() == NUM_TASKS
 
