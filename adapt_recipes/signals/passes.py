@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -119,6 +119,46 @@ def loss_gradient(
                 dist.all_reduce(part)
                 part /= world_size()
     return gradient
+
+
+def example_gradient_norms(model: nn.Module, batches: Sequence[ExampleBatch], *, tokens: Tokens = "answer") -> Tensor:
+    """The norm of the gradient of each example's mean loss, by one backward pass per example.
+
+    One gradient is in memory at a time. FSDP2 averages gradients over processes, so they take turns: while one computes
+    an example, the others compute a single token without a label. N processes need as long as one.
+
+    Args:
+        model: see the module's docstring.
+        batches: the examples; their ``rows`` number all examples of all processes from 0.
+        tokens: of which the mean loss is.
+
+    Returns:
+        (num_examples,) float64 on the CPU, in the order of ``rows``.
+    """
+    mine = {}
+    for batch in batches:
+        labels = _labels(batch, tokens)
+        for i in _examples(batch).nonzero().flatten().tolist():
+            row, end = slice(i, i + 1), int(batch.lengths[i])
+            mine[int(batch.rows[i])] = _Row(batch.tokens[row, :end], labels[row, :end])
+    norms = torch.zeros(_num_examples(batches), dtype=torch.float64)
+    for example in range(len(norms)):
+        gradient = loss_gradient(model, [mine.get(example, _BLANK)], torch.ones(1, dtype=torch.float64))
+        norms[example] = norm(gradient)
+        del gradient
+    return norms
+
+
+class _Row(NamedTuple):
+    """A batch of one example."""
+
+    tokens: Tensor
+    labels: Tensor
+    tasks: Tensor = torch.zeros(1, dtype=torch.int64)
+
+
+# Of a process whose turn it is not.
+_BLANK = _Row(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORE_INDEX))
 
 
 def gradient_dots(

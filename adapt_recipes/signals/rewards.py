@@ -11,7 +11,8 @@ MoS (Mixture-of-Skills, arXiv 2406.08811) and the methods that it is compared wi
     (10) R(i) = mean over (x, y) in B_i of r(x, y)                 remaining difficulty
     (a)  R(i) = (1/N) sum_j cos(grad L_dev_j, grad L_train_i)      MultiDDS-S, arXiv 2004.06748
     (b)  R(i) = mean over (x, y) in B_i of u(y; x, theta)          MultiUAT, arXiv 2109.02284: u is an uncertainty
-    (c)  R(i) = || grad L_train_i ||                               the global reward of HBO, arXiv 2505.12300
+    (c)  R(i) = mean over (x, y) in B_i of || grad L(x, y) ||      the global reward of HBO, arXiv 2505.12300 (our
+         reading: that of its authors' code)
 
 The interface is ``reward_interface.Reward``. For ``tune plan`` a reward also has ``gradients``, the number of gradients
 of all weights that it keeps at a time; 0: it computes forward passes only. If it has a ``note`` for the reader of a
@@ -219,26 +220,31 @@ class Uncertainty:
 
 
 class GradientNorm:
-    """HBO's global reward, (c): the norm of a task's gradient.
+    """HBO's global reward, (c): the mean norm of the gradient of a single example, as in the authors' code.
+
+    It needs one backward pass per example, which micro-batches cannot share, and several processes take turns.
 
     Args:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.signals.passes``.
+        tokens: of which the loss is the mean: ``answer``, or ``all``, prompt included (the authors' code).
+
+    Raises:
+        ValueError: ``tokens`` is unknown.
     """
 
     reads: tuple[str, ...] = ("train",)
     gradients = 1
 
-    def __init__(self, *, task_names: Sequence[str], model: nn.Module) -> None:
+    def __init__(self, *, task_names: Sequence[str], model: nn.Module, tokens: passes.Tokens = "answer") -> None:
+        self.tokens = _tokens(tokens)
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
         """(num_tasks,) float64, at least 0."""
-        # (c): R(i) = || grad L_train_i ||
-        rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
-        for task in _tasks_of(train, self.num_tasks):
-            rewards[task] = passes.norm(_task_gradient(self.model, train, task, self.num_tasks))
-        return rewards
+        # (c): R(i) = mean over (x, y) in B_i of || grad L(x, y) ||
+        norms = passes.example_gradient_norms(self.model, train, tokens=self.tokens)
+        return passes.task_means(norms, train, self.num_tasks)
 
 
 def _task(name: str | None, task_names: Sequence[str]) -> int | None:

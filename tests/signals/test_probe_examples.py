@@ -137,6 +137,37 @@ def test_a_measure_is_given_the_likeliest_tokens_and_the_entropies_in_order() ->
             torch.testing.assert_close(part, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("raise_at", [None, 1, 3])
+def test_gradients_of_single_examples_leave_everything_as_it_was(raise_at) -> None:
+    """One backward pass per example, each in eval mode; the blank row of a process without examples is none."""
+    model, batches = tiny_model(attn_dropout=0.2), batched(EXAMPLES)
+    model.decoder.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    parameters = list(model.parameters())
+    parameters[0].grad = torch.full_like(parameters[0], 7.0)
+    seen, generator = [], torch.get_rng_state()
+
+    def restless(module, arguments):
+        seen.append((tuple(arguments[0].shape), any(module.training for module in model.modules())))
+        torch.rand(3)
+        if len(seen) == raise_at:
+            raise RuntimeError("out of memory")
+
+    hook = model.register_forward_pre_hook(restless)
+    if raise_at is None:
+        norms = passes.example_gradient_norms(model, batches)
+        assert seen == [((1, len(example.tokens)), False) for _, example in EXAMPLES]
+        hook.remove()
+        blank = batches[0]._replace(labels=torch.full_like(batches[0].labels, IGNORE_INDEX))
+        assert torch.equal(passes.example_gradient_norms(model, [blank, *batches]), norms) and norms.min() > 0
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            passes.example_gradient_norms(model, batches)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert (parameters[0].grad == 7).all() and all(parameter.grad is None for parameter in parameters[1:])
+
+
 def test_task_means_are_over_examples_not_over_tokens() -> None:
     values = torch.linspace(-1, 2, len(EXAMPLES), dtype=torch.float64) ** 3
     means = passes.task_means(values, batched(EXAMPLES), NUM_TASKS + 1)

@@ -85,6 +85,8 @@ def measure(model: nn.Module) -> dict[str, Any]:
         "embeddings": passes.task_embeddings(model, validation, N),
         "example losses": passes.example_losses(model, pool),
         "losses of all tokens": passes.example_losses(model, pool, tokens="all"),
+        "gradient norms": passes.example_gradient_norms(model, train),
+        "gradient norms of all tokens": passes.example_gradient_norms(model, pool, tokens="all"),
         "uncertainties": passes.example_uncertainties(model, validation, rewards.MEASURES["EntSent"]),
     }
     arguments: dict[str, Any] = {"task_names": TASKS, "model": model}
@@ -158,6 +160,8 @@ def test_the_processes_differ_in_what_they_bring(ended: list[dict[str, Any]]) ->
         "losses of all tokens",
         "base losses",
         "fresh",
+        "gradient norms",
+        "gradient norms of all tokens",
         "uncertainties",
         "CosineSimilarity",
         "MoSpec",

@@ -44,6 +44,7 @@ EVERY = [
     (GradientAlignment, {}),
     *((Uncertainty, {"measure": measure}) for measure in MEASURES),
     (GradientNorm, {}),
+    (GradientNorm, {"tokens": "all"}),
 ]
 every_reward = pytest.mark.parametrize(
     ("kind", "arguments"), EVERY, ids=[" ".join([kind.__name__, *arguments.values()]) for kind, arguments in EVERY]
@@ -65,15 +66,15 @@ def measured(kind, arguments, *, examples=EXAMPLES, model=None, names=NAMES, max
     """A reward on these examples; the base model's losses are those of another tiny model."""
     model = model or tiny_model()
     batches = {name: batched(each, max_tokens=max_tokens) for name, each in examples.items()}
-    reward, base = kind(task_names=names, model=model, **arguments), tiny_model(seed=7)
+    reward, base = kind(task_names=names, model=model, **arguments), tiny_model(seed=7).double()
     tokens = arguments.get("tokens", "answer")
     base_losses = torch.stack([losses_alone(base, example, tokens).mean() for _, example in examples[of_base(reward)]])
-    return read(reward, batches, base_losses)
+    return read(reward, batches, base_losses.detach())
 
 
 def losses_alone(model, example, tokens):
-    """Plain cross-entropies of one example, in float64."""
-    logits = copy.deepcopy(model).eval().double().decoder(example.tokens[None])[0].detach().double()
+    """Plain cross-entropies of one example."""
+    logits = model.eval().decoder(example.tokens[None])[0].double()
     labels = example.labels.clone()
     if tokens == "all":
         hidden = (labels == IGNORE_INDEX) & (torch.arange(len(labels)) < len(labels) - 1)
@@ -127,11 +128,11 @@ def test_perplexity_ratio(specialist, tokens, examples) -> None:
     """(9) and (10). MoSpec: the specialist's counts twice."""
 
     def perplexity(model, example):
-        return losses_alone(model, example, tokens).mean().exp()
+        return losses_alone(model, example, tokens).mean().exp().item()
 
-    model, base = tiny_model(), tiny_model(seed=7)
+    model, base = tiny_model().double(), tiny_model(seed=7).double()
     split = "train" if examples == "fresh" else "pool"
-    ratios = [float(perplexity(model, example) / perplexity(base, example)) for _, example in EXAMPLES[split]]
+    ratios = [perplexity(model, example) / perplexity(base, example) for _, example in EXAMPLES[split]]
     expected = means_by_task(split, ratios)
     if specialist is not None:
         expected[NAMES.index(specialist)] *= 2
@@ -184,13 +185,29 @@ def test_gradient_alignment(frozen) -> None:
     assert_close(measured(GradientAlignment, {}, model=model), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", ["answer", "all"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_norm(frozen) -> None:
-    """(c), of the weights that are trained."""
+def test_gradient_norm(frozen, tokens) -> None:
+    """(c), of the weights that are trained, against autograd in float64. It is not the norm of the mean gradient."""
     model = tiny_model()
     model.decoder.layers.requires_grad_(not frozen)
-    expected = [task_gradient(model, "train", task).square().sum().sqrt() for task in TASKS]
-    assert_close(measured(GradientNorm, {}, model=model), expected, rtol=1e-4)
+    plain = copy.deepcopy(model).double()
+    parameters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    norms = []
+    for _, example in EXAMPLES["train"]:
+        gradients = torch.autograd.grad(losses_alone(plain, example, tokens).mean(), parameters)
+        norms.append(math.sqrt(sum(float(part.square().sum()) for part in gradients)))
+    rewards = measured(GradientNorm, {"tokens": tokens}, model=model)
+    assert_close(rewards, means_by_task("train", norms), rtol=1e-4)
+    if tokens == "answer":
+        of_mean = torch.stack([task_gradient(model, "train", task).square().sum().sqrt() for task in TASKS])
+        assert (rewards > of_mean * 1.02).sum() >= 3, "but for a task with one example"
+
+
+def test_what_gradient_norm_refuses() -> None:
+    with pytest.raises(ValueError) as error:
+        GradientNorm(task_names=NAMES, model=tiny_model(), tokens="anser")
+    assert str(error.value) == "reward.tokens: 'anser'; did you mean 'answer'?"
 
 
 # p: of the likeliest token at each position; e: the entropies.
