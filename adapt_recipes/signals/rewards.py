@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class PerplexityRatio:
         task_names: Sequence[str],
         model: nn.Module,
         specialist: str | None = None,
-        tokens: passes.Tokens = "answer",
+        tokens: str = "answer",
         examples: str = "fixed",
     ) -> None:
         if examples not in EXAMPLES:
@@ -236,7 +237,7 @@ class GradientNorm:
     reads: tuple[str, ...] = ("train",)
     gradients = 1
 
-    def __init__(self, *, task_names: Sequence[str], model: nn.Module, tokens: passes.Tokens = "answer") -> None:
+    def __init__(self, *, task_names: Sequence[str], model: nn.Module, tokens: str = "answer") -> None:
         self.tokens = _tokens(tokens)
         self.num_tasks, self.model = len(task_names), model
 
@@ -254,10 +255,10 @@ def _task(name: str | None, task_names: Sequence[str]) -> int | None:
     return None if name is None else list(task_names).index(name)
 
 
-def _tokens(tokens: passes.Tokens) -> passes.Tokens:
+def _tokens(tokens: str) -> passes.Tokens:
     if tokens not in TOKENS:
         raise ValueError(f"reward.tokens: {tokens!r}{nearest(str(tokens), TOKENS)}")
-    return tokens
+    return cast(passes.Tokens, tokens)
 
 
 def _tasks_of(batches: Sequence[passes.Batch], num_tasks: int) -> list[int]:

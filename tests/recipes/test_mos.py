@@ -219,10 +219,9 @@ def test_base_losses_from_the_cache_are_booked_all_the_same(runs: Runs, tmp_path
 
 @pytest.mark.slow
 def test_what_a_specialist_changes(run: Runner) -> None:
-    """Similarity is with its task alone, or its difficulty counts twice; the rest is as it was."""
-    still = ("mixture.learning_rate=0", "tasks.num_validation_rows=16")
+    """Similarity is with its task alone, or its difficulty counts twice; the rest stays, until mixtures differ."""
     cossim, spec_cossim, diff, spec_diff = (
-        run(f"tiny_{name}", *still, folder=name).events("mixture")[-1]["rewards"]
+        run(f"tiny_{name}", "tasks.num_validation_rows=16", folder=name).events("mixture")[1]["rewards"]
         for name in ("mos_cossim", "mospec_cossim", "mos_diff", "mospec_diff")
     )
     assert spec_diff == diff | {"facts_512": 2 * diff["facts_512"]}
@@ -296,7 +295,7 @@ def test_a_reward_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Path
     last, validation, reading = done.events("mixture")[-1], 7 * 256, 7 * 8  # tokens: one a row
     assert last["rewards"] == dict.fromkeys(last["rewards"], 1.0) | {"facts_64": 4.0}
     p = done.summary["probabilities"]
-    assert p["facts_64"] > 1 / 7 + 0.01 and all(p[name] < 1 / 7 for name in p if name != "facts_64")
+    assert p["facts_64"] > 1 / 7 + 0.003 and all(p[name] < 1 / 7 for name in p if name != "facts_64")
     assert done.summary["probe_tokens"] == reading + 2 * 4 * reading
     assert done.summary["validation_tokens"] == 2 * validation
 
