@@ -8,8 +8,8 @@ shipped config, and its ``step`` and ``update_mixture`` are timed in turn. Passe
 pass counts 1, a backward pass 2 and a step 3:
 
 - adapt: 6: validation losses, their gradient, and dot products with it by finite differences;
-- adapt_planned, dro: 1: validation losses; mos_cossim, mos_diff, multiuat: 1;
-- hbo: 3: one gradient per task; multidds: 6: one gradient per task on validation and one on training examples.
+- adapt_planned, dro: 1: validation losses; mos_cossim, multiuat: 1; mos_diff: 2: losses, and those of the base model;
+- hbo: 3: one gradient per example; multidds: 6: one gradient per task on validation and one on training examples.
 
 An update of forward passes only should cost at most 1.3 times a third of a step. ``share`` is the share of training
 time of updates that read batches of 5 tasks, each of the size of a step's batch, every 100 steps: the setting of MoS

@@ -26,9 +26,9 @@ from adapt_recipes.budget import Ledger
 from adapt_recipes.config import STRICT, Component, Injected, Steps, TrainConfig, command_line
 from adapt_recipes.mixture.interface import check_mixture, check_update
 from adapt_recipes.run import Run
-from adapt_recipes.signals import BaseLosses, Probe, TrainLosses
+from adapt_recipes.signals import BaseLosses, BaseWeights, Probe, TrainLosses
 from adapt_recipes.signals.nonfinite import raise_nonfinite
-from adapt_recipes.signals.reward_interface import check_reward
+from adapt_recipes.signals.reward_interface import check_reward, tokens_of
 from adapt_recipes.training import precision
 from adapt_recipes.training.process_group import all_reduce_sum, raise_on_all_ranks, world_size
 from adapt_recipes.training.sharding import clip_grad_norm
@@ -93,14 +93,18 @@ class Recipe:
         # Of the pool's examples, if the reward reads them.
         self.base_losses = BaseLosses()
 
-        # Model: check that it fits its folder, shard it, and load the weights unless a checkpoint will.
+        # Model and reward: check that it fits its folder, shard it, and load the weights unless a checkpoint will.
         with raise_on_all_ranks():
             self.checkpointer = config.checkpointer.build()
         self.model = models.build(config, tasks, device=run.device, checkpointer=self.checkpointer)
-        models.prepare(self.model, config, device=run.device, checkpointer=self.checkpointer, load=run.saved is None)
-        self.probe = Probe(self.model, self.ledger, self.tasks, self.targets)
         self.reward = config.reward.build(task_names=self.task_names, model=self.model) if config.reward else None
         check_reward(self.reward, self.mixture)
+        needs_base = self.reward is not None and "base_losses" in self.reward.reads
+        load = run.saved is None or needs_base
+        models.prepare(self.model, config, device=run.device, checkpointer=self.checkpointer, load=load)
+        # In no checkpoint: a resume takes them from where the run did.
+        self.base_weights = BaseWeights(self.model) if needs_base else None
+        self.probe = Probe(self.model, self.ledger, self.tasks, self.targets)
 
         # Optimizer.
         self.optimizer = config.optimizer.build(params=[p for p in self.model.parameters() if p.requires_grad])
@@ -212,7 +216,11 @@ class Recipe:
                     count, seed = self.config.probe.examples, self.config.seed
                     examples = data.random_examples(self.tasks, count, seed=seed, update=run.num_updates)
                     batches["train"] = self.batches(examples)
-                signals["rewards"] = self.probe.rewards(self.reward, batches, self.base_losses.values)
+                base_losses = self.base_losses.values
+                if self.base_weights is not None:
+                    tokens = tokens_of(self.reward)
+                    base_losses = self.probe.base_losses(self.base_weights, batches["train"], tokens=tokens)
+                signals["rewards"] = self.probe.rewards(self.reward, batches, base_losses)
             # (11), the average over updates, and (6), one step of the scorer.
             with raise_on_all_ranks():
                 logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
@@ -226,7 +234,8 @@ class Recipe:
             return
         with self.run.timed("mixture", "measuring the base model"):
             self.ledger.probe(self.pool)
-            self.base_losses.measure(self.model, self.pool, cache_dir=self.config.tasks.cache_folder)
+            cache, tokens = self.config.tasks.cache_folder, tokens_of(self.reward)
+            self.base_losses.measure(self.model, self.pool, cache_dir=cache, tokens=tokens)
             if not self.base_losses.values.isfinite().all():
                 names = [f"an example of task '{self.task_names[task]}' in the pool" for task in self.pool_tasks]
                 raise_nonfinite(self.model, self.pool, names=names, step=0)

@@ -130,7 +130,8 @@ EVEN = [
             "uniform", "adapt_full_finetune", ["budget.epochs=1.1", "mixture_update_every=2"], marks=pytest.mark.slow
         ),
         pytest.param("adapt_planned", None, ["budget.tokens=60", "mixture_update_every=0"], marks=pytest.mark.slow),
-        ("mos_diff", None, ["budget.tokens=60", "mixture_update_every=50"]),  # it reads its pool once all the same
+        # It reads its pool once all the same.
+        ("mos_diff", None, ["budget.tokens=60", "mixture_update_every=50", "reward.examples=fixed"]),
     ],
 )
 def test_exact(config: str, recipe: str | None, overrides: list[str]) -> None:
@@ -219,6 +220,7 @@ LEARNED = {
     "adapt_planned": ["mixture.measure_after=0.0"],
     "mos_cossim": [],
     "mos_diff": [],
+    "mos_diff, fixed": ["reward.examples=fixed", "reward.tokens=answer"],
     "multidds": [],
     "multiuat": ["validate_every=6"],
     "hbo": [],
@@ -285,8 +287,9 @@ def test_memory_of_a_step_of_tokens_is_that_of_as_many_of_the_shortest_answer() 
 @pytest.mark.parametrize("name", ["adapt", "hbo", "mos_diff"])
 def test_learned_of_unlike_examples(name: str) -> None:
     """With a mixture that learns next to nothing a run is the planned one, and each update reads other examples."""
-    slow = "mixture.meta_lr=1.0e-30" if name == "adapt" else "mixture.learning_rate=1.0e-30"
-    overrides = ["budget.epochs=0.9", "mixture_update_every=1", "probe.examples=2", slow]
+    slow = ["mixture.form=paper", "mixture.prior=uniform", "mixture.learning_rate=1.0e-30"]
+    slow = ["mixture.meta_lr=1.0e-30"] if name == "adapt" else slow
+    overrides = ["budget.epochs=0.9", "mixture_update_every=1", "probe.examples=2", *slow]
     config = config_of(name, *UNEVEN, *overrides)
     plan, summary = make_plan(config), run(config)
     assert len(set(summary["probabilities"].values())) == 1 and plan.mixture_updates > 5
@@ -296,7 +299,9 @@ def test_learned_of_unlike_examples(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "per_token"), [("adapt", 2), ("adapt_planned", 1 / 3), ("hbo", 1), ("multidds", 2)])
+@pytest.mark.parametrize(
+    ("config", "per_token"), [("adapt", 2), ("adapt_planned", 1 / 3), ("mos_diff", 2 / 3), ("hbo", 1), ("multidds", 2)]
+)
 def test_the_cost_of_an_update_is_that_of_the_docs(config: str, per_token: float) -> None:
     """In docs/mixtures.md, in steps for r = tokens that a probe reads over tokens of a step."""
     plan = make_plan(config_of(config, *EVEN, "mixture_update_every=3", "probe.examples=2"))
@@ -589,7 +594,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
             "missing key 'reward'",
         ),
         (["mos_full_finetune", *plain("hbo", *EVEN, "mixture=adapt_recipes.mixture.uniform", "~mixture.prior",
-          "~mixture.form", "~mixture.learning_rate")], "is unused"),
+          "~mixture.form")], "is unused"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.vocab_size=64")], "model.vocab_size: 64 is too small"),
         (["sft_full_finetune", *plain("uniform", *EVEN, "model.num_heads=5")], "model: "),
         (["sft_full_finetune", *plain("uniform", *EVEN, "max_seq_len=4")], "longer than max_seq_len=4"),

@@ -60,7 +60,7 @@ class Memory:
         gradients: of the trained weights.
         optimizer: its state.
         activations: the rest of a training step's peak: saved activations, logits, casts and gathered weights.
-        mixture: additional memory of mixture updates, beyond a training step.
+        mixture: additional memory of mixture updates, beyond a training step, and what they keep in host memory.
     """
 
     parameters: int
@@ -146,7 +146,7 @@ def estimate_memory(
         gradients=gradients,
         optimizer=optimizer,
         activations=training_peak - weights - gradients,
-        mixture=max(0, update_peak - training_peak),
+        mixture=max(0, update_peak - training_peak) + update.kept_always * gradients,
     )
     return memory, Size(parameters, trained, saved + full_state)
 

@@ -151,6 +151,7 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         reads,
         num_processes,
         most_examples=_most_examples(config, tasks, parts.ledger),
+        all_tokens=update.all_tokens,
     )
     memory, size = estimate_memory(
         parts.model,
@@ -454,22 +455,30 @@ def _most_examples(config: Any, tasks: Sequence[data.Task], ledger: Ledger) -> i
 
 
 def _shapes(
-    config: Any, tasks: Sequence[data.Task], reads: _Reads, num_processes: int, *, most_examples: int
+    config: Any,
+    tasks: Sequence[data.Task],
+    reads: _Reads,
+    num_processes: int,
+    *,
+    most_examples: int,
+    all_tokens: bool,
 ) -> tuple[Shape, Shape]:
     """Upper bounds of the micro-batches of a step, and of those of probes, validation and test.
 
-    They assume that all examples have the length of the longest, and the supervised share of the most supervised task.
+    They assume that all examples have the length of the longest, and the supervised share of the most supervised task,
+    or (``all_tokens``, in a mixture update) logits at every position.
     """
     splits = [split for task in tasks for split in task.splits.values()]
     longest = max(int(split.lengths.max()) for split in splits) - 1
     supervised = max(int(s.num_supervised.sum()) / int((s.lengths - 1).sum()) for s in splits)
 
-    def shape(num_examples: int) -> Shape:
+    def shape(num_examples: int, supervised: float) -> Shape:
         most = math.ceil(num_examples / num_processes) * longest
         computed = min(most, max(longest, config.micro_batch_tokens))
         return Shape(computed, longest, math.ceil(computed * supervised), several=most > computed)
 
-    return shape(most_examples), shape(max(reads.validation.examples, reads.test.examples, reads.num_probed))
+    num_read = max(reads.validation.examples, reads.test.examples, reads.num_probed)
+    return shape(most_examples, supervised), shape(num_read, 1.0 if all_tokens else supervised)
 
 
 def _warnings(plan: Plan, *, update_every: int, learns: bool, reward: Any) -> list[str]:

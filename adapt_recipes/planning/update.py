@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from adapt_recipes.signals.reward_interface import tokens_of
+
 Source = Literal["validation", "train", "pool"]
 
 
@@ -38,11 +40,15 @@ class Update:
         passes: in order.
         kept_in_backward: number of full-size gradients (or copies) in memory while another gradient is computed.
         kept_in_forward: the same while only forward passes are computed: directions, and copies of the weights.
+        kept_always: the same during the whole run, in host memory: the base model's weights.
+        all_tokens: whether losses are of all tokens, not only of supervised ones.
     """
 
     passes: tuple[Pass, ...] = ()
     kept_in_backward: int = 0
     kept_in_forward: int = 0
+    kept_always: int = 0
+    all_tokens: bool = False
 
     @property
     def has_backward(self) -> bool:
@@ -59,7 +65,8 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None) -> Update
             only forward passes.
     """
     passes: list[Pass] = []
-    in_backward = in_forward = 0
+    in_backward = in_forward = always = 0
+    all_tokens = False
     if "gradient_dots" in observes:
         train: Source = "train" if probe.separate_batches else "validation"
         if probe.exact_lookahead:
@@ -79,6 +86,10 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None) -> Update
         passes += [Pass("validation")]
     if reward is not None:
         gradients = getattr(reward, "gradients", 0)
-        passes += [Pass(source, backward=gradients > 0) for source in reward.reads]
+        passes += [Pass(source, backward=gradients > 0) for source in reward.reads if source != "base_losses"]
         in_backward = max(in_backward, gradients - 1)
-    return Update(tuple(passes), in_backward, in_forward)
+        if "base_losses" in reward.reads:
+            passes += [Pass("train")]
+            always = 1
+        all_tokens = tokens_of(reward) == "all"
+    return Update(tuple(passes), in_backward, in_forward, always, all_tokens)

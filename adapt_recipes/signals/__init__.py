@@ -1,7 +1,7 @@
 """Signals: measurements of the model from which a mixture learns."""
 
-from adapt_recipes.signals.base_losses import BaseLosses
+from adapt_recipes.signals.base_losses import BaseLosses, BaseWeights
 from adapt_recipes.signals.probe import Probe
 from adapt_recipes.signals.train_losses import TrainLosses
 
-__all__ = ["BaseLosses", "Probe", "TrainLosses"]
+__all__ = ["BaseLosses", "BaseWeights", "Probe", "TrainLosses"]

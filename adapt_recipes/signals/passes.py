@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from adapt_recipes.training.sharding import device_of, to_local
 
 # The label of a position that does not count in the loss, as in torch.
 IGNORE_INDEX = -100
+
+# Of which tokens an example is measured: of the supervised ones, or of all whose predecessor is read, prompt included.
+Tokens = Literal["answer", "all"]
 
 
 class Batch(Protocol):
@@ -158,6 +161,46 @@ def loss_gradient(
     return gradient
 
 
+def example_gradient_norms(model: nn.Module, batches: Sequence[ExampleBatch], *, tokens: Tokens = "answer") -> Tensor:
+    """The norm of the gradient of each example's mean loss, by one backward pass per example.
+
+    One gradient is in memory at a time. FSDP2 averages gradients over processes, so they take turns: while one computes
+    an example, the others compute a single token without a label. N processes need as long as one.
+
+    Args:
+        model: see the module's docstring.
+        batches: the examples; their ``rows`` number all examples of all processes from 0.
+        tokens: of which the mean loss is.
+
+    Returns:
+        (num_examples,) float64 on the CPU, in the order of ``rows``.
+    """
+    mine = {}
+    for batch in batches:
+        labels = _labels(batch, tokens)
+        for i in _examples(batch).nonzero().flatten().tolist():
+            row, end = slice(i, i + 1), int(batch.lengths[i])
+            mine[int(batch.rows[i])] = _Row(batch.tokens[row, :end], labels[row, :end])
+    norms = torch.zeros(_num_examples(batches), dtype=torch.float64)
+    for example in range(len(norms)):
+        gradient = loss_gradient(model, [mine.get(example, _BLANK)], torch.ones(1, dtype=torch.float64))
+        norms[example] = norm(gradient)
+        del gradient
+    return norms
+
+
+class _Row(NamedTuple):
+    """A batch of one example."""
+
+    tokens: Tensor
+    labels: Tensor
+    tasks: Tensor = torch.zeros(1, dtype=torch.int64)
+
+
+# Of a process whose turn it is not.
+_BLANK = _Row(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORE_INDEX))
+
+
 def gradient_dots(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -269,12 +312,13 @@ def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks
 
 
 @torch.no_grad()
-def example_losses(model: nn.Module, batches: Sequence[ExampleBatch]) -> Tensor:
-    """The mean loss of each example, in nats per supervised token: the logarithm of its perplexity.
+def example_losses(model: nn.Module, batches: Sequence[ExampleBatch], *, tokens: Tokens = "answer") -> Tensor:
+    """The mean loss of each example, in nats per token: the logarithm of its perplexity.
 
     Args:
         model: see the module's docstring.
         batches: the examples; their ``rows`` number all examples of all processes from 0.
+        tokens: of which the mean is. ``all`` computes logits at every position, not only at those of answers.
 
     Returns:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
@@ -282,8 +326,10 @@ def example_losses(model: nn.Module, batches: Sequence[ExampleBatch]) -> Tensor:
     sums, counts = torch.zeros(2, _num_examples(batches), dtype=torch.float64)
     with _measuring(model):
         for batch in batches:
-            losses, rows = _token_losses(model, batch, of=batch.rows)
+            labels = _labels(batch, tokens)
+            losses = model(batch.tokens.to(device_of(model)), labels.to(device_of(model)))
             _reshard(model)
+            rows = _of_supervised(labels, batch.rows)
             sums.index_add_(0, rows, losses.to("cpu", torch.float64))
             counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
     return all_reduce_sum(sums) / all_reduce_sum(counts)
@@ -386,6 +432,35 @@ def stepped(model: nn.Module, direction: Sequence[Tensor], scale: float) -> Iter
         yield
 
 
+@contextmanager
+def exchanged(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+    """The model with other trainable weights. Until the end of the context ``weights`` hold its own, bit for bit.
+
+    Args:
+        model: see the module's docstring.
+        weights: of each trainable parameter this process's shard, on any device.
+    """
+    _exchange(model, weights)
+    try:
+        yield
+    finally:
+        _exchange(model, weights)
+
+
+def trainable_copies(model: nn.Module, *, device: torch.device) -> list[Tensor]:
+    """Copies of the trainable weights (of the local shards) on a device."""
+    return [to_local(parameter).detach().to(device, copy=True) for parameter in _trainable(model)]
+
+
+@torch.no_grad()
+def _exchange(model: nn.Module, weights: Sequence[Tensor]) -> None:
+    _reshard(model)
+    for parameter, weight in zip(_trainable(model), weights, strict=True):
+        own = to_local(parameter).clone()
+        to_local(parameter).copy_(weight)
+        weight.copy_(own)
+
+
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -446,6 +521,19 @@ def _token_losses(
 def _examples(batch: Batch) -> Tensor:
     """(batch,) bool on the CPU: which rows are examples, and not dummies."""
     return (batch.labels.cpu() != IGNORE_INDEX).any(1)
+
+
+def _labels(batch: ExampleBatch, tokens: Tokens) -> Tensor:
+    """(batch, length): the labels of the batch, and with ``tokens: all`` every next token that its rows show."""
+    if tokens == "answer":
+        return batch.labels
+    following = torch.full_like(batch.tokens, IGNORE_INDEX)
+    following[:, :-1] = batch.tokens[:, 1:]
+    # A dummy stays without labels.
+    ends = torch.where(_examples(batch), batch.lengths.cpu() - 1, 0).to(following.device)
+    known = torch.arange(following.shape[1], device=following.device) < ends[:, None]
+    supervised = batch.labels != IGNORE_INDEX
+    return torch.where(supervised, batch.labels, following.masked_fill(~known, IGNORE_INDEX))
 
 
 def _num_examples(batches: Sequence[Batch]) -> int:

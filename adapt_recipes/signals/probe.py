@@ -12,6 +12,7 @@ from adapt_recipes.budget import Ledger
 from adapt_recipes.data import MicroBatch, Task
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import passes
+from adapt_recipes.signals.base_losses import BaseWeights
 from adapt_recipes.signals.nonfinite import check_dots, check_finite, check_rewards
 from adapt_recipes.signals.passes import Scores
 from adapt_recipes.training import precision
@@ -112,18 +113,27 @@ class Probe:
         check_dots(dots, batches, task_names=names, step=self.ledger.steps)
         return dots[: len(self.tasks)]
 
+    def base_losses(self, weights: BaseWeights, batches: Batches, *, tokens: passes.Tokens) -> Tensor:
+        """The base model's mean loss of each training example: (num_examples,) float64, nats per token."""
+        self.ledger.probe(batches)
+        with weights.loaded_into(self.model):
+            losses = passes.example_losses(self.model, batches, tokens=tokens)
+            check_finite(self.model, batches, [losses], tasks=self.tasks, step=self.ledger.steps, of="training")
+        return losses
+
     def rewards(
         self,
         reward: Callable[..., Tensor],
         batches: Mapping[str, Batches],  # by the names in reward.reads
-        base_losses: Tensor,  # (num_pool_examples,) float64, where the reward reads the pool
+        base_losses: Tensor,  # (num_examples,) float64, where the reward reads them or the pool; counted already
     ) -> Tensor:
         """One reward per task, (num_tasks,) float64. A name that the reward reads several times counts each time."""
-        reads: tuple[str, ...] = reward.reads  # type: ignore[attr-defined]
+        names: tuple[str, ...] = reward.reads  # type: ignore[attr-defined]
+        reads = [name for name in names if name != "base_losses"]
         for name in reads:
             self.ledger.probe(batches[name])
         read = {name: batches[name] for name in reads}
-        rewards = reward(**read, **({"base_losses": base_losses} if "pool" in reads else {}))
+        rewards = reward(**read, **({"base_losses": base_losses} if {"pool", "base_losses"} & {*names} else {}))
         component = type(reward).__name__
         check_rewards(rewards, read.values(), task_names=self.task_names, step=self.ledger.steps, reward=component)
         return rewards

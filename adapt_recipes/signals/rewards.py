@@ -5,11 +5,14 @@ MoS (Mixture-of-Skills, arXiv 2406.08811) and the methods that it is compared wi
     (7)  z_i = mean over (x, y) in B_i of the mean over all tokens of x and y of the top layer's hidden states (here:
          all tokens that the model reads in training, that is, all but the last, which usually ends the answer)
     (8)  R(i) = (1/N) sum_n cos(z_i, z_n)                          task similarity, for transferability
-    (9)  r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)           theta_0: the base model; response tokens only
+    (9)  r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)           theta_0: the base model; response tokens only (in the
+         authors' code PPL(x, y) of the whole text, ``tokens: all``, of other training examples at every update,
+         ``examples: fresh``)
     (10) R(i) = mean over (x, y) in B_i of r(x, y)                 remaining difficulty
     (a)  R(i) = (1/N) sum_j cos(grad L_dev_j, grad L_train_i)      MultiDDS-S, arXiv 2004.06748
     (b)  R(i) = mean over (x, y) in B_i of u(y; x, theta)          MultiUAT, arXiv 2109.02284: u is an uncertainty
-    (c)  R(i) = || grad L_train_i ||                               the global reward of HBO, arXiv 2505.12300
+    (c)  R(i) = mean over (x, y) in B_i of || grad L(x, y) ||      the global reward of HBO, arXiv 2505.12300 (our
+         reading: that of its authors' code)
 
 The interface is ``reward_interface.Reward``. For ``tune plan`` a reward also has ``gradients``, the number of gradients
 of all weights that it keeps at a time; 0: it computes forward passes only. If it has a ``note`` for the reader of a
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,7 @@ from torch import Tensor, nn
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.signals import passes
+from adapt_recipes.signals.reward_interface import TOKENS
 
 
 class CosineSimilarity:
@@ -49,12 +54,16 @@ class CosineSimilarity:
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
-        """(num_tasks,) float64, in [0, 1]. A negative mean becomes 0 (ours), because (6) of the scorer needs R >= 0."""
+        """(num_tasks,) float64, in [-1, 1]. Not clamped, as in the authors' code: ``form: paper`` refuses R < 0."""
         # (7): z_i = mean over (x, y) in B_i of the mean over all tokens of the top layer's hidden states
         z = F.normalize(passes.task_embeddings(self.model, train, self.num_tasks), dim=1)
         # (8): R(i) = (1/N) sum_n cos(z_i, z_n)
         others = z if self.specialist is None else z[self.specialist : self.specialist + 1]
-        return (z @ others.T).nanmean(1).clamp(0, 1)
+        return (z @ others.T).nanmean(1)
+
+
+# What ``PerplexityRatio`` reads.
+EXAMPLES: dict[str, tuple[str, ...]] = {"fixed": ("pool",), "fresh": ("train", "base_losses")}
 
 
 class PerplexityRatio:
@@ -66,29 +75,46 @@ class PerplexityRatio:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.signals.passes``.
         specialist: MoSpec: the target task; its reward counts twice.
+        tokens: of which a perplexity is: ``answer`` (the paper) or ``all``, prompt included (the authors' code).
+        examples: ``fixed``: the same at every update, so that the base model is measured once. ``fresh``: others at
+            every update (the authors' code); the base model is measured each time, with a copy of its trainable weights
+            that is kept in host memory.
 
     Raises:
-        ValueError: ``specialist`` is not a task.
+        ValueError: ``specialist`` is not a task, or ``tokens`` or ``examples`` is unknown.
     """
 
-    reads: tuple[str, ...] = ("pool",)
     gradients = 0
 
-    def __init__(self, *, task_names: Sequence[str], model: nn.Module, specialist: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        task_names: Sequence[str],
+        model: nn.Module,
+        specialist: str | None = None,
+        tokens: str = "answer",
+        examples: str = "fixed",
+    ) -> None:
+        if examples not in EXAMPLES:
+            raise ValueError(f"reward.examples: {examples!r}{nearest(str(examples), EXAMPLES)}")
+        self.reads = EXAMPLES[examples]
+        self.tokens = _tokens(tokens)
         self.specialist = _task(specialist, task_names)
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(
         self,
         *,
-        pool: Sequence[passes.ExampleBatch],
-        base_losses: Tensor,  # (num_examples,) float64, log PPL(y; x, theta_0) of the pool
+        base_losses: Tensor,  # (num_examples,) float64, log PPL(y; x, theta_0)
+        pool: Sequence[passes.ExampleBatch] = (),
+        train: Sequence[passes.ExampleBatch] = (),
     ) -> Tensor:
-        """(num_tasks,) float64, above 0."""
+        """(num_tasks,) float64, above 0. Of the pool, or of training examples; the other is empty."""
+        examples = [*pool, *train]
         # (9): r(x, y) = PPL(y; x, theta) / PPL(y; x, theta_0)
-        ratios = (passes.example_losses(self.model, pool) - base_losses).exp()
+        ratios = (passes.example_losses(self.model, examples, tokens=self.tokens) - base_losses).exp()
         # (10): R(i) = mean over (x, y) in B_i of r(x, y)
-        rewards = passes.task_means(ratios, pool, self.num_tasks)
+        rewards = passes.task_means(ratios, examples, self.num_tasks)
         if self.specialist is not None:
             rewards[self.specialist] *= 2
         return rewards
@@ -195,26 +221,31 @@ class Uncertainty:
 
 
 class GradientNorm:
-    """HBO's global reward, (c): the norm of a task's gradient.
+    """HBO's global reward, (c): the mean norm of the gradient of a single example, as in the authors' code.
+
+    It needs one backward pass per example, which micro-batches cannot share, and several processes take turns.
 
     Args:
         task_names: the tasks, in order.
         model: see ``adapt_recipes.signals.passes``.
+        tokens: of which the loss is the mean: ``answer``, or ``all``, prompt included (the authors' code).
+
+    Raises:
+        ValueError: ``tokens`` is unknown.
     """
 
     reads: tuple[str, ...] = ("train",)
     gradients = 1
 
-    def __init__(self, *, task_names: Sequence[str], model: nn.Module) -> None:
+    def __init__(self, *, task_names: Sequence[str], model: nn.Module, tokens: str = "answer") -> None:
+        self.tokens = _tokens(tokens)
         self.num_tasks, self.model = len(task_names), model
 
     def __call__(self, *, train: Sequence[passes.ExampleBatch]) -> Tensor:
         """(num_tasks,) float64, at least 0."""
-        # (c): R(i) = || grad L_train_i ||
-        rewards = torch.full((self.num_tasks,), math.nan, dtype=torch.float64)
-        for task in _tasks_of(train, self.num_tasks):
-            rewards[task] = passes.norm(_task_gradient(self.model, train, task, self.num_tasks))
-        return rewards
+        # (c): R(i) = mean over (x, y) in B_i of || grad L(x, y) ||
+        norms = passes.example_gradient_norms(self.model, train, tokens=self.tokens)
+        return passes.task_means(norms, train, self.num_tasks)
 
 
 def _task(name: str | None, task_names: Sequence[str]) -> int | None:
@@ -222,6 +253,12 @@ def _task(name: str | None, task_names: Sequence[str]) -> int | None:
     if name is not None and name not in task_names:
         raise ValueError(f"reward.specialist: {name!r} is no task of this run{nearest(str(name), task_names)}")
     return None if name is None else list(task_names).index(name)
+
+
+def _tokens(tokens: str) -> passes.Tokens:
+    if tokens not in TOKENS:
+        raise ValueError(f"reward.tokens: {tokens!r}{nearest(str(tokens), TOKENS)}")
+    return cast(passes.Tokens, tokens)
 
 
 def _tasks_of(batches: Sequence[passes.Batch], num_tasks: int) -> list[int]:

@@ -386,6 +386,34 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
         ChatTokenizer(tmp_path / "own", chat_template=file)
 
 
+VICUNA = Path(__file__).parents[2] / "yaml" / "vicuna.jinja"
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+
+
+def test_vicunas_template_renders_as_fastchat_does(tmp_path: Path) -> None:
+    """Which separates turns by a space and by </s> in turn. The prompt is the start of the text."""
+    folder = make_folder(tmp_path / "model", None, eos_token="</s>")
+    tokenizer = ChatTokenizer(folder, chat_template=VICUNA)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    turns = messages("Hi, who?", "I am.", "Sure?", "Yes. ")
+    # In FastChat the tokenizer adds <s>, if it has one.
+    first = f"<s>{VICUNA_SYSTEM} USER: Hi, who? ASSISTANT: I am.</s>"
+    second = "USER: Sure? ASSISTANT: Yes. </s>"
+    for count, expected in ((2, first), (4, first + second)):
+        assert theirs.apply_chat_template(turns[:count], chat_template=VICUNA.read_text(), tokenize=False) == expected
+        ids, supervised = encode(tokenizer, turns[:count])
+        assert theirs.decode(ids) == expected
+    assert supervised_text(theirs, ids, supervised) == " I am.</s> Yes. </s>"
+    theirs.chat_template = VICUNA.read_text()
+    prompt = theirs.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    assert first.startswith(prompt) and prompt.endswith(" ASSISTANT:")
+    ids, _ = encode(tokenizer, [{"role": "system", "content": "Be brief."}, *turns[:2]])
+    assert theirs.decode(ids) == "<s>Be brief. USER: Hi, who? ASSISTANT: I am.</s>"
+
+
 def test_an_answer_of_which_the_tokenizer_leaves_nothing(tmp_path: Path) -> None:
     make_folder(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

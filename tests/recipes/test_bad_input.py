@@ -256,6 +256,8 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
         # the mixture, and whether it goes with the reward and the recipe
         (COSSIM, ["mixture.prior=unifrom"], "mixture.prior: 'unifrom'; did you mean 'uniform'?"),
         (COSSIM, ["mixture.form=papr"], "mixture.form: 'papr'; did you mean 'paper'?"),
+        (DIFF, ["reward.tokens=al"], "reward.tokens: 'al'; did you mean 'all'?"),
+        (DIFF, ["reward.examples=fresch"], "reward.examples: 'fresch'; did you mean 'fresh'?"),
         (COSSIM, ["mixture.floor=1"], "mixture.floor must be a finite number >= 0 and < 1, not 1"),
         (COSSIM, ["mixture.floor=-0.1"], "mixture.floor must be a finite number >= 0 and < 1, not -0.1"),
         (COSSIM, ["mixture.ema_decay=1"], "mixture.ema_decay must be a finite number >= 0 and < 1, not 1"),
@@ -697,7 +699,7 @@ def assert_died(said: str, *, step: int) -> None:
 )
 def test_what_is_no_reward(refusal: Refusal, reward: str, message: str) -> None:
     tasks = planted(20 * "B", "B", "mixture_update_every=2")
-    said = refusal(f"reward={{_component_: mine.{reward}}}", *tasks, config=COSSIM, writes=True)
+    said = refusal(f"reward={{_component_: mine.{reward}}}", *tasks, "mixture.form=paper", config=COSSIM, writes=True)
     assert message in said
     assert_died(said, step=2)
 
@@ -737,7 +739,7 @@ def test_rewards_below_0_that_are_allowed(start: Start) -> None:
 @pytest.mark.usefixtures("mine")
 def test_a_base_model_that_is_not_finite(refusal: Refusal) -> None:
     planted_in_pool = planted(20 * "B" + "Z", "B", "seed=3")  # where the pool has it among the first of its task
-    said = refusal("model=mine.infinite", *planted_in_pool, config=DIFF, writes=True)
+    said = refusal("model=mine.infinite", *planted_in_pool, "reward.examples=fixed", config=DIFF, writes=True)
     assert said.startswith("step 0: the loss of an example of task 'hard' in the pool is not finite; ")
     assert_died(said, step=0)
 

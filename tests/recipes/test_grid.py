@@ -42,6 +42,7 @@ from transformers import (
 
 from adapt_recipes import data, models
 from adapt_recipes.config import load
+from adapt_recipes.data import ChatTokenizer
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.memory import CPU, Shape, estimate_memory
 
@@ -60,9 +61,9 @@ COST = {
     "adapt": 1 + 3 + 2,  # losses, their gradient, and losses on both sides of the weights
     "adapt_planned": 1,
     "mos_cossim": 1,
-    "mos_diff": 1,
+    "mos_diff": 1 + 1,  # of the base model, too
     "mospec_cossim": 1,
-    "mospec_diff": 1,
+    "mospec_diff": 1 + 1,
     "multidds": 3 + 3,
     "multiuat": 1,
 }
@@ -300,13 +301,15 @@ def test_configs_differ_in_nothing_but_what_their_names_say() -> None:
         assert rest(config, *of_budget) == rest(name.sibling(budget=next(iter(name.grid.budgets))), *of_budget)
 
 
-def test_mos_is_set_as_in_its_paper() -> None:
-    """The settings that the paper gives, and which reward is whose."""
+def test_mos_is_set_as_in_its_paper_and_its_authors_code() -> None:
+    """The settings that these give, and which reward is whose."""
+    whole_text = {"tokens": "all", "examples": "fresh"}
     rewards = {
         "mos_cossim": {"_component_": "adapt_recipes.signals.rewards.CosineSimilarity"},
-        "mos_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio"},
+        "mos_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio"} | whole_text,
         "mospec_cossim": {"_component_": "adapt_recipes.signals.rewards.CosineSimilarity", "specialist": "math"},
-        "mospec_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio", "specialist": "math"},
+        "mospec_diff": {"_component_": "adapt_recipes.signals.rewards.PerplexityRatio", "specialist": "math"}
+        | whole_text,
         "multidds": {"_component_": "adapt_recipes.signals.rewards.GradientAlignment"},
         "multiuat": {"_component_": "adapt_recipes.signals.rewards.Uncertainty", "measure": "EntSent"},
     }
@@ -319,7 +322,10 @@ def test_mos_is_set_as_in_its_paper() -> None:
         assert values["lr_schedule"]["_component_"] == "adapt_recipes.training.schedule.linear"
         assert values.get("reward") == rewards.get(strategy)
         if strategy in rewards:
-            assert (values["mixture_update_every"], values["probe"]) == (100, {"examples": 64})
+            assert (values["mixture_update_every"], values["probe"]) == (
+                100,
+                {"examples": 16 if strategy.endswith("diff") else 64},
+            )
             assert values["mixture"] == scorer | (authors if strategy.startswith("mos") else paper)
             assert values["sampling"] == "example"
         else:
@@ -648,6 +654,33 @@ def test_shares_of_examples_for_a_fixed_mixture(tmp_path: Path, hub: Path) -> No
     options = ["budget.epochs=3", "validate_every=0", "checkpoint_every=0", "sampling=example"]
     done = finished(config, *tiny(config, hub), *options, output_dir=tmp_path / "run")
     assert done.summary["probabilities"] == dict.fromkeys(DATASETS, 0.25)
+
+
+@pytest.mark.parametrize("model", ["qwen1_5_0_5b", *slow_but([], ["gemma_2b", "llama3_8b"])])
+def test_the_base_model_with_vicunas_template(hub: Path, run: Runner, model: str) -> None:
+    """By the overrides that the header offers; here the base model is one without a template of its own."""
+    config = f"{model}_mos_diff_3ep"
+    header = WRITTEN[f"{config}.yaml"].partition("\n\n")[0]
+    download, *overrides = re.search(r"# Base: .*\n((?:#   .*\n)+)", header).group(1).replace("#", "").splitlines()
+    overrides = " ".join(overrides).split()
+    folder = Path(overrides[0].removeprefix("tokenizer.path="))
+    assert re.search(rf"^ +tune download \S+/{folder.name} --output-dir {folder}( |$)", download)
+    small = tiny(config, hub, batch_size=2)
+    Path("models").unlink()
+    shutil.copytree(hub / downloaded(model), folder)
+    (folder / "chat_template.jinja").unlink()
+    write_tokenizer(folder, eos_token="<end>", chat_template=None)
+    Path("yaml").symlink_to(ROOT / "yaml")
+    loaded = load(load_recipe("mos_full_finetune").Config, CONFIGS[config], [*small, *overrides])
+    with pytest.raises(ValueError, match=r"^tokenizer.path: "):
+        ChatTokenizer(folder)
+    tokenizer = loaded.tokenizer.build()
+    ids, [(first, end)] = tokenizer.encode(data.Conversation(messages("is it?", "yes"), (1,)))
+    text = AutoTokenizer.from_pretrained(folder).decode(ids)
+    assert text.startswith("A chat between") and text.endswith(" USER: is it? ASSISTANT: yes<end>")
+    done = run(config, *small, *overrides, "budget.tokens=12")
+    assert done.summary["mixture_updates"] == 1
+    assert "USER: " in AutoTokenizer.from_pretrained(done.folder / "model").chat_template
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
@@ -20,14 +21,16 @@ from adapt_recipes.signals import passes
 # What each reward reads, a name as often as it is read.
 READS = {
     "mos_cossim": ("train",),
-    "mos_diff": ("pool",),
+    "mos_diff": ("train", "base_losses"),
+    "mos_diff fixed": ("pool",),
     "multidds": ("validation", "train"),
     "multiuat": ("validation",) * 3,
     "hbo": ("train",),
 }
 SETTINGS = {
     "mos_cossim": {"sampling": "dataset"},
-    "mos_diff": {"sampling": "example"},
+    "mos_diff": {"sampling": "example", "reward.tokens": "all", "reward.examples": "fresh"},
+    "mos_diff fixed": {"reward.tokens": "answer", "reward.examples": "fixed"},
     "multiuat": {"reward.mc_samples": 3},
 }
 SEED, BUDGET, BATCH_SIZE, NUM_EXAMPLES = 3, 250, 8, 3
@@ -37,11 +40,12 @@ class Watched(NamedTuple):
     """A run, what its probes read, and what they should have measured.
 
     Attributes:
-        strategy: which it is.
+        strategy: which it is, with a word for its settings.
         config: its config.
         folder: the run directory.
         tasks: what it trains on.
-        read: of measuring the base model and of each update: supervised tokens in the model's forwards, and booked.
+        read: of measuring the base model and of each update: labels in the model's forwards, and supervised tokens that
+            are booked.
         rewards: of each update, what a reward of the test's own measures at the same weights.
     """
 
@@ -71,13 +75,20 @@ def num_supervised(examples: list[tuple[int, data.Example]]) -> int:
     return sum(int((example.labels != data.IGNORE_INDEX).sum()) for _, example in examples)
 
 
+def num_labels(examples: list[tuple[int, data.Example]], tokens: str) -> int:
+    """With which the model computes losses: at all positions but the last, which is supervised here, or at those."""
+    return sum(len(example.tokens) for _, example in examples) if tokens == "all" else num_supervised(examples)
+
+
 def watch(runs: Runs, strategy: str, folder: Path) -> Watched:
-    recipe = recipe_class(strategy)
+    name = strategy.split()[0]
+    recipe = recipe_class(name)
     measure_base_model, update_mixture = recipe.measure_base_model, recipe.update_mixture
     changes = {"seed": SEED, "budget.tokens": BUDGET, "validate_every": 0, "mixture_update_every": 2}
     changes |= SETTINGS.get(strategy, {})
-    config = runs.config(strategy, folder, **changes)
+    config = runs.config(name, folder, **changes)
     tasks = data.load_tasks(config.tasks, tokenizer=config.tokenizer.build(), max_seq_len=config.max_seq_len)
+    base: list[Any] = []
     watched = Watched(strategy, config, folder, tasks, [], [])
     given: dict[str, Any] = {}
 
@@ -93,21 +104,25 @@ def watch(runs: Runs, strategy: str, folder: Path) -> Watched:
         watched.read.append((in_forwards, self.ledger.probe_tokens - booked))
 
     def measure(self: Any) -> None:
+        base.append(copy.deepcopy(self.model))
         if "pool" in READS[strategy]:
             given["base_losses"] = passes.example_losses(self.model, watched.batches("pool", 0))
         count(measure_base_model, self)
 
     def update(self: Any) -> None:
         reward = config.reward.build(task_names=[task.name for task in tasks], model=self.model)
-        for name in READS[strategy]:
-            given[name] = watched.batches(name, len(watched.rewards))
+        for source in READS[strategy]:
+            if source == "base_losses":
+                given[source] = passes.example_losses(base[0], given["train"], tokens=reward.tokens)
+            else:
+                given[source] = watched.batches(source, len(watched.rewards))
         watched.rewards.append(reward(**given))
         count(update_mixture, self)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(recipe, "measure_base_model", measure)
         patched.setattr(recipe, "update_mixture", update)
-        assert runs.run(strategy, folder, **changes) == 0
+        assert runs.run(name, folder, **changes) == 0
     return watched
 
 
@@ -122,12 +137,15 @@ def watched(runs: Runs, tmp_path_factory: pytest.TempPathFactory, request: pytes
 
 def test_probe_tokens_are_what_the_reward_reads(watched: Watched) -> None:
     """In the model, in the ledger and in the log it is what the data says."""
-    reads = READS[watched.strategy]
-    base = num_supervised(watched.examples("pool", 0)) if "pool" in reads else 0
+    # The base model's losses are of the training examples.
+    reads = [name.replace("base_losses", "train") for name in READS[watched.strategy]]
+    tokens = watched.config.reward.arguments.get("tokens", "answer")
     num_updates = range(len(watched.rewards))
-    updates = [sum(num_supervised(watched.examples(name, update)) for name in reads) for update in num_updates]
+    examples = [watched.examples("pool", 0) if "pool" in reads else []]
+    examples += [[each for name in reads for each in watched.examples(name, update)] for update in num_updates]
+    base, *updates = map(num_supervised, examples)
     assert len(updates) >= 2
-    assert watched.read == [(tokens, tokens) for tokens in (base, *updates)]
+    assert watched.read == [(num_labels(each, tokens), num_supervised(each)) for each in examples]
 
     validation = num_supervised(data.validation_examples(watched.tasks))
     logged = [event["probe_tokens"] for event in events(watched.folder) if event["event"] == "mixture"]
@@ -193,7 +211,7 @@ def test_a_base_model_that_nothing_is_relative_to_is_not_read(runs: Runs, tmp_pa
 
 def test_base_losses_from_the_cache_are_booked_all_the_same(runs: Runs, tmp_path: Path) -> None:
     shutil.rmtree(runs.cache / "base_losses", ignore_errors=True)
-    first, again = (watch(runs, "mos_diff", tmp_path / name) for name in ("first", "again"))
+    first, again = (watch(runs, "mos_diff fixed", tmp_path / name) for name in ("first", "again"))
     (tokens, booked), *updates = first.read
     assert tokens == booked > 0 and again.read == [(0, booked), *updates]
     assert_same_run(again.folder, first.folder)
@@ -201,10 +219,9 @@ def test_base_losses_from_the_cache_are_booked_all_the_same(runs: Runs, tmp_path
 
 @pytest.mark.slow
 def test_what_a_specialist_changes(run: Runner) -> None:
-    """Similarity is with its task alone, or its difficulty counts twice; the rest is as it was."""
-    still = ("mixture.learning_rate=0", "tasks.num_validation_rows=16")
+    """Similarity is with its task alone, or its difficulty counts twice; the rest stays, until mixtures differ."""
     cossim, spec_cossim, diff, spec_diff = (
-        run(f"tiny_{name}", *still, folder=name).events("mixture")[-1]["rewards"]
+        run(f"tiny_{name}", "tasks.num_validation_rows=16", folder=name).events("mixture")[1]["rewards"]
         for name in ("mos_cossim", "mospec_cossim", "mos_diff", "mospec_diff")
     )
     assert spec_diff == diff | {"facts_512": 2 * diff["facts_512"]}
@@ -213,7 +230,7 @@ def test_what_a_specialist_changes(run: Runner) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", READS)
+@pytest.mark.parametrize("strategy", [each for each in READS if " " not in each])
 def test_rewards_in_every_precision(runs: Runs, tmp_path: Path, strategy: str) -> None:
     """Measured after one step, so that the weights are nearly the same."""
 
@@ -278,7 +295,7 @@ def test_a_reward_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Path
     last, validation, reading = done.events("mixture")[-1], 7 * 256, 7 * 8  # tokens: one a row
     assert last["rewards"] == dict.fromkeys(last["rewards"], 1.0) | {"facts_64": 4.0}
     p = done.summary["probabilities"]
-    assert p["facts_64"] > 1 / 7 + 0.01 and all(p[name] < 1 / 7 for name in p if name != "facts_64")
+    assert p["facts_64"] > 1 / 7 + 0.003 and all(p[name] < 1 / 7 for name in p if name != "facts_64")
     assert done.summary["probe_tokens"] == reading + 2 * 4 * reading
     assert done.summary["validation_tokens"] == 2 * validation
 

@@ -626,10 +626,14 @@ ENDED_AS_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "a loss that is not finite": ("uniform", INFINITE, "step 4: the loss of training example 5 of task 'c' is not"),
     "a base model that is not finite": (
         "mos_diff",
-        INFINITE | {"probe.examples": 64},
+        INFINITE | {"probe.examples": 64, "reward.examples": "fixed"},
         "step 0: the loss of an example of task 'c' in the pool is not finite",
     ),
-    "a reward below 0": ("mos_cossim", {"reward": "test_processes.Negative"}, "mixture.form: paper needs rewards >= 0"),
+    "a reward below 0": (
+        "mos_cossim",
+        {"reward": "test_processes.Negative", "mixture.form": "paper"},
+        "mixture.form: paper needs rewards >= 0",
+    ),
     "a folder with a run": ("uniform", {"resume": "false", "output_dir": "USED"}, "output_dir: "),
 }
 

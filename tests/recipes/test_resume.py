@@ -30,6 +30,7 @@ from running import (
 from tiers import slow_but
 
 from adapt_recipes.config import FREE_AT_RESUME
+from adapt_recipes.models import HuggingFaceCheckpointer
 from adapt_recipes.run import Run
 from adapt_recipes.strict import marked
 from adapt_recipes.training.rng import rng_state
@@ -43,7 +44,16 @@ TOKENS = {"batch_size": "null", "batch_tokens": 21}
 ONE_OF_EACH_RECIPE = ["adapt_planned", "mos_diff", "uniform"]
 # What a run carries along from one update to the next, besides that.
 CARRYING: list[tuple[str, dict[str, Any]]] = [
-    ("mos_cossim", {"mixture.optimizer": "adam", "mixture.ema_decay": 0.5}),
+    (
+        "mos_cossim",
+        {
+            "mixture.form": "paper",
+            "mixture.optimizer": "adam",
+            "mixture.learning_rate": 0.05,
+            "mixture.ema_decay": 0.5,
+        },
+    ),
+    ("mos_diff", {"reward.examples": "fixed", "reward.tokens": "answer"}),
     ("mos_diff", {"sampling": "dataset", "mixture.floor": 0.1}),
     ("multiuat", {"reward.mc_samples": 2}),
     ("adapt", {"mixture.reference": "asymptote", "mixture_update_every": 1}),
@@ -119,6 +129,25 @@ def test_stopped_before_a_step(runs: Runs, tmp_path: Path, strategy: str, change
         state["run"] = {name: value for name, value in state["run"].items() if "seconds" not in name}
     for part in ("model", "optimizer", "groups", "rng", *states[1]["states"]):
         torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0, equal_nan=True)
+
+
+def test_fresh_examples_after_a_resume_from_a_folder_of_weights(runs: Runs, tmp_path: Path) -> None:
+    """The base model is read from its folder again, and not from the checkpoint; other runs read it only once."""
+    changes = {"checkpointer.checkpoint_dir": runs.whole("uniform") / "model", "validate_every": 0}
+    assert runs.run("mos_diff", tmp_path / "expected", **changes) == 0
+    runs.stop("mos_diff", tmp_path / "run", after=7, **changes)
+    loaded = []
+    load = HuggingFaceCheckpointer.load
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(HuggingFaceCheckpointer, "load", lambda self: loaded.append(self) or load(self))
+        assert runs.run("mos_diff", tmp_path / "run", **changes) == 0
+        assert len(loaded) == 1
+        runs.stop("mos_cossim", tmp_path / "other", after=7, **changes)
+        assert runs.run("mos_cossim", tmp_path / "other", **changes) == 0
+        assert len(loaded) == 2
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
+    rewards = [event["rewards"] for event in events(tmp_path / "run") if "rewards" in event]
+    assert len(rewards) >= 3 and all(abs(each["a"] - 1) > 1e-4 for each in rewards[1:])
 
 
 class MostLost:
@@ -539,6 +568,7 @@ def test_validation_does_not_touch_the_training(runs: Runs, tmp_path: Path, stra
         ("adapt_planned", {}),
         ("mos_cossim", {}),
         ("mos_diff", {}),
+        ("mos_diff", {"reward.examples": "fixed"}),
         ("multidds", {}),
         ("multiuat", {"reward.mc_samples": 2}),
         ("hbo", {}),

@@ -28,12 +28,16 @@ def assert_same_training(one: Run, other: Run) -> None:
     ("config", "still"),
     [
         ("tiny_adapt", ["mixture.meta_lr=0"]),
-        ("tiny_mos_diff", ["mixture.learning_rate=0"]),
+        ("tiny_mos_diff", ["mixture.form=paper", "mixture.learning_rate=0"]),
         pytest.param("tiny_dro", ["mixture.sharpness=0"], marks=pytest.mark.slow),
-        pytest.param("tiny_mos_cossim", ["mixture.learning_rate=0"], marks=pytest.mark.slow),
+        pytest.param("tiny_mos_cossim", ["mixture.form=paper", "mixture.learning_rate=0"], marks=pytest.mark.slow),
         pytest.param("tiny_multidds", ["mixture.learning_rate=0"], marks=pytest.mark.slow),
         pytest.param("tiny_multiuat", ["mixture.learning_rate=0", "reward.mc_samples=3"], marks=pytest.mark.slow),
-        pytest.param("tiny_hbo", ["mixture.learning_rate=0"], marks=pytest.mark.slow),
+        pytest.param(
+            "tiny_hbo",
+            ["mixture.form=paper", "mixture.learning_rate=0", "mixture.prior=uniform"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_mixture_that_stands_still_is_uniform_bit_for_bit(run: Runner, config: str, still: list[str]) -> None:

@@ -95,8 +95,9 @@ def test_a_step_is_one_forward_without_padding_and_the_head_sees_supervised_posi
         # Losses; gradient of the objective; two for the finite differences, for which the weights are copied once.
         ("tiny_adapt", 0, 4, 1),
         ("tiny_adapt_planned", 0, 1, 0),
-        # The losses of the base model.
-        ("tiny_mos_diff", 1, 1, 0),
+        # The losses of the base model, at the start, or of other examples in each update, with its weights and back.
+        ("tiny_mos_diff reward.tokens=answer reward.examples=fixed", 1, 1, 0),
+        ("tiny_mos_diff reward.tokens=answer", 0, 2, 2),
     ],
 )
 def test_an_update_is_so_many_forwards(
@@ -106,7 +107,7 @@ def test_an_update_is_so_many_forwards(
         run("tiny_uniform", folder="uniform")
     # The losses of the base model may be in the cache that tests share.
     with Work().watch() as counts:
-        summary = run(config, f"tasks.cache_dir={tmp_path / 'cache'}").summary
+        summary = run(*config.split(), f"tasks.cache_dir={tmp_path / 'cache'}").summary
     updates = summary["mixture_updates"]
     assert updates == 2
     assert counts["forwards, train"] == STEPS and counts["tokens, train"] == summary["computed_tokens"]

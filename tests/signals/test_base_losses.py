@@ -13,7 +13,7 @@ from tiny import alone, batched, tiny_examples, tiny_model
 
 from adapt_recipes.data import IGNORE_INDEX, MicroBatch
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.signals import BaseLosses, base_losses, passes
+from adapt_recipes.signals import BaseLosses, BaseWeights, base_losses, passes
 
 EXAMPLES = tiny_examples(seed=4)
 
@@ -23,9 +23,11 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def measure(model: TokenLosses, pool: list[MicroBatch], *, cache_dir: Path) -> torch.Tensor:
+def measure(
+    model: TokenLosses, pool: list[MicroBatch], *, cache_dir: Path, tokens: passes.Tokens = "answer"
+) -> torch.Tensor:
     losses = BaseLosses()
-    losses.measure(model, pool, cache_dir=cache_dir)
+    losses.measure(model, pool, cache_dir=cache_dir, tokens=tokens)
     return losses.values
 
 
@@ -69,6 +71,11 @@ def other_rows(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
     rows.copy_(rows.flip(0))
 
 
+def other_lengths(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
+    """A last token of 0 that is not supervised looks like padding."""
+    pool[-1].lengths[0] += 1
+
+
 def other_precision(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
     model.compute_dtype = torch.bfloat16
 
@@ -97,6 +104,7 @@ def other_torch(model: TokenLosses, pool: list[MicroBatch], patch: Any) -> None:
         other_token,
         other_label,
         other_rows,
+        other_lengths,
         other_precision,
         other_weights_dtype,
         other_number_of_threads,
@@ -122,6 +130,15 @@ def test_another_cut_into_batches_gives_another_entry(tmp_path: Path) -> None:
     for max_tokens in (1, 40):
         measure(tiny_model(), batched(EXAMPLES, max_tokens=max_tokens), cache_dir=tmp_path)
     assert len(entries(tmp_path)) == 2
+
+
+def test_losses_of_all_tokens_have_another_entry(tmp_path: Path) -> None:
+    model, pool = tiny_model(), batched(EXAMPLES)
+    answers = measure(model, pool, cache_dir=tmp_path)
+    both = measure(model, pool, cache_dir=tmp_path, tokens="all")
+    assert len(entries(tmp_path)) == 2 and not torch.equal(answers, both)
+    assert torch.equal(both, passes.example_losses(model, pool, tokens="all"))
+    assert torch.equal(both, measure(without_forward(model), pool, cache_dir=tmp_path, tokens="all"))
 
 
 @pytest.mark.parametrize(
@@ -198,3 +215,36 @@ def test_nothing_half_written_stays(error: BaseException, tmp_path: Path, monkey
     (file,) = entries(tmp_path)
     assert len({file.name, *names}) == 3, "two runs at a time do not write into one file"
     assert all(name.startswith(file.stem) for name in names)
+
+
+# ---- the base model's weights
+
+
+@pytest.mark.parametrize("adapters", [None, 0.0], ids=["whole model", "adapters"])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_model_becomes_the_base_model_and_is_restored(adapters: float | None, raises: bool) -> None:
+    """Bit for bit, however often, and also when something raises. Weights that are not trained are not copied."""
+    model, pool = tiny_model(lora_dropout=adapters), batched(EXAMPLES)
+    trained = [(name, each) for name, each in model.named_parameters() if adapters is None or "lora" in name]
+    model.requires_grad_(False)
+    for _, parameter in trained:
+        parameter.requires_grad_()
+    expected, base = passes.example_losses(model, pool), BaseWeights(model)
+    assert len(base._weights) == len(trained)
+    for update in (1, 2):
+        with torch.no_grad():
+            for _, parameter in trained:
+                parameter.add_(update * 0.1 * torch.randn_like(parameter))
+        before = {name: each.detach().clone() for name, each in model.named_parameters()}
+        trained[0][1].grad = torch.ones_like(trained[0][1])
+        now = passes.example_losses(model, pool)
+        try:
+            with base.loaded_into(model):
+                assert torch.equal(passes.example_losses(model, pool), expected)
+                if raises:
+                    raise RuntimeError
+        except RuntimeError:
+            assert raises
+        assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+        assert torch.equal(passes.example_losses(model, pool), now) and not torch.equal(now, expected)
+        assert (trained[0][1].grad == 1).all() and all(each.grad is None for _, each in trained[1:])

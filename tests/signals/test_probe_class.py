@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapt_recipes.budget import Ledger
 from adapt_recipes.data import IGNORE_INDEX, Example, Examples, MicroBatch, Task
-from adapt_recipes.signals import Probe, passes
+from adapt_recipes.signals import BaseWeights, Probe, passes
 
 COUNTS = {"train": (3, 1, 4, 2), "validation": (2, 3, 0, 1), "pool": (2, 3, 1, 3)}  # examples per task
 EXAMPLES = {name: tiny_examples(counts, seed=seed) for seed, (name, counts) in enumerate(COUNTS.items())}
@@ -135,6 +135,28 @@ def test_base_losses_come_with_the_pool_alone() -> None:
     assert read(probe) == tokens("train")
 
 
+def test_base_losses_of_other_examples_are_counted_and_of_the_base_model() -> None:
+    """With ``base_losses`` beside ``train`` these are read twice, and the reward is given both."""
+
+    class Fresh:
+        reads = ("train", "base_losses")
+
+        def __call__(self, *, train: Any, base_losses: Tensor) -> Tensor:
+            assert train == BATCHES["train"]
+            return passes.task_means(base_losses, train, len(NAMES))
+
+    probe = make_probe()
+    base, expected = BaseWeights(probe.model), passes.example_losses(probe.model, BATCHES["train"], tokens="all")
+    with torch.no_grad():
+        for parameter in probe.model.parameters():
+            parameter.mul_(1.5)
+    losses = probe.base_losses(base, BATCHES["train"], tokens="all")
+    assert torch.equal(losses, expected) and read(probe) == tokens("train")
+    rewards = probe.rewards(Fresh(), BATCHES, base_losses=losses)
+    assert torch.equal(rewards, passes.task_means(expected, BATCHES["train"], len(NAMES)))
+    assert read(probe) == tokens("train", "train")
+
+
 # ---- what is not finite
 
 
@@ -175,13 +197,17 @@ FATAL = 40
             "the loss of training example 1 of task 'b'",
         ),
         (
+            lambda probe, batches: probe.base_losses(BaseWeights(probe.model), batches, tokens="all"),
+            "the loss of training example 1 of task 'b'",
+        ),
+        (
             lambda probe, batches: probe.gradient_dots(
                 batches, [torch.ones_like(p) for p in probe.model.parameters()], estimator="backward", dtype="fp32"
             ),
             "the gradient of training examples of task 'b'",
         ),
     ],
-    ids=["losses", "scores", "test scores", "gradient", "gradient of training", "dots"],
+    ids=["losses", "scores", "test scores", "gradient", "gradient of training", "base losses", "dots"],
 )
 def test_what_is_not_finite_ends_in_one_line(measure: Any, said: str) -> None:
     """It names the step, the task and, where there is one, the example."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import NAMES, VOCAB, alone, batched, likeliest, tiny_examples, tiny_model
 
-from adapt_recipes.data import IGNORE_INDEX
+from adapt_recipes.data import IGNORE_INDEX, Example
+from adapt_recipes.data.packing import pack_rows
 from adapt_recipes.signals import passes
 
 NUM_TASKS = len(NAMES)
@@ -24,15 +26,24 @@ def skewed(p, entropy):
 MEASURED = {
     "task_embeddings": lambda model, batches: passes.task_embeddings(model, batches, NUM_TASKS),
     "example_losses": passes.example_losses,
+    "losses of all tokens": partial(passes.example_losses, tokens="all"),
     "example_uncertainties": lambda model, batches: passes.example_uncertainties(model, batches, skewed),
 }
 
 
+def with_all_labels(example):
+    """The same example, in which every token but the first is supervised, and the last label if it was."""
+    labels = [*example.tokens[1:].tolist(), int(example.labels[-1])]
+    assert all(old in (new, IGNORE_INDEX) for old, new in zip(example.labels.tolist(), labels, strict=True))
+    return Example(example.tokens, torch.tensor(labels))
+
+
 def by_hand(model):
     """The same, one example after the other."""
-    states, losses, values = [], [], []
+    states, losses, of_all, values = [], [], [], []
     for _, example in EXAMPLES:
         loss, logits, hidden = alone(model, example)
+        of_all.append(alone(model, with_all_labels(example))[0].double().mean())
         states.append(hidden.double().mean(0))
         losses.append(loss.double().mean())
         values.append(skewed(*(torch.tensor(each, dtype=torch.float64) for each in likeliest(logits))))
@@ -41,6 +52,7 @@ def by_hand(model):
     return {
         "task_embeddings": torch.stack(embeddings).detach(),
         "example_losses": torch.stack(losses).detach(),
+        "losses of all tokens": torch.stack(of_all).detach(),
         "example_uncertainties": torch.stack(values),
     }
 
@@ -55,6 +67,28 @@ def test_single_examples_by_hand(name, max_tokens) -> None:
     values = MEASURED[name](model, batched(EXAMPLES, max_tokens=max_tokens))
     assert values.dtype == torch.float64 and not values.requires_grad
     torch.testing.assert_close(values, by_hand(model)[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last supervised", "last not supervised"])
+def test_losses_of_all_tokens_of_rows_that_share_their_beginning(last) -> None:
+    """The shared tokens are computed once, and counted in each row: as each row alone, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    shared, examples = torch.randint(VOCAB, (9,), generator=generator), []
+    for length in (2, 4, 5, 5):
+        rendered = torch.cat([shared, torch.randint(VOCAB, (length + 1,), generator=generator)])
+        labels = torch.where(torch.arange(len(rendered) - 1) < 9, IGNORE_INDEX, rendered[1:])
+        if not last:
+            labels[-1] = IGNORE_INDEX
+        examples.append((0, Example(rendered[:-1], labels)))
+    (batch,) = batched(examples, max_tokens=1000)
+    assert len(pack_rows(batch.tokens, batch.lengths).tokens) < int(batch.lengths.sum())
+    expected, plain = [], tiny_model().double().eval()
+    for _, example in examples:
+        log_p = plain.decoder(example.tokens[None])[0].double().log_softmax(-1)
+        following = [*example.tokens[1:].tolist(), *([int(example.labels[-1])] if last else [])]
+        expected.append(-log_p[range(len(following)), following].mean())
+    losses = passes.example_losses(tiny_model(), [batch], tokens="all")
+    torch.testing.assert_close(losses, torch.stack(expected).detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -101,6 +135,37 @@ def test_a_measure_is_given_the_likeliest_tokens_and_the_entropies_in_order() ->
         for part, wanted in zip(found[0], expected, strict=True):
             assert part.dtype == torch.float64
             torch.testing.assert_close(part, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("raise_at", [None, 1, 3])
+def test_gradients_of_single_examples_leave_everything_as_it_was(raise_at) -> None:
+    """One backward pass per example, each in eval mode; the blank row of a process without examples is none."""
+    model, batches = tiny_model(attn_dropout=0.2), batched(EXAMPLES)
+    model.decoder.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    parameters = list(model.parameters())
+    parameters[0].grad = torch.full_like(parameters[0], 7.0)
+    seen, generator = [], torch.get_rng_state()
+
+    def restless(module, arguments):
+        seen.append((tuple(arguments[0].shape), any(module.training for module in model.modules())))
+        torch.rand(3)
+        if len(seen) == raise_at:
+            raise RuntimeError("out of memory")
+
+    hook = model.register_forward_pre_hook(restless)
+    if raise_at is None:
+        norms = passes.example_gradient_norms(model, batches)
+        assert seen == [((1, len(example.tokens)), False) for _, example in EXAMPLES]
+        hook.remove()
+        blank = batches[0]._replace(labels=torch.full_like(batches[0].labels, IGNORE_INDEX))
+        assert torch.equal(passes.example_gradient_norms(model, [blank, *batches]), norms) and norms.min() > 0
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            passes.example_gradient_norms(model, batches)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert (parameters[0].grad == 7).all() and all(parameter.grad is None for parameter in parameters[1:])
 
 
 def test_task_means_are_over_examples_not_over_tokens() -> None:
@@ -230,4 +295,4 @@ def test_what_fsdp_has_gathered_is_dropped_after_every_forward() -> None:
     model.reshard = counted("reshards")
     for measured in MEASURED.values():
         measured(model, batched(EXAMPLES))
-    assert calls.forwards == calls.reshards == 3 * len(batched(EXAMPLES))
+    assert calls.forwards == calls.reshards == len(MEASURED) * len(batched(EXAMPLES))

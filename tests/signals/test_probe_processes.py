@@ -14,7 +14,7 @@ from torchtune.models.llama3_2 import llama3_2
 
 from adapt_recipes.data import IGNORE_INDEX, Example, MicroBatch, micro_batches
 from adapt_recipes.models import TokenLosses
-from adapt_recipes.signals import passes, rewards
+from adapt_recipes.signals import BaseWeights, passes, rewards
 from adapt_recipes.training.process_group import process_group, rank, world_size
 from adapt_recipes.training.sharding import full_tensor, shard, to_local
 
@@ -86,6 +86,7 @@ def measure(model: nn.Module) -> dict[str, Any]:
     """Everything, as whole tensors. It leaves the weights as they were, to the bit."""
     validation, train, pool = make_batches(VALIDATION), make_batches(TRAIN), make_batches(POOL)
     before = [to_local(parameter).detach().clone() for parameter in model.parameters()]
+    base = BaseWeights(model)
     v = passes.loss_gradient(model, validation, WEIGHTS)
     measured: dict[str, Any] = {
         "losses": passes.task_losses(model, validation, N),
@@ -95,12 +96,21 @@ def measure(model: nn.Module) -> dict[str, Any]:
         "dots by backward": passes.gradient_dots_by_backward(model, train, v, N),
         "embeddings": passes.task_embeddings(model, validation, N),
         "example losses": passes.example_losses(model, pool),
+        "losses of all tokens": passes.example_losses(model, pool, tokens="all"),
+        "gradient norms": passes.example_gradient_norms(model, train),
+        "gradient norms of all tokens": passes.example_gradient_norms(model, pool, tokens="all"),
         "uncertainties": passes.example_uncertainties(model, validation, rewards.MEASURES["EntSent"]),
     }
+    arguments: dict[str, Any] = {"task_names": TASKS, "model": model}
     with passes.stepped(model, v, -0.05):
         measured["losses ahead"] = passes.task_losses(model, validation, N)
         measured["embeddings ahead"] = passes.task_embeddings(model, train, N)
-    arguments: dict[str, Any] = {"task_names": TASKS, "model": model}
+        with base.loaded_into(model):
+            measured["base losses"] = passes.example_losses(model, pool)
+            assert torch.equal(measured["base losses"], measured["example losses"])
+        measured["fresh"] = rewards.PerplexityRatio(**arguments, examples="fresh")(
+            train=pool, base_losses=measured["base losses"]
+        )
     base_losses = measured["example losses"] + torch.arange(len(measured["example losses"])) / 10
     measured |= {
         "CosineSimilarity": rewards.CosineSimilarity(**arguments)(train=train),
@@ -160,6 +170,11 @@ def test_the_processes_differ_in_what_they_bring(ended: list[dict[str, Any]]) ->
         "embeddings",
         "embeddings ahead",
         "example losses",
+        "losses of all tokens",
+        "base losses",
+        "fresh",
+        "gradient norms",
+        "gradient norms of all tokens",
         "uncertainties",
         "CosineSimilarity",
         "MoSpec",

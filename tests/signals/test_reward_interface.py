@@ -48,7 +48,13 @@ def reads(what: Any, kind: type[Mine] = Mine) -> Mine:
 
 
 @pytest.mark.parametrize(
-    "reward", [Mine(), reads(("validation",) * 30, Reading), reads(("pool", "validation", "train"), Reading)]
+    "reward",
+    [
+        Mine(),
+        reads(("validation",) * 30, Reading),
+        reads(("pool", "validation", "train"), Reading),
+        reads(("base_losses", "train"), Reading),
+    ],
 )
 def test_a_reward_that_will_do(reward: Mine) -> None:
     check_reward(reward, LEARNS)
@@ -63,7 +69,14 @@ def test_neither_a_reward_nor_one_to_learn_from() -> None:
     check_reward(None, DOES_NOT)
 
 
-CALLABLE = "has to be callable, with `reads`, a tuple out of train, validation, pool"
+def tokens(what: Any) -> Mine:
+    reward = Mine()
+    reward.tokens = what  # type: ignore[attr-defined]
+    return reward
+
+
+BASE = "reward: Mine reads 'base_losses', which is for `reads` with 'train' and without 'pool'"
+CALLABLE = "has to be callable, with `reads`, a tuple out of train, validation, pool, base_losses"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +94,12 @@ CALLABLE = "has to be callable, with `reads`, a tuple out of train, validation, 
         (reads(["train"]), LEARNS, f"reward: Mine {CALLABLE}"),
         (reads("train"), LEARNS, f"reward: Mine {CALLABLE}"),
         (reads(("train", "validaton")), LEARNS, "reward: Mine reads 'validaton'; did you mean 'validation'?"),
-        (reads(("test",)), LEARNS, "reward: Mine reads 'test'; allowed: train, validation, pool"),
-        (reads((3,)), LEARNS, "reward: Mine reads 3; allowed: train, validation, pool"),
+        (reads(("test",)), LEARNS, "reward: Mine reads 'test'; allowed: train, validation, pool, base_losses"),
+        (reads(("base_losses", "validation")), LEARNS, f"{BASE}: they are of these examples"),
+        (reads(("train", "pool", "base_losses")), LEARNS, f"{BASE}: the pool comes with its own"),
+        (tokens("al"), LEARNS, "reward: Mine.tokens: 'al'; did you mean 'all'?"),
+        (tokens(None), LEARNS, "reward: Mine.tokens: None; allowed: answer, all"),
+        (reads((3,)), LEARNS, "reward: Mine reads 3; allowed: train, validation, pool, base_losses"),
     ],
 )
 def test_a_reward_that_will_not_do_is_named(reward: Any, mixture: Any, message: str) -> None:
@@ -96,3 +113,5 @@ def test_a_reward_that_does_not_take_what_it_is_given() -> None:
         check_reward(reads(("pool", "pool", "train")), LEARNS)
     cannot = "reward: Mine.__call__ cannot take pool, train, base_losses by name"
     assert str(error.value) == f"{cannot}: got an unexpected keyword argument 'pool'"
+    with pytest.raises(ValueError, match="cannot take train, base_losses by name: got an unexpected .* 'base_losses'"):
+        check_reward(reads(("train", "base_losses")), LEARNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections import Counter
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from adapt_recipes.data import IGNORE_INDEX, Example
+from adapt_recipes.signals import passes
 from adapt_recipes.signals.rewards import (
     MEASURES,
     CosineSimilarity,
@@ -37,27 +39,48 @@ EVERY = [
     (CosineSimilarity, {"specialist": "b"}),
     (PerplexityRatio, {}),
     (PerplexityRatio, {"specialist": "d"}),
+    (PerplexityRatio, {"tokens": "all"}),
+    (PerplexityRatio, {"examples": "fresh"}),
     (GradientAlignment, {}),
     *((Uncertainty, {"measure": measure}) for measure in MEASURES),
     (GradientNorm, {}),
+    (GradientNorm, {"tokens": "all"}),
 ]
 every_reward = pytest.mark.parametrize(
     ("kind", "arguments"), EVERY, ids=[" ".join([kind.__name__, *arguments.values()]) for kind, arguments in EVERY]
 )
 
 
+def of_base(reward):
+    """Of which examples a reward is given the base model's losses."""
+    return "train" if "base_losses" in reward.reads else "pool"
+
+
 def read(reward, batches, base_losses):
     """Call a reward with what it reads, as the recipe does."""
-    base = {"base_losses": base_losses} if "pool" in reward.reads else {}
-    return reward(**{name: batches[name] for name in reward.reads}, **base)
+    base = {"base_losses": base_losses} if {"pool", "base_losses"} & set(reward.reads) else {}
+    return reward(**{name: batches[name] for name in reward.reads if name != "base_losses"}, **base)
 
 
 def measured(kind, arguments, *, examples=EXAMPLES, model=None, names=NAMES, max_tokens=40):
     """A reward on these examples; the base model's losses are those of another tiny model."""
     model = model or tiny_model()
     batches = {name: batched(each, max_tokens=max_tokens) for name, each in examples.items()}
-    base_losses = torch.stack([alone(tiny_model(seed=7), example)[0].mean() for _, example in examples["pool"]])
-    return read(kind(task_names=names, model=model, **arguments), batches, base_losses.double().detach())
+    reward, base = kind(task_names=names, model=model, **arguments), tiny_model(seed=7).double()
+    tokens = arguments.get("tokens", "answer")
+    base_losses = torch.stack([losses_alone(base, example, tokens).mean() for _, example in examples[of_base(reward)]])
+    return read(reward, batches, base_losses.detach())
+
+
+def losses_alone(model, example, tokens):
+    """Plain cross-entropies of one example."""
+    logits = model.eval().decoder(example.tokens[None])[0].double()
+    labels = example.labels.clone()
+    if tokens == "all":
+        hidden = (labels == IGNORE_INDEX) & (torch.arange(len(labels)) < len(labels) - 1)
+        labels[hidden] = example.tokens[1:][hidden[:-1]]
+    kept = labels != IGNORE_INDEX
+    return -logits.log_softmax(-1)[kept, labels[kept]]
 
 
 def means_by_task(split, values):
@@ -98,21 +121,56 @@ def test_cosine_similarity(specialist) -> None:
     assert_close(measured(CosineSimilarity, {"specialist": specialist}), expected)
 
 
+@pytest.mark.parametrize("examples", ["fixed", "fresh"])
+@pytest.mark.parametrize("tokens", ["answer", "all"])
 @pytest.mark.parametrize("specialist", [None, "d"])
-def test_perplexity_ratio(specialist) -> None:
+def test_perplexity_ratio(specialist, tokens, examples) -> None:
     """(9) and (10). MoSpec: the specialist's counts twice."""
 
     def perplexity(model, example):
-        log_p = alone(model, example)[1].double().log_softmax(-1)
-        labels = example.labels[example.labels != IGNORE_INDEX]
-        return math.prod(log_p[range(len(labels)), labels].exp().tolist()) ** (-1 / len(labels))
+        return losses_alone(model, example, tokens).mean().exp().item()
 
-    model, base = tiny_model(), tiny_model(seed=7)
-    ratios = [perplexity(model, example) / perplexity(base, example) for _, example in EXAMPLES["pool"]]
-    expected = means_by_task("pool", ratios)
+    model, base = tiny_model().double(), tiny_model(seed=7).double()
+    split = "train" if examples == "fresh" else "pool"
+    ratios = [perplexity(model, example) / perplexity(base, example) for _, example in EXAMPLES[split]]
+    expected = means_by_task(split, ratios)
     if specialist is not None:
         expected[NAMES.index(specialist)] *= 2
-    assert_close(measured(PerplexityRatio, {"specialist": specialist}), expected)
+    arguments = {"specialist": specialist, "tokens": tokens, "examples": examples}
+    assert_close(measured(PerplexityRatio, arguments), expected)
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_fresh_examples_are_measured_as_fixed_ones(tokens) -> None:
+    """On the same examples; and of the base model itself every ratio is 1."""
+    model, batches = tiny_model(), batched(EXAMPLES["pool"])
+    rewards = {
+        examples: PerplexityRatio(task_names=NAMES, model=model, tokens=tokens, examples=examples)
+        for examples in ("fixed", "fresh")
+    }
+    base_losses = passes.example_losses(model, batches, tokens=tokens)
+    assert (rewards["fresh"](train=batches, base_losses=base_losses) == 1).all()
+    base_losses = base_losses + torch.linspace(-1, 1, len(base_losses))
+    fixed, fresh = (
+        rewards["fixed"](pool=batches, base_losses=base_losses),
+        rewards["fresh"](train=batches, base_losses=base_losses),
+    )
+    assert torch.equal(fixed, fresh) and fixed.unique().numel() == NUM_TASKS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": "answers"}, "reward.tokens: 'answers'; did you mean 'answer'?"),
+        ({"tokens": "prompt"}, "reward.tokens: 'prompt'; allowed: answer, all"),
+        ({"examples": "fixd"}, "reward.examples: 'fixd'; did you mean 'fixed'?"),
+        ({"examples": 16}, "reward.examples: 16; allowed: fixed, fresh"),
+    ],
+)
+def test_what_perplexity_ratio_refuses(arguments, message) -> None:
+    with pytest.raises(ValueError) as error:
+        PerplexityRatio(task_names=NAMES, model=tiny_model(), **arguments)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -127,13 +185,29 @@ def test_gradient_alignment(frozen) -> None:
     assert_close(measured(GradientAlignment, {}, model=model), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", ["answer", "all"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_norm(frozen) -> None:
-    """(c), of the weights that are trained."""
+def test_gradient_norm(frozen, tokens) -> None:
+    """(c), of the weights that are trained, against autograd in float64. It is not the norm of the mean gradient."""
     model = tiny_model()
     model.decoder.layers.requires_grad_(not frozen)
-    expected = [task_gradient(model, "train", task).square().sum().sqrt() for task in TASKS]
-    assert_close(measured(GradientNorm, {}, model=model), expected, rtol=1e-4)
+    plain = copy.deepcopy(model).double()
+    parameters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    norms = []
+    for _, example in EXAMPLES["train"]:
+        gradients = torch.autograd.grad(losses_alone(plain, example, tokens).mean(), parameters)
+        norms.append(math.sqrt(sum(float(part.square().sum()) for part in gradients)))
+    rewards = measured(GradientNorm, {"tokens": tokens}, model=model)
+    assert_close(rewards, means_by_task("train", norms), rtol=1e-4)
+    if tokens == "answer":
+        of_mean = torch.stack([task_gradient(model, "train", task).square().sum().sqrt() for task in TASKS])
+        assert (rewards > of_mean * 1.02).sum() >= 3, "but for a task with one example"
+
+
+def test_what_gradient_norm_refuses() -> None:
+    with pytest.raises(ValueError) as error:
+        GradientNorm(task_names=NAMES, model=tiny_model(), tokens="anser")
+    assert str(error.value) == "reward.tokens: 'anser'; did you mean 'answer'?"
 
 
 # p: of the likeliest token at each position; e: the entropies.
@@ -180,7 +254,8 @@ def test_a_measurement_repeats_and_leaves_no_trace(kind, arguments) -> None:
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.get_rng_state()
     batches = {name: batched(each) for name, each in EXAMPLES.items()}
-    reward, base_losses = kind(task_names=NAMES, model=model, **arguments), torch.zeros(len(EXAMPLES["pool"])).double()
+    reward = kind(task_names=NAMES, model=model, **arguments)
+    base_losses = torch.zeros(len(EXAMPLES[of_base(reward)]), dtype=torch.float64)
     first, second = (read(reward, batches, base_losses) for _ in range(2))
     assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
     assert [module.training for module in model.modules()] == modes
@@ -210,8 +285,10 @@ def test_reads_says_how_often_each_example_is_computed(kind, arguments, dropout)
 
     model.register_forward_pre_hook(count)
     reward = kind(task_names=NAMES, model=model, **arguments)
-    read(reward, batches, torch.zeros(len(EXAMPLES["pool"]), dtype=torch.float64))
-    assert computed == {name: times * len(EXAMPLES[name]) for name, times in Counter(reward.reads).items()}
+    read(reward, batches, torch.zeros(len(EXAMPLES[of_base(reward)]), dtype=torch.float64))
+    # The recipe measures the base model.
+    reads = Counter(name for name in reward.reads if name != "base_losses")
+    assert computed == {name: times * len(EXAMPLES[name]) for name, times in reads.items()}
     assert len(reward.reads) == (30 if kind is Uncertainty and dropout else len(set(reward.reads)))
 
 
@@ -259,17 +336,18 @@ def on_table(kind, arguments, table, examples, names):
     """A reward on ``Table``; the base losses are 0."""
     batches = {name: batched(each, max_tokens=10) for name, each in examples.items()}
     reward = kind(task_names=names, model=Table(table), **arguments)
-    return read(reward, batches, torch.zeros(len(examples["pool"]), dtype=torch.float64))
+    return read(reward, batches, torch.zeros(len(examples[of_base(reward)]), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("specialist", [None, "b"])
 @settings(max_examples=50)
 @given(several_tasks())
-def test_similarities_and_alignments_are_from_0_to_1(specialist, case) -> None:
+def test_similarities_are_from_minus_1_to_1_and_alignments_from_0(specialist, case) -> None:
     table, examples, names = case
-    for kind, arguments in ((CosineSimilarity, {"specialist": specialist}), (GradientAlignment, {})):
-        rewards = on_table(kind, arguments, table, examples, names)
-        assert ((rewards >= 0) & (rewards <= 1)).all()
+    similarities = on_table(CosineSimilarity, {"specialist": specialist}, table, examples, names)
+    assert (similarities.abs() <= 1 + 1e-12).all()
+    alignments = on_table(GradientAlignment, {}, table, examples, names)
+    assert ((alignments >= 0) & (alignments <= 1)).all()
 
 
 @pytest.mark.slow
@@ -295,26 +373,28 @@ AXES = [[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
 @pytest.mark.parametrize(
     ("rows", "specialist", "expected"),
     [
-        ([0, 1, 1], None, [0, 1 / 3, 1 / 3]),  # the first: (1 - 1 - 1) / 3 is below 0
+        ([0, 1, 1], None, [-1 / 3, 1 / 3, 1 / 3]),
         ([0, 0, 2], None, [2 / 3, 2 / 3, 1 / 3]),
-        ([0, 1, 0], "b", [0, 1, 0]),
+        ([0, 1, 0], "b", [-1, 1, -1]),
         ([2, 2, 2], None, [1, 1, 1]),
         ([0, 3, 3], None, [1 / 3, 0, 0]),  # a mean state of 0, or a gradient of 0, has no direction
     ],
 )
-def test_what_is_opposed_gets_0(rows, specialist, expected) -> None:
+def test_what_is_opposed_has_a_negative_similarity_and_an_alignment_of_0(rows, specialist, expected) -> None:
     examples = {split: [of_task(task, [row]) for task, row in enumerate(rows)] for split in EXAMPLES}
     assert_close(on_table(CosineSimilarity, {"specialist": specialist}, AXES, examples, NAMES[:3]), expected)
     if specialist is None:
-        assert_close(on_table(GradientAlignment, {}, AXES, examples, NAMES[:3]), expected)
+        clamped = [max(0, each) for each in expected]
+        assert_close(on_table(GradientAlignment, {}, AXES, examples, NAMES[:3]), clamped)
 
 
 @pytest.mark.parametrize("kind", [CosineSimilarity, GradientAlignment])
-def test_what_is_all_alike_gets_1_and_no_more_by_rounding(kind) -> None:
+def test_what_is_all_alike_gets_1_up_to_rounding(kind) -> None:
     examples = {split: [of_task(task, [0]) for task in TASKS] for split in EXAMPLES}
     for table in torch.randn(30, 1, DIM, generator=torch.Generator().manual_seed(0)):
         rewards = on_table(kind, {}, table, examples, NAMES)
-        assert (rewards <= 1).all() and (rewards > 1 - 1e-12).all()
+        assert ((rewards - 1).abs() < 1e-12).all()
+        assert kind is CosineSimilarity or (rewards <= 1).all()
 
 
 def test_a_task_without_a_validation_split_is_left_out_of_the_mean() -> None:
@@ -337,12 +417,12 @@ def test_an_unknown_specialist_is_named(kind) -> None:
 DROPOUTS = [{"attn_dropout": 0.2}, {"lora_dropout": 0.2}]
 
 
-@pytest.mark.parametrize("passes", [None, 1, 4])
+@pytest.mark.parametrize("samples", [None, 1, 4])
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=str)
-def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, passes, capsys) -> None:
+def test_uncertainty_is_a_mean_over_passes_with_dropout(dropout, samples, capsys) -> None:
     model, batches = tiny_model(**dropout), batched(EXAMPLES["validation"])
-    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", mc_samples=passes)
-    num_passes = passes or 30
+    reward = Uncertainty(task_names=NAMES, model=model, measure="EntSent", mc_samples=samples)
+    num_passes = samples or 30
     assert reward.reads == ("validation",) * num_passes
     model.decoder.layers[0].eval()
     modes, start = [module.training for module in model.modules()], torch.get_rng_state()
@@ -375,10 +455,10 @@ def test_other_masks_at_every_update() -> None:
     assert (first - reward(validation=batches)).abs().nan_to_num().max() > 1e-6
 
 
-@pytest.mark.parametrize("passes", [None, 1])
+@pytest.mark.parametrize("samples", [None, 1])
 @pytest.mark.parametrize("none", [{}, {"lora_dropout": 0.0}], ids=["whole model", "adapters"])
-def test_without_dropout_one_pass_will_do(none, passes) -> None:
-    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), mc_samples=passes)
+def test_without_dropout_one_pass_will_do(none, samples) -> None:
+    reward = Uncertainty(task_names=NAMES, model=tiny_model(**none), mc_samples=samples)
     assert reward.reads == ("validation",)
     assert reward.note == "the model has no dropout: uncertainty is that of one forward pass"
 
@@ -416,9 +496,9 @@ def test_what_uncertainty_refuses(dropout, arguments, message) -> None:
 
 
 def all_rewards(model, batches):
-    base_losses = torch.zeros(len(EXAMPLES["pool"]), dtype=torch.float64)
-    rewards = (kind(task_names=NAMES, model=model, **arguments) for kind, arguments in EVERY)
-    return torch.stack([read(reward, batches, base_losses) for reward in rewards])
+    rewards = [kind(task_names=NAMES, model=model, **arguments) for kind, arguments in EVERY]
+    base_losses = [torch.zeros(len(EXAMPLES[of_base(reward)]), dtype=torch.float64) for reward in rewards]
+    return torch.stack([read(reward, batches, each) for reward, each in zip(rewards, base_losses, strict=True)])
 
 
 def one_of_two_processes(rank, folder) -> None:

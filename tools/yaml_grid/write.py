@@ -46,6 +46,7 @@ class Model(Strict):
     title: str
     repository: str  # on the model hub
     options: str = ""  # of `tune download`
+    base: str = ""  # on the model hub: the base model of a chat model, for use with Vicuna's template
     notes: str  # for the header, in lines
     builder: str  # lines under `model`
     remedy: str = ""  # for the header, in lines: what to do if it does not fit in memory
