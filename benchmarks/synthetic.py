@@ -48,6 +48,9 @@ def shipped(
     """
     sizes = TINY if tiny else FULL
     config = yaml.safe_load((CONFIGS / f"{model}_uniform_10pct.yaml").read_text())
+    # Other libraries' steps have so many examples.
+    del config["batch_tokens"]
+    config["batch_size"] = 64
     if tiny:
         config |= TINY_CONFIG | {"model": TINY_SIZES | TINY_MODELS[model]}
     if mixture_of:

@@ -99,7 +99,7 @@ class Recipe:
         self.model = models.build(config, tasks, device=run.device, checkpointer=self.checkpointer)
         self.reward = config.reward.build(task_names=self.task_names, model=self.model) if config.reward else None
         check_reward(self.reward, self.mixture)
-        needs_base = self.reward is not None and "base_losses" in self.reward.reads
+        needs_base = bool(config.mixture_update_every and self.reward and "base_losses" in self.reward.reads)
         load = run.saved is None or needs_base
         models.prepare(self.model, config, device=run.device, checkpointer=self.checkpointer, load=load)
         # In no checkpoint: a resume takes them from where the run did.

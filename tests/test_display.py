@@ -120,6 +120,7 @@ def test_recipes_say_what_takes_a_while(recipe: str, tmp_path: Path, monkeypatch
     root = Path(__file__).parents[1]
     schema = cli.schema(str(root / "recipes" / f"{recipe}_full_finetune.py"))
     few = ["budget.tokens=192", "tasks.num_validation_rows=8", "probe.examples=2", "mixture_update_every=1"]
+    few += ["reward.examples=fixed"] * (recipe == "mos")
     overrides = [f"output_dir={tmp_path / 'run'}", "validate_every=0", *few[: 2 if recipe == "sft" else None]]
     assert sys.modules[schema.__module__].main(load(schema, root / "yaml" / f"tiny_{config}.yaml", overrides)) == 0
     slow = [what for what in doings if not what.startswith("step")]

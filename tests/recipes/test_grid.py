@@ -236,7 +236,7 @@ def test_an_added_entry_is_a_row_of_the_grid(tmp_path: Path) -> None:
         ("adapt/models.yaml", "  title: Gemma 3 1B", "  title: [", "while parsing a flow sequence .*"),
         ("adapt/models.yaml", "  title: Gemma 3 1B", "  title: 3", "gemma3_1b.title: .* valid string"),
         ("adapt/strategies.yaml", "    passes: 6", "    pases: 6", "adapt.updates.pases: not used by write.py"),
-        ("adapt/strategies.yaml", "5pct: 100", "7pct: 100", "adapt.updates.every.5pct: missing"),
+        ("adapt/strategies.yaml", "5pct: 110", "7pct: 110", "adapt.updates.every.5pct: missing"),
         ("adapt/strategies.yaml", "5pct: 8", "5pct: 8, 7pct: 9", "adapt.updates.examples.7pct: not in budgets.yaml"),
         ("mos/budgets.yaml", "unit: epochs", "unit: steps", "3ep.unit: .*'fraction' or 'epochs'"),
         ("mos/budgets.yaml", "every: 1000", "every: 0", "3ep.every: .*greater than 0"),
@@ -269,7 +269,7 @@ def test_every_key_of_a_fragment_is_used() -> None:
     template = (SCRIPT.parent / "config.yaml.jinja").read_text()
     for kind in ("Shared", "Model", "Strategy", "Budget"):
         unused = {key for key in MODULE[kind].model_fields if f"{kind.lower()}.{key}" not in template}
-        assert unused == ({"num_tasks"} if kind == "Shared" else set())
+        assert unused == ({"num_tasks", "examples_per_step"} if kind == "Shared" else set())
 
 
 def test_it_is_models_by_strategies_by_budgets() -> None:
@@ -340,15 +340,17 @@ def test_updates_are_many_and_cost_what_it_says(config: str) -> None:
     values, text, name = VALUES[config], WRITTEN[f"{config}.yaml"], NAMES[config]
     update_every, examples = values["mixture_update_every"], values["probe"]["examples"]
     update = len(names_of_tasks(config)) * examples * COST[name.strategy]
-    steps = update_every * values["batch_size"] * 3
-    assert f"costs {update / (3 * values['batch_size']):.1f} steps: {100 * update / (update + steps):.1f} % of" in text
+    # A step of so many tokens has about as many examples of the mean length.
+    per_step = values["batch_size"] if config in MOS else round(values["batch_tokens"] / 9.1)
+    steps = update_every * per_step * 3
+    assert f"costs {update / (3 * per_step):.1f} steps: {100 * update / (update + steps):.1f} % of" in text
     assert update / (update + steps) <= 0.05 or config in MOS
     assert examples <= values["tasks"]["validation_examples"]
     length, updates = map(int, re.search(r"some ([\d,]+) steps and (\d+) mix", text.replace(",", "")).groups())
     assert updates >= 8 and updates == pytest.approx(length / update_every, abs=1)
     millions = float(re.search(r"; ([\d.]+) million examples", text).group(1))
     epochs = values["budget"].get("fraction") or values["budget"]["epochs"]
-    assert length == pytest.approx(epochs * millions * 1e6 / values["batch_size"], abs=5)
+    assert length == pytest.approx(epochs * millions * 1e6 / per_step, abs=5)
 
 
 # ---- runs

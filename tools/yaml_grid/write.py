@@ -37,7 +37,9 @@ class Shared(Strict):
     tasks: str  # lines under `tasks`
     num_tasks: PositiveInt
     num_examples: PositiveInt  # approximate
-    batch_size: PositiveInt
+    batch: str  # lines: the key for the size of a step
+    length: str  # for the header: for which mixtures the number of steps holds
+    examples_per_step: PositiveInt  # about
 
 
 class Model(Strict):
@@ -130,13 +132,13 @@ def read(folder: Path) -> Study:
 
 def numbers(study: Study, strategy: Strategy, budget: str) -> dict[str, float]:
     """The steps of a run, and the interval, size and cost of its mixture updates, by their names in the template."""
-    batch_size = study.shared.batch_size
-    steps = study.budgets[budget].amount * study.shared.num_examples / batch_size
+    per_step = study.shared.examples_per_step
+    steps = study.budgets[budget].amount * study.shared.num_examples / per_step
     if not strategy.updates:
         return {"steps": steps}
     every, examples = strategy.updates.every[budget], strategy.updates.examples[budget]
     # In training steps, which count 3 forward passes per example.
-    cost = strategy.updates.passes * study.shared.num_tasks * examples / (3 * batch_size)
+    cost = strategy.updates.passes * study.shared.num_tasks * examples / (3 * per_step)
     return {"steps": steps, "every": every, "examples": examples, "cost": cost, "percent": 100 * cost / (every + cost)}
 
 
