@@ -32,7 +32,7 @@ from adapt_recipes.signals.rewards import Uncertainty
 
 ROOT = Path(__file__).parents[1]
 KEYS = """
-    tasks available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
+    tasks targets available_supervised_tokens budget_tokens steps tokens parameters memory_bytes checkpoint_bytes
     mixture_updates mixture_cost_steps probe_tokens validation_tokens total_tokens exact
     exact_steps warnings
 """
@@ -440,6 +440,7 @@ def long_plan(**changes: Any) -> Plan:
     few = Memory(parameters=10**9, gradients=10**9, optimizer=2 * 10**9, activations=10**9, mixture=0)
     plan = Plan(
         tasks=tasks,
+        targets={"mmlu": {"validation": 64, "test": 32}},
         available_supervised_tokens=61_536,
         budget_tokens=184_608,
         steps=1234,
@@ -477,7 +478,7 @@ def test_names_give_way_and_numbers_do_not(width: int) -> None:
         assert row.rstrip().endswith(numbers)
         assert row.split("1,234,567")[0].strip().rstrip("…") in name
         assert name[:16] in row and (width < 120 or name[:30] in row)
-    (header,) = (line for line in lines if "examples" in line)
+    (header,) = (line for line in lines if "examples" in line and "start p" in line)
     assert ("sup./ex." in header) == bool(means) and "…" not in header
 
 
@@ -485,6 +486,7 @@ def test_what_is_said_of_a_plan() -> None:
     lines = shown(long_plan(), width=300).splitlines()
     assert lines[0] == "sft_full_finetune: strategy uniform, on the best device there is in bf16"
     table_ends = lines.index("! read more than 4 times, or never")
+    assert lines[table_ends - 1] == "target, never trained: mmlu (validation 64 examples, test 32 examples)"
     assert lines[table_ends + 1 :] == [
         "budget: 184,608 supervised tokens (3.0 times the 61,536 there are), in 1,234 steps that read 1,234,567 tokens",
         "model: 135,000,000 parameters",
