@@ -114,8 +114,8 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Refusal:
         ("budget.fraction=.nan", "budget.fraction: has to be a finite number, not NaN"),
         ("budget.epochs=.inf", "budget.epochs: has to be a finite number, not Infinity"),
         # the size of a step
-        ("~batch_size", "batch_size, batch_tokens: give exactly one of them, not none"),
-        ("batch_tokens=null", "batch_size, batch_tokens: give exactly one of them, not none"),
+        ("~batch_tokens", "batch_size, batch_tokens: give exactly one of them, not none"),
+        ("batch_size=null", "batch_size, batch_tokens: give exactly one of them, not none"),
         ("batch_tokens=0", "batch_tokens: has to be greater than 0, not 0"),
         ("batch_tokens=few", 'batch_tokens: has to be a whole number, not "few"'),
         ("~budget.tokens", "budget: give exactly one of fraction, tokens, epochs, not none"),
@@ -189,11 +189,11 @@ def test_a_folder_for_a_config(refusal: Refusal) -> None:
     ("old", "new", "message"),
     [
         (
-            "batch_size: 64",
+            "batch_tokens: 64",
             "batch_size: 64\nbatch_tokens: 64",
             "batch_size, batch_tokens: give exactly one of them, not both",
         ),
-        ("batch_size: 64", "batchsize: 64", "unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ("batch_tokens: 64", "batchsize: 64", "unknown key 'batchsize'; did you mean 'batch_size'?"),
         ("  tokens: 38400", "  tokns: 38400", "unknown key 'budget.tokns'; did you mean 'tokens'?"),
         ("  num_layers: 2", "  num_layer: 2", f"unknown key 'model.num_layer' for {LLAMA}; did you mean 'num_layers'?"),
         ("seed: 0", "seed: zero", 'seed: has to be a whole number, not "zero"'),
