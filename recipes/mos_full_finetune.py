@@ -5,7 +5,7 @@
 The loop of ``sft_full_finetune``, and every ``mixture_update_every`` steps one reward per task, from which the mixture
 learns. Any reward of ``adapt_recipes.signals.rewards`` works (MoS, MoSpec, MultiDDS, MultiUAT, HBO), and any of yours.
 With ``sampling: example``, as in the authors' code, the task of every example is drawn by the mixture; with ``sampling:
-dataset``, as in their paper, that of every batch is.
+dataset``, as in their paper, that of every batch is. With ``levels`` each task has a mixture of its own (HBO).
 
 Copy and edit it: ``tune cp mos_full_finetune mine.py``, then ``tune run mine.py --config ...``.
 """
@@ -26,7 +26,7 @@ from adapt_recipes.budget import Ledger
 from adapt_recipes.config import STRICT, Component, Injected, Steps, TrainConfig, command_line
 from adapt_recipes.mixture.interface import check_mixture, check_update
 from adapt_recipes.run import Run
-from adapt_recipes.signals import BaseLosses, BaseWeights, Probe, TrainLosses
+from adapt_recipes.signals import BaseLosses, BaseWeights, Levels, LevelsConfig, Probe, TrainLosses
 from adapt_recipes.signals.nonfinite import raise_nonfinite
 from adapt_recipes.signals.reward_interface import check_reward, tokens_of
 from adapt_recipes.training import precision
@@ -51,6 +51,13 @@ class Config(TrainConfig):
     mixture_update_every: Steps = 100
     """steps; 0: never"""
     probe: ProbeConfig = Field(default_factory=ProbeConfig)
+    levels: LevelsConfig | None = None
+    """difficulty levels inside each task, whose shares are learned too (HBO's local actors); null: none"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.levels and (not self.mixture_update_every or self.tasks.max_epochs_per_task is not None):
+            raise ValueError("levels: needs mixture_update_every above 0, and no tasks.max_epochs_per_task")
 
 
 # The signals that this recipe measures for a mixture, if it observes them.
@@ -73,8 +80,14 @@ class Recipe:
         self.task_names = [task.name for task in self.tasks]
         available = torch.stack([task.train.num_supervised.sum() for task in self.tasks])  # (num_tasks,) tokens
         budget_tokens = config.budget.num_tokens(int(available.sum()), max_epochs=config.tasks.max_epochs_per_task)
+        seed, sampling = config.seed, config.sampling
+        self.levels = Levels(self.tasks, config.levels, seed=seed, sampling=sampling) if config.levels else None
         self.sampler = data.TokenSampler(
-            self.tasks, seed=config.seed, max_epochs=config.tasks.max_epochs_per_task, sampling=config.sampling
+            self.tasks,
+            seed=seed,
+            max_epochs=config.tasks.max_epochs_per_task,
+            sampling=sampling,
+            next_example=self.levels.draw if self.levels else None,
         )
         self.ledger = Ledger(budget_tokens, len(self.tasks), caps=self.sampler.caps(budget_tokens))
         with raise_on_all_ranks():
@@ -120,6 +133,7 @@ class Recipe:
             "mixture": self.mixture,
             "train_losses": self.train_losses,
             "base_losses": self.base_losses,
+            **({"levels": self.levels} if self.levels else {}),
         }
         run.start(self.tasks, self.ledger, self.mixture, self.model, self.optimizer, states, targets=self.targets)
 
@@ -199,10 +213,11 @@ class Recipe:
 
     def update_mixture(self) -> None:
         """Measures what the mixture observes, with the current weights, and updates it."""
-        observes, run = self.mixture.observes, self.run
-        if not observes:
+        observes, run, tokens = self.mixture.observes, self.run, tokens_of(self.reward)
+        if not observes and self.levels is None:
             return
         signals: dict[str, Tensor] = {}
+        logged: dict[str, Tensor] = {}
         with run.timed("mixture", "updating the mixture"):
             # Losses per task: of training since the last update, and of validation examples now.
             if "train_losses" in observes:
@@ -218,23 +233,29 @@ class Recipe:
                     batches["train"] = self.batches(examples)
                 base_losses = self.base_losses.values
                 if self.base_weights is not None:
-                    tokens = tokens_of(self.reward)
                     base_losses = self.probe.base_losses(self.base_weights, batches["train"], tokens=tokens)
                 signals["rewards"] = self.probe.rewards(self.reward, batches, base_losses)
             # (11), the average over updates, and (6), one step of the scorer.
-            with raise_on_all_ranks():
-                logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
-                check_update(self.mixture, logged, num_tasks=len(self.tasks))
+            if observes:
+                with raise_on_all_ranks():
+                    logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
+                    check_update(self.mixture, logged, num_tasks=len(self.tasks))
             self.train_losses.reset()
+            # HBO's local actors: the rewards of the levels inside each task, and one update of their shares.
+            if self.levels is not None:
+                logged = {**logged, **self.levels.update(self.probe, self.batches, run.num_updates, tokens=tokens)}
         run.log_mixture({**signals, **logged})
 
     def measure_base_model(self) -> None:
-        """Measures the base model's losses on the pool, (9). They count as read even if they come from the cache."""
+        """Measures its losses on the pool, (9), and for levels on all training examples; cached ones count as read."""
+        cache, tokens = self.config.tasks.cache_folder, tokens_of(self.reward)
+        if self.levels is not None:
+            with self.run.timed("mixture", "measuring the base model on all training examples"):
+                self.levels.measure(self.probe, self.batches, cache_dir=cache, tokens=tokens)
         if self.reward is None or "pool" not in self.reward.reads or not self.config.mixture_update_every:
             return
         with self.run.timed("mixture", "measuring the base model"):
             self.ledger.probe(self.pool)
-            cache, tokens = self.config.tasks.cache_folder, tokens_of(self.reward)
             self.base_losses.measure(self.model, self.pool, cache_dir=cache, tokens=tokens)
             if not self.base_losses.values.isfinite().all():
                 names = [f"an example of task '{self.task_names[task]}' in the pool" for task in self.pool_tasks]

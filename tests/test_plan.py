@@ -257,6 +257,33 @@ def test_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (sum(work) - work_of_validation) / (3 * plan.tokens / plan.steps) == pytest.approx(plan.mixture_cost_steps)
 
 
+UNIFORM = ["mixture=adapt_recipes.mixture.uniform", "~mixture.prior", "~mixture.form", "~reward"]
+
+
+@pytest.mark.parametrize("overrides", [[], UNIFORM], ids=["hbo", "uniform"])
+def test_levels(overrides: list[str]) -> None:
+    """What they read, where all examples are alike, also where nothing else learns."""
+    few = ["budget.tokens=100", "tasks.max_epochs_per_task=null", "mixture_update_every=3", "probe.examples=2"]
+    config = config_of("hbo", *both(EVEN, [*few, "levels={number: 2, examples: 4}", *overrides]))
+    plan, summary = make_plan(config), run(config)
+    assert_same(plan, summary)
+    assert plan.mixture_updates >= 2 and not plan.exact
+    # 3 tasks of 18 examples with 3 supervised tokens each: all of them once, and some at every update.
+    of_update = 3 * 3 * (2 * 4 + (0 if overrides else 2))
+    assert plan.probe_tokens == 3 * 3 * 18 + plan.mixture_updates * of_update
+    memory = [make_plan(config_of("hbo", *both(EVEN, [*few, *more]))).memory_bytes for more in ([], ["levels={}"])]
+    assert memory[0].activations < memory[1].activations, "the first reads all training examples"
+
+
+def test_levels_of_unlike_examples_read_about_as_much_as_planned() -> None:
+    few = ["budget.epochs=0.9", "mixture_update_every=2", "probe.examples=2", "levels={number: 2, examples: 3}"]
+    config = config_of("hbo", *both(UNEVEN, few))
+    plan, summary = make_plan(config), run(config)
+    assert plan.probe_tokens == pytest.approx(summary["probe_tokens"], rel=0.2)
+    show(plan, config, num_processes=1, console=Console(file=(out := io.StringIO()), width=200))
+    assert f"mixture updates read about {plan.probe_tokens:,} supervised tokens" in out.getvalue()
+
+
 @pytest.mark.parametrize("name", slow_but(["dro"], ["dro", "mos_diff", "adapt"]))
 def test_steps_of_tokens_are_exact_with_a_learned_mixture(name: str) -> None:
     """And so is what its updates and validations read; training reads other tokens, as it draws other examples."""

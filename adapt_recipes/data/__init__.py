@@ -25,6 +25,7 @@ from adapt_recipes.data.sampler import (
     count_unique,
     draw_names,
     random_examples,
+    random_indices,
     test_examples,
     validation_examples,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "natural_instructions",
     "prepare_tasks",
     "random_examples",
+    "random_indices",
     "split_targets",
     "target_arguments",
     "task_per_source",

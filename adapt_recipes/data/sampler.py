@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
@@ -44,18 +44,28 @@ class TokenSampler:
 
     Args:
         tasks: the tasks, in the order of the mixture.
-        seed: of the run.
+        seed: of the run, or any text in its place.
         max_epochs: no task is drawn more often than this; whole examples only. None: any number of epochs.
         sampling: ``tokens``: as above. ``example``: the task of every example is drawn at random with the chances p, as
             in the authors' code of MoS (arXiv 2406.08811). ``dataset``: that of a whole step is, as in their paper.
+        next_example: given a task, the index of its next example and whether that comes for the first time; None: as
+            above.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], *, seed: int, max_epochs: float | None = None, sampling: Sampling = "tokens"
+        self,
+        tasks: Sequence[Task],
+        *,
+        seed: int | str,
+        max_epochs: float | None = None,
+        sampling: Sampling = "tokens",
+        next_example: Callable[[int], tuple[int, bool]] | None = None,
     ) -> None:
+        assert max_epochs is None or next_example is None, "caps are of examples in the order of the sampler"
         self._tasks = tasks
         self._seed = seed
         self.sampling = sampling
+        self._next_example = next_example or self._next_in_order
         self._max_epochs = max_epochs
         # numpy, because draw loops over examples and operations on small tensors are several times slower.
         self._lengths = [task.train.num_supervised.numpy() for task in tasks]
@@ -110,13 +120,12 @@ class TokenSampler:
                 task = int(torch.multinomial(chances, 1, generator=generator))
             else:
                 task = int(np.argmax(self._deficits - closed))
-            epoch, position = divmod(int(self._num_drawn[task]), len(self._lengths[task]))
-            index = int(self._order(task, epoch)[position])
+            index, first_time = self._next_example(task)
             length = int(self._lengths[task][index])
             self._num_drawn[task] += 1
             self._deficits += shares * length
             self._deficits[task] -= length
-            draws.append(Draw(task, index, min(length, max_tokens - held), epoch == 0))
+            draws.append(Draw(task, index, min(length, max_tokens - held), first_time))
             held += length
             if self._num_drawn[task] == self._max_drawn[task]:
                 closed[task] = np.inf
@@ -170,6 +179,11 @@ class TokenSampler:
             examples[task] = epochs * len(lengths) + number
             tokens[task] = epochs * total + (in_order[number - 1] if number else 0)
         return examples, tokens
+
+    def _next_in_order(self, task: int) -> tuple[int, bool]:
+        """The index of the task's next example, and whether it comes for the first time."""
+        epoch, position = divmod(int(self._num_drawn[task]), len(self._lengths[task]))
+        return int(self._order(task, epoch)[position]), epoch == 0
 
     def _order(self, task: int, epoch: int) -> np.ndarray:
         """The order of the task's examples in one epoch, (num_examples,) int64."""
@@ -237,11 +251,16 @@ def random_examples(tasks: Sequence[Task], count: int, *, seed: int, update: int
         seed: of the run.
         update: number of the mixture update, each with other examples; None: the pool, the same at every update.
     """
-    examples = []
-    for i, task in enumerate(tasks):
-        order = torch.randperm(len(task.train), generator=_generator("probe", seed, task.name, update))
-        examples += [(i, task.train.example(int(index))) for index in order[:count]]
-    return examples
+    return [
+        (i, task.train.example(index))
+        for i, task in enumerate(tasks)
+        for index in random_indices(task, count, seed=seed, update=update).tolist()
+    ]
+
+
+def random_indices(task: Task, count: int, *, seed: int, update: int | None) -> Tensor:
+    """(count,) int64, or fewer: the training examples of one task that ``random_examples`` gives."""
+    return torch.randperm(len(task.train), generator=_generator("probe", seed, task.name, update))[:count]
 
 
 def _generator(*key: object) -> torch.Generator:

@@ -18,8 +18,9 @@ from adapt_recipes.config import TrainConfig, to_dict
 from adapt_recipes.display import WIDE, count, left_out_columns, of_available, task_name, task_table, unused_keys
 from adapt_recipes.mixture.interface import check_mixture
 from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
-from adapt_recipes.planning.update import Pass, Source, Update, update_of
+from adapt_recipes.planning.update import Source, Update, update_of
 from adapt_recipes.run_directory import check_output_dir
+from adapt_recipes.signals.levels import level_sizes
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.training import precision
@@ -76,7 +77,8 @@ class Plan:
         mixture_updates: number of updates.
         mixture_cost_steps: cost of all updates in training steps. It counts forward and backward passes over tokens; a
             forward pass is 1/3 of a step.
-        probe_tokens: supervised tokens read by mixture updates.
+        probe_tokens: supervised tokens read by mixture updates. With ``levels`` an estimate: which examples are in a
+            level only the base model's losses say, so it assumes that they are as long in each.
         validation_tokens: supervised tokens read by validations and the test.
         total_tokens: all tokens read, those of ``tokens`` included.
         exact: whether the mixture keeps its starting probabilities. If not, ``tokens`` and ``epochs`` assume that it
@@ -137,8 +139,11 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     effective = parts.ledger.capped(probabilities)
     drawn = _draw(config, parts, probabilities)
     update_every = getattr(config, "mixture_update_every", 0)
-    num_updates = (drawn.steps - 1) // update_every if update_every and mixture.observes else 0
-    reads = _Reads(tasks, parts.targets, count=parts.probe.examples if parts.probe else 0, seed=config.seed)
+    levels = getattr(config, "levels", None)
+    learns = bool(mixture.observes or levels)
+    num_updates = (drawn.steps - 1) // update_every if update_every and learns else 0
+    num_probed = parts.probe.examples if parts.probe else 0
+    reads = _Reads(tasks, parts.targets, count=num_probed, seed=config.seed, levels=levels)
     (probe_tokens, probe_total_tokens), cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
     validate_every = getattr(config, "validate_every", 0)
     num_validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
@@ -176,13 +181,12 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
         probe_tokens=probe_tokens,
         validation_tokens=num_validations * reads.validation.supervised + reads.test.supervised,
         total_tokens=drawn.tokens + probe_total_tokens + validation_total_tokens,
-        exact=num_updates == 0,
-        exact_steps=num_updates == 0 or expected_steps(tasks, effective, parts.ledger, config).exact,
+        exact=num_updates == 0 and not levels,
+        exact_steps=(num_updates == 0 and not levels) or expected_steps(tasks, effective, parts.ledger, config).exact,
         warnings=[],
     )
     if text := batch_tokens_warning(tasks, parts.ledger, config.batch_tokens, num_steps=plan.steps):
         plan.warnings.append(text)
-    learns = bool(mixture.observes)
     plan.warnings.extend(_warnings(plan, update_every=update_every, learns=learns, reward=parts.reward))
     return plan
 
@@ -217,6 +221,7 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     # Lines about the run.
     memory, about = plan.memory_bytes, "" if plan.exact else "about "
     about_steps = "" if plan.exact_steps else "about "
+    about_reads = "about " if getattr(config, "levels", None) else about_steps
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
     mixture, cost = "fixed", plan.mixture_cost_steps
@@ -233,7 +238,7 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
         f"{_size((config.keep_checkpoints + 1) * plan.checkpoint_bytes)}",
         f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         f"mixture: {mixture}",
-        f"mixture updates read {about_steps}{count(plan.probe_tokens, 'supervised token')} more, validation and test "
+        f"mixture updates read {about_reads}{count(plan.probe_tokens, 'supervised token')} more, validation and test "
         f"{about_steps}{plan.validation_tokens:,}; {about}{count(plan.total_tokens, 'token')} read in all",
     ]
     if not plan.exact:
@@ -319,7 +324,7 @@ def _build(config: Any) -> _Parts:
     takes_differences = "gradient_dots" in mixture.observes and getattr(probe, "estimator", "") == "finite_difference"
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
     precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
-    update = update_of(mixture.observes, probe, reward)
+    update = update_of(mixture.observes, probe, reward, getattr(config, "levels", None))
     return _Parts(tasks, targets, available, sampler, ledger, mixture, model, reward, probe, update)
 
 
@@ -352,17 +357,25 @@ def _draw(config: Any, parts: _Parts, probabilities: Tensor) -> _Drawn:
 class _Reads:
     """Numbers of tokens that probes, validation and test read."""
 
-    def __init__(self, tasks: Sequence[data.Task], targets: Sequence[data.Task], *, count: int, seed: int) -> None:
+    def __init__(
+        self, tasks: Sequence[data.Task], targets: Sequence[data.Task], *, count: int, seed: int, levels: Any = None
+    ) -> None:
         self._tasks, self._validated, self._count, self._seed = tasks, [*tasks, *targets], count, seed
+        self._levels = levels
         self.validation = _totals([task.validation for task in self._validated])
         self.test = _totals([task.test for task in self._validated])
-        self.num_probed = count * len(self._validated)
+        self._train = _totals([task.train for task in tasks])
+        self.num_probed = max(count * len(self._validated), self._train.examples if levels else 0)
         self._always: dict[Source, tuple[int, int]] = {}
 
     def tokens(self, source: Source, update: int) -> tuple[int, int]:
         """(supervised, all) tokens that the update reads from a source; updates are numbered from 0."""
         if source == "train":
             return self._counted(data.random_examples(self._tasks, self._count, seed=self._seed, update=update))
+        if source == "all_train":
+            return self._train.supervised, self._train.tokens
+        if source == "levels":
+            return self._of_levels()
         if source not in self._always:
             self._always[source] = self._counted(
                 data.validation_examples(self._validated, self._count)
@@ -370,6 +383,15 @@ class _Reads:
                 else data.random_examples(self._tasks, self._count, seed=self._seed, update=None)
             )
         return self._always[source]
+
+    def _of_levels(self) -> tuple[int, int]:
+        """As if the examples of all levels of a task had its mean length."""
+        supervised, tokens = 0.0, 0.0
+        for task in self._tasks:
+            of_task, sizes = _totals([task.train]), level_sizes(len(task.train), self._levels.number)
+            share = sum(min(self._levels.examples, size) for size in sizes) / of_task.examples
+            supervised, tokens = supervised + share * of_task.supervised, tokens + share * of_task.tokens
+        return round(supervised), round(tokens)
 
     @staticmethod
     def _counted(examples: Sequence[tuple[int, data.Example]]) -> tuple[int, int]:
@@ -398,11 +420,8 @@ def _cost_of_probes(
 ) -> tuple[tuple[int, int], float]:
     """(supervised, all) tokens that all mixture updates read, and their cost in steps."""
     probe_tokens, probe_total_tokens, cost = 0, 0, 0.0
-    # (9) of MoS measures the base model on the pool before the first step.
-    reads_pool = any(each.source == "pool" for each in update.passes)
-    update_every = getattr(config, "mixture_update_every", 0)
-    before = [Pass("pool")] if reads_pool and update_every else []
-    for number, passes in enumerate([before, *[update.passes] * num_updates], start=-1):
+    first = update.first if getattr(config, "mixture_update_every", 0) else ()
+    for number, passes in enumerate([first, *[update.passes] * num_updates], start=-1):
         for each in passes:
             supervised, tokens = reads.tokens(each.source, number)
             probe_tokens, probe_total_tokens = probe_tokens + supervised, probe_total_tokens + tokens

@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 from adapt_recipes.signals.reward_interface import tokens_of
 
-Source = Literal["validation", "train", "pool"]
+Source = Literal["validation", "train", "pool", "levels", "all_train"]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over ``probe.examples`` of each task.
+    """A pass over ``probe.examples`` of each task, or over other training examples.
 
     Attributes:
-        source: the first examples of the validation split, random training examples, or those of the pool.
+        source: the first examples of the validation split, random training examples, or those of the pool;
+            ``levels``: ``levels.examples`` of each level of each task; ``all_train``: all training examples.
         backward: whether it includes a backward pass.
     """
 
@@ -38,6 +39,7 @@ class Update:
 
     Attributes:
         passes: in order.
+        first: the passes before the first step.
         kept_in_backward: number of full-size gradients (or copies) in memory while another gradient is computed.
         kept_in_forward: the same while only forward passes are computed: directions, and copies of the weights.
         kept_always: the same during the whole run, in host memory: the base model's weights.
@@ -45,6 +47,7 @@ class Update:
     """
 
     passes: tuple[Pass, ...] = ()
+    first: tuple[Pass, ...] = ()
     kept_in_backward: int = 0
     kept_in_forward: int = 0
     kept_always: int = 0
@@ -55,7 +58,7 @@ class Update:
         return any(each.backward for each in self.passes)
 
 
-def update_of(observes: Sequence[str], probe: Any, reward: Any = None) -> Update:
+def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: Any = None) -> Update:
     """The update of a mixture in the recipes.
 
     Args:
@@ -63,6 +66,7 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None) -> Update
         probe: the config's ``probe``; None: the recipe has none.
         reward: the built component; None: there is none. Without an attribute ``gradients`` it is assumed to compute
             only forward passes.
+        levels: the config's ``levels``; None: there are none.
     """
     passes: list[Pass] = []
     in_backward = in_forward = always = 0
@@ -92,4 +96,9 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None) -> Update
             passes += [Pass("train")]
             always = 1
         all_tokens = tokens_of(reward) == "all"
-    return Update(tuple(passes), in_backward, in_forward, always, all_tokens)
+    # (9) of MoS measures the base model on the pool, and HBO's levels are cut by its losses of all examples.
+    first = [Pass("pool")] if any(each.source == "pool" for each in passes) else []
+    if levels is not None:
+        passes += [Pass("levels")]
+        first += [Pass("all_train")]
+    return Update(tuple(passes), tuple(first), in_backward, in_forward, always, all_tokens)

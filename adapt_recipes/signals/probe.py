@@ -115,10 +115,14 @@ class Probe:
 
     def base_losses(self, weights: BaseWeights, batches: Batches, *, tokens: passes.Tokens) -> Tensor:
         """The base model's mean loss of each training example: (num_examples,) float64, nats per token."""
-        self.ledger.probe(batches)
         with weights.loaded_into(self.model):
-            losses = passes.example_losses(self.model, batches, tokens=tokens)
-            check_finite(self.model, batches, [losses], tasks=self.tasks, step=self.ledger.steps, of="training")
+            return self.example_losses(batches, tokens=tokens)
+
+    def example_losses(self, batches: Batches, *, tokens: passes.Tokens) -> Tensor:
+        """The mean loss of each training example: (num_examples,) float64, nats per token."""
+        self.ledger.probe(batches)
+        losses = passes.example_losses(self.model, batches, tokens=tokens)
+        check_finite(self.model, batches, [losses], tasks=self.tasks, step=self.ledger.steps, of="training")
         return losses
 
     def rewards(

@@ -16,6 +16,7 @@ from running import Runs, assert_same_run, events, recipe_class, summary
 from torch import Tensor
 
 from adapt_recipes import data
+from adapt_recipes.mixture import Scorer
 from adapt_recipes.signals import passes
 
 # What each reward reads, a name as often as it is read.
@@ -263,6 +264,44 @@ def test_tasks_of_batches_are_drawn_as_the_mixture_says(run: Runner) -> None:
     assert chi_square < 20.5  # of 5 degrees of freedom: more in 1 of 1000 runs
     assert tasks[:13] != tasks[13:26], "drawn, not dealt"
     assert done.summary["task_tokens"] == {name: 2 * tasks.count(name) for name in weights}
+
+
+# ---- levels inside a task
+
+
+LEVELS = "levels={number: 2, examples: 4}"
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_levels_learn_beside_a_mixture_that_does_and_one_that_does_not(run: Runner, learned: bool) -> None:
+    """All training examples are read once, and some of each level at every update; shares follow from the rewards."""
+    static = ["mixture=adapt_recipes.mixture.uniform", "~mixture.prior", "~mixture.form", "~reward"]
+    done = run("tiny_hbo", LEVELS, *([] if learned else static))
+    start, *updates = done.events("mixture")
+    train = start["probe_tokens"]
+    assert train == 41000 and len(updates) == 2
+    per_update = 7 * 2 * 4 + (7 * 8 if learned else 0)
+    assert [each["probe_tokens"] for each in updates] == [train + per_update, train + 2 * per_update]
+    assert done.summary["probe_tokens"] == train + 2 * per_update
+    for name in start["probabilities"]:
+        rewards = [[each[f"level_{k}_rewards"][name] for k in (1, 2)] for each in updates]
+        scorer = Scorer(task_names=["1", "2"], num_supervised_tokens=[1, 1], budget_tokens=0)
+        for number, each in enumerate(rewards):
+            assert sum(each) == pytest.approx(2) and each[0] != each[1]
+            scorer.update(task_tokens=torch.zeros(2), rewards=torch.tensor(each, dtype=torch.float64))
+            p = [updates[number][f"level_{k}_probabilities"][name] for k in (1, 2)]
+            assert p == scorer.probabilities().tolist()
+    assert ("rewards" in updates[0]) == (updates[1]["probabilities"] != start["probabilities"]) == learned
+
+
+def test_levels_do_not_change_how_much_a_task_gets(run: Runner) -> None:
+    """Where its examples are of one length; they only change which ones."""
+    fixed = ["mixture=adapt_recipes.mixture.uniform", "~mixture.prior", "~mixture.form", "~reward"]
+    runs = [run("tiny_hbo", *fixed, *levels, folder=str(len(levels))) for levels in ([], [LEVELS])]
+    without, with_levels = ([line["task_tokens"] for line in each.events("step")] for each in runs)
+    assert without == with_levels
+    losses = [[line["loss"] for line in each.events("step")] for each in runs]
+    assert losses[0] != losses[1]
 
 
 # ---- components of one's own

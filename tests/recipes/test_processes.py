@@ -174,7 +174,11 @@ def do(job: Job) -> dict[str, Any]:
         here = {name: value for name, value in states["run"].items() if "seconds" not in name}
         return copy.deepcopy({**states, "run": here})
 
+<<<<<<< HEAD
     def started(run: Run, nothing: None, *arguments: Any, targets: Any) -> None:
+=======
+    def started(run: Run, nothing: None, *arguments: Any, **named: Any) -> None:
+>>>>>>> levels
         states = {**arguments[-1], "run": run}
         seen.update(start=state({name: each.state_dict() for name, each in states.items()}), mask=mask())
 
@@ -446,7 +450,7 @@ def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str)
     ours, theirs = summary(here), summary(there)
     assert ours.keys() == theirs.keys()
     for name in ours.keys() - {"computed_tokens"}:
-        if "loss" in name:
+        if "loss" in name or "bits_per_byte" in name:
             assert difference(ours[name], theirs[name]) <= 1e-5, name
         else:
             assert ours[name] == theirs[name], name
@@ -455,6 +459,28 @@ def test_two_processes_are_one_run(alone: Any, both: Any, home: Path, case: str)
     for part in ("model", "optimizer"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=1e-5)
     torch.testing.assert_close(ours["sampler"], theirs["sampler"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_levels(jobs: Callable[..., Job], home: Path) -> None:
+    """And the same shares of them, which are those of one process as long as both have drawn the same."""
+    budget = {"tasks.max_epochs_per_task": "null", "budget.tokens": "null", "budget.epochs": 2}
+    changes = SMALL | budget | {"levels.number": 2, "levels.examples": 3}
+    only = do(jobs("mos_cossim", home / "alone" / "levels", changes))
+    both = in_two({"levels": jobs("mos_cossim", home / "both" / "levels", changes)}, home / "in two, levels")
+    first, second = both["levels"]
+    assert [each["status"] for each in (only, first, second)] == [0, 0, 0], first["err"] + second["err"]
+    assert first["draws"] == second["draws"]
+    torch.testing.assert_close(first["saved"], second["saved"], rtol=0, atol=0, equal_nan=True)
+    ours, theirs = (
+        [e for e in events(home / each / "levels") if e["event"] == "mixture"] for each in ("both", "alone")
+    )
+    assert len(ours) >= 3 and ours[1].keys() == theirs[1].keys()
+    for name in ours[1]:
+        if name.startswith("level_"):
+            assert difference(ours[1][name], theirs[1][name]) < 1e-4, name
+            assert ours[1][name] != ours[2][name]
+    assert ours[1]["probe_tokens"] == theirs[1]["probe_tokens"] > ours[0]["probe_tokens"] > 0
 
 
 @pytest.mark.parametrize("case", slow_but(("static", "adapt"), CASES))

@@ -41,6 +41,14 @@ STRATEGIES = ["adapt", "adapt_planned", "mos_diff", "uniform"]
 CAP = {"tasks.max_epochs_per_task": 1.2, "batch_size": 6}
 # Whole examples, with the excess carried over: of 4 to 8 tokens, so that few steps take 21.
 TOKENS = {"batch_size": "null", "batch_tokens": 21}
+# No task is capped.
+LEVELS: dict[str, Any] = {
+    "tasks.max_epochs_per_task": "null",
+    "budget.tokens": "null",
+    "budget.epochs": 1.3,
+    "levels.number": 3,
+    "levels.examples": 2,
+}
 ONE_OF_EACH_RECIPE = ["adapt_planned", "mos_diff", "uniform"]
 # What a run carries along from one update to the next, besides that.
 CARRYING: list[tuple[str, dict[str, Any]]] = [
@@ -65,6 +73,8 @@ CARRYING: list[tuple[str, dict[str, Any]]] = [
     ("adapt_planned", CAP),
     ("mos_diff", {"sampling": "dataset"} | TOKENS),
     ("uniform", CAP | TOKENS),
+    ("mos_diff", LEVELS | {"sampling": "example"}),
+    ("hbo", LEVELS | TOKENS),
 ]
 
 
@@ -106,6 +116,7 @@ THREE_STEPS = (5, 8, 11)
         *((strategy, {}) for strategy in STRATEGIES),
         ("uniform", CAP),
         ("adapt_planned", TOKENS),
+        ("mos_cossim", LEVELS),
         *(pytest.param(*carrying, marks=pytest.mark.slow) for carrying in CARRYING),
     ],
     ids=str,
@@ -361,6 +372,12 @@ def test_a_changed_key_of_mos_is_refused_by_name(runs: Runs, tmp_path: Path, key
     assert state_of(tmp_path / "run") == before
 
 
+def test_other_levels_are_refused(runs: Runs, tmp_path: Path) -> None:
+    runs.stop("mos_cossim", tmp_path / "run", after=3, **LEVELS)
+    with pytest.raises(ValueError, match=r"^resume: levels.number changed since the run began; [^\n]*\Z"):
+        runs.run("mos_cossim", tmp_path / "run", **LEVELS | {"levels.number": 2})
+
+
 def test_tokens_in_place_of_examples_are_refused(runs: Runs, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^resume: batch_size, batch_tokens changed since"):
         runs.run("adapt_planned", folder, **TOKENS)
@@ -431,7 +448,7 @@ def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None
     for recipe in set(RECIPES.values()):
         assert set(marked(load_recipe(recipe).Config, FREE_AT_RESUME)) == free
     keys = {field.name for recipe in set(RECIPES.values()) for field in fields(load_recipe(recipe).Config)}
-    assert keys == {key.split(".")[0] for key in (*CHANGES, *CHANGES_OF_MOS, *TOKENS, *free)}
+    assert keys == {key.split(".")[0] for key in (*CHANGES, *CHANGES_OF_MOS, *TOKENS, *LEVELS, *free)}
 
 
 @pytest.mark.parametrize("change", ["an answer", "a row more", "a task less"])
