@@ -174,11 +174,7 @@ def do(job: Job) -> dict[str, Any]:
         here = {name: value for name, value in states["run"].items() if "seconds" not in name}
         return copy.deepcopy({**states, "run": here})
 
-<<<<<<< HEAD
-    def started(run: Run, nothing: None, *arguments: Any, targets: Any) -> None:
-=======
     def started(run: Run, nothing: None, *arguments: Any, **named: Any) -> None:
->>>>>>> levels
         states = {**arguments[-1], "run": run}
         seen.update(start=state({name: each.state_dict() for name, each in states.items()}), mask=mask())
 
