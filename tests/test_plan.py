@@ -670,7 +670,7 @@ def test_a_command_that_is_not_one(capsys: pytest.CaptureFixture[str], words: li
         ("uniform", both(EVEN, ["budget.tokens=60"]), ["mixture updates, validation and test would read 108"]),
         ("exp3", [*EVEN, "mixture_update_every=99"], ["the mixture would not be updated: every 99 steps of 12"]),
         ("exp3", [*EVEN, "mixture_update_every=0"], ["the mixture would not be updated: never (mixture_update_every)"]),
-        ("hbo", [*EVEN, "reward=planned_reward.Mine"], ["reward: Mine has no attribute `gradients`"]),
+        ("hbo", [*EVEN, "~reward.tokens", "reward=planned_reward.Mine"], ["reward: Mine has no attribute `gradients`"]),
     ],
 )  # fmt: skip
 def test_warnings(folder: Path, config: str, overrides: list[str], warnings: list[str]) -> None:
