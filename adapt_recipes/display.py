@@ -185,9 +185,8 @@ class Display:
         for name, loss in (summary.target_losses or {}).items():
             losses = [(summary.initial_target_losses or {})[name], loss]
             losses += [(summary.target_test_losses or {})[name]] if test_losses else []
-            target_units = [
-                key.replace("validation", "target").replace("test", "target_test") for key in shown.values()
-            ]
+            prefix = "target_test" if test_losses else "target"
+            target_units = [key.replace(split, prefix) for key in shown.values()]
             losses += [getattr(summary, key)[name] for key in target_units]
             table.add_row(task_name(name), "target", "-", "-", *map(_number, losses))
         self.console.print(table)

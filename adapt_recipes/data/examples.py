@@ -430,4 +430,5 @@ class Task:
 
     @property
     def is_target(self) -> bool:
+        """Whether it is validated on and never trained."""
         return not len(self.train)

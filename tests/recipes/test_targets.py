@@ -51,11 +51,20 @@ def test_a_target_is_never_trained(runs: Runs, tmp_path: Path) -> None:
     assert all(list(event["losses"]) == ["a", "b", "d"] for event in validations)
 
 
-def test_the_test_of_a_target(runs: Runs, tmp_path: Path) -> None:
+def test_the_test_of_a_target(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "170")
     assert runs.run("uniform", tmp_path / "run", **TARGET, **{"tasks.test_examples": 3}) == 0
     results = summary(tmp_path / "run")
     assert list(results["target_test_losses"]) == ["c"] and list(results["test_losses"]) == ["a", "b", "d"]
     assert results["worst_target_test_loss"] == results["target_test_losses"]["c"] > 0
+
+    # On a wide terminal, in every unit.
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["c", "target"])
+    keys = ("initial_target_losses", "target_losses", "target_test_losses", "target_test_exact_match")
+    keys += ("target_test_bits_per_byte",)
+    assert row[4:] == [f"{results[key]['c']:.3f}" for key in keys]
 
 
 @pytest.mark.parametrize(
