@@ -290,6 +290,17 @@ class ChatTokenizer:
             )
         return first, ends[0] + 1
 
+    def encode_prompt(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[str, list[int]]:
+        """The text with which a model is asked for the next answer, and its tokens.
+
+        Raises:
+            ValueError: the template refuses the messages.
+        """
+        text = self._template.render(messages, tools, add_generation_prompt=True)
+        return text, self._encoding(text)[1].ids
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The id of the token that ends an answer; empty if the template refuses a question with an answer."""

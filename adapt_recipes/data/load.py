@@ -98,6 +98,8 @@ def load_tasks(config: TasksConfig, *, tokenizer: Any, max_seq_len: int) -> list
         on_bad_rows=config.on_bad_rows,
         cache_dir=config.cache_folder,
     )
+    if all(task.is_target for task in tasks):
+        raise ValueError("tasks: there is no task to train on")
     if all(task.validation is None for task in tasks if not task.is_target):
         raise ValueError("tasks.no_validation: it names every task; leave at least one to validate on")
     _check_target_weights(config, tasks)

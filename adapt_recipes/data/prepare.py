@@ -71,7 +71,7 @@ def prepare_tasks(
             None: all.
         no_validation: names of tasks that are not in the objective: they have neither validation nor test.
         targets: names of tasks that are validated on and never trained.
-        raw_targets: further tasks, all of them targets.
+        raw_targets: further tasks, all of them targets; there may be no others.
         reading: what is supervised, and where the system message goes.
         on_bad_rows: whether a bad row is an error, or is left out and counted.
         num_workers: processes that tokenize; None: one per usable core.
@@ -451,7 +451,7 @@ def _check_names(
     names: Sequence[str], own_targets: Sequence[str], no_validation: Collection[str], targets: Collection[str]
 ) -> None:
     """Checks the names of the tasks of the source, and of the targets that have a source of their own."""
-    if not names:
+    if not (names or own_targets):
         raise ValueError("tasks: there is no task")
     for name in own_targets:
         if name in names:
@@ -469,7 +469,7 @@ def _check_names(
                 raise ValueError(f"tasks.{key}: no task {name!r}{nearest(name, names)}")
             if key == "targets" and name in no_validation:
                 raise ValueError(f"tasks.no_validation: {name!r} is a target, and nothing but validated on")
-    if set(names) <= set(targets):
+    if names and set(names) <= set(targets):
         raise ValueError("tasks.targets: it names every task; leave at least one to train on")
 
 
