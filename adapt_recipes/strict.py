@@ -455,8 +455,10 @@ def _validate(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
             raise ValueError(f"unknown key '{key}': it is '{renamed.key}' now{_remark(renamed)}") from error
         owner: Any = config_class
         for part in parents:
-            owner = get_type_hints(owner)[part]
-            owner = next((arg for arg in typing.get_args(owner) if is_dataclass(arg)), owner)
+            # Not a field, but the key of a mapping.
+            if part not in (hints := get_type_hints(owner)):
+                continue
+            owner = next((arg for arg in typing.get_args(hints[part]) if is_dataclass(arg)), hints[part])
         raise ValueError(f"unknown key '{key}'{nearest(last, [field.name for field in fields(owner)])}") from error
 
 

@@ -85,8 +85,6 @@ class Config:
     """the file of MT-bench's questions, in ``data_dir``: answers for its judges"""
 
     def __post_init__(self) -> None:
-        if not self.runs and self.model is None:
-            raise ValueError("runs, model: give at least one; runs=[runs/a,runs/b] or model=FOLDER")
         if (self.model is None) != (self.output_dir is None):
             raise ValueError("model, output_dir: give both, or neither; output_dir is where the scores of model go")
         if not (self.own_tasks or self.unseen_tasks or self.benchmarks or self.mt_bench):
@@ -119,6 +117,10 @@ class Recipe:
     def setup(self) -> None:
         """Finds the models and their tasks, and refuses what cannot be measured or continued."""
         config = self.config
+        if not config.runs and config.model is None:
+            raise ValueError(
+                "runs, model: give at least one: runs=[runs/a,runs/b], or model=FOLDER output_dir=runs/base"
+            )
         check_installed(config.backend)
         self.device = get_device(config.device)
         # Before lm-eval is imported, which would share each task between the processes.

@@ -102,17 +102,15 @@ def _local_data(
     """What replaces the source of a task's rows."""
     measured = config.get("test_split") or config["validation_split"]
     files = {measured: str(file)}
-    replaced: dict[str, Any] = {}
     if benchmark.fewshot_file is not None:
         assert data_dir is not None
         shots = data_dir / benchmark.fewshot_file.format(part=part.removeprefix(f"{name}_"))
         if not shots.is_file():
             raise FileNotFoundError(f"{shots} is missing, the solved examples of its prompts")
         files[config.get("fewshot_split") or config["training_split"]] = str(shots)
-    elif config.get("training_split"):
-        # It draws no examples from there.
-        replaced["training_split"] = None
-    return replaced | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    # lm-eval opens every split that a task names.
+    splits = {key: None for key in ("training_split", "validation_split", "test_split") if config.get(key) not in files}
+    return splits | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
 
 
 def measure(

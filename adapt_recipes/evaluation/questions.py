@@ -126,7 +126,8 @@ def ask(
     likelihoods = lm._loglikelihood_tokens([(("", ""), each.prompt_ids, each.answer_ids) for each in questions])
     samples = []
     for question, answer, (log_likelihood, _) in zip(questions, answers, likelihoods, strict=True):
-        num_tokens = len(lm.tok_encode(answer, add_special_tokens=False))
+        # Counted on the text, because lm-eval returns no tokens.
+        num_tokens = min(len(lm.tok_encode(answer, add_special_tokens=False)), max_answer_tokens)
         values = {
             "exact_match": exact_match(answer, question.references),
             "rouge_l": rouge_l(answer, question.references),

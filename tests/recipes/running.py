@@ -43,7 +43,9 @@ def recipe_of(config: Path) -> str:
     return next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("recipe: "))
 
 
-CONFIGS = {path.stem: path for path in sorted((ROOT / "yaml").glob("*.yaml"))}
+SUITES = {path.stem: path for path in sorted((ROOT / "yaml").glob("eval_*.yaml"))}
+# Of the recipes that train.
+CONFIGS = {path.stem: path for path in sorted((ROOT / "yaml").glob("*.yaml")) if path.stem not in SUITES}
 # Strategy: recipe
 RECIPES = {name.removeprefix("tiny_"): recipe_of(path) for name, path in CONFIGS.items() if name.startswith("tiny_")}
 TOTAL_TOKENS = 330  # more than one pass over some of the tasks below
