@@ -603,6 +603,7 @@ def test_a_recipe_of_ones_own_in_a_process_of_its_own(folder: Path) -> None:
         (["plain.py", *plain("adapt")], "plain.py has no class Config"),
         (["broken.py", *plain("adapt")], "broken.py cannot be imported: ZeroDivisionError"),
         (["small.py", "--config", "small.yaml"], "Config does not inherit TrainConfig, which a plan needs"),
+        (["mixture_eval", "--config", "eval_tasks"], "Config does not inherit TrainConfig, which a plan needs"),
         (["adapt_full_finetune", "--config", "tiny_adapd"], "neither a file nor a known name"),
         (["adapt_full_finetune", *plain("adapt", "sede=1")], "unknown key 'sede'; did you mean 'seed'?"),
         (["adapt_full_finetune", *plain("adapt", "tasks.path=nowhere")], "nowhere"),
