@@ -19,10 +19,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from adapt_recipes.data import ChatTokenizer
 from adapt_recipes.errors import nearest
 from adapt_recipes.evaluation import records
 from adapt_recipes.evaluation.benchmarks import Benchmark, file_hash, load_task, local_parts, measure, parts_of, whole
@@ -32,7 +34,7 @@ from adapt_recipes.evaluation.progress import shows
 from adapt_recipes.evaluation.questions import ask, questions_of
 from adapt_recipes.evaluation.records import Sample, Score
 from adapt_recipes.evaluation.sharing import SharedWork
-from adapt_recipes.evaluation.subjects import Subject, chat_tokenizer, own_tasks, subjects_of, unseen_tasks
+from adapt_recipes.evaluation.subjects import Split, Subject, chat_tokenizer, own_tasks, subjects_of, unseen_tasks
 from adapt_recipes.evaluation.table import score_table
 from adapt_recipes.strict import STRICT, Component, command_line
 from adapt_recipes.training.process_group import get_device
@@ -129,6 +131,10 @@ class Recipe:
         self.weights = {subject: weights_fingerprint(subject.model) for subject in self.subjects}
         jobs = [job for subject in self.subjects for job in self.jobs(subject)]
 
+        pairs = [(job.subject, job.task) for job in jobs]
+        if twice := [task for subject, task in dict.fromkeys(pairs) if pairs.count((subject, task)) > 1]:
+            raise ValueError(f"{config.suite}: two of its tasks have the name {twice[0]!r}; measure them as two suites")
+
         # Those that are asked for, by task or by benchmark.
         names = list(dict.fromkeys(name for job in jobs for name in (job.benchmark, job.task) if name))
         for name in config.only or ():
@@ -158,6 +164,7 @@ class Recipe:
         if tokenizer and config.unseen_tasks:
             found.append(unseen_tasks(subject, tokenizer, config.unseen_tasks))
         for each in found:
+            assert tokenizer is not None
             settings |= {"max_answer_tokens": config.max_answer_tokens, each.family: each.fingerprint}
             for split in each.splits:
                 yield Job(subject, split.task, partial(self.ask, tokenizer, split, each.family))
@@ -174,7 +181,8 @@ class Recipe:
         # Answers for the judges of MT-bench.
         if config.mt_bench:
             assert self.data_dir is not None
-            yield Job(subject, "mt_bench", partial(self.answer_mt_bench, subject, self.data_dir / config.mt_bench))
+            file = self.data_dir / config.mt_bench
+            yield Job(subject, "mt_bench", partial(self.answer_mt_bench, subject, file, read_mt_bench(file)))
 
     def measure(self) -> int:
         """Measures what is missing. Returns the exit status: 0, or 1 if a benchmark could not be measured."""
@@ -191,7 +199,7 @@ class Recipe:
                 with shows(f"{folder}: {job.task} ({number} of {len(self.all_jobs)})"):
                     score, samples = job.measure(lm)
             except Exception as error:
-                if job.benchmark is None:
+                if job.benchmark is None or isinstance(error, MemoryError | torch.OutOfMemoryError):
                     raise
                 self.fail(job.benchmark, job.task, error)
                 continue
@@ -203,7 +211,7 @@ class Recipe:
             self.finish()
         return 1 if self.failed else 0
 
-    def ask(self, tokenizer: Any, split: Any, family: str, lm: Any) -> tuple[Score, list[Sample]]:
+    def ask(self, tokenizer: ChatTokenizer, split: Split, family: str, lm: Any) -> tuple[Score, list[Sample]]:
         """Questions of one task, answered greedily, and the likelihood of the right answers."""
         questions, num_unasked = questions_of(split.examples, tokenizer, limit=self.config.limit)
         left_out = {"trained on": split.num_seen, "last answer is no text or not supervised": num_unasked}
@@ -228,12 +236,14 @@ class Recipe:
             data="hub" if file is None else f"{file.name} {file_hash(file)}",
         )
 
-    def answer_mt_bench(self, subject: Subject, file: Path, lm: Any) -> tuple[Score, list[Sample]]:
+    def answer_mt_bench(
+        self, subject: Subject, file: Path, questions: list[dict[str, Any]], lm: Any
+    ) -> tuple[Score, list[Sample]]:
         """Answers to the questions of MT-bench, in the form that its judges read."""
-        questions = read_mt_bench(file)[: self.config.limit]
-        name = subject.folder.resolve().name
-        data = f"{file.name} {file_hash(file)}"
-        score, samples, answers = answer_mt_bench(lm, questions, model_name=name, seed=self.config.seed, data=data)
+        config, name, data = self.config, subject.folder.resolve().name, f"{file.name} {file_hash(file)}"
+        score, samples, answers = answer_mt_bench(
+            lm, questions[: config.limit], model_name=name, seed=config.seed, data=data
+        )
         records.write_lines(subject.folder / records.SAMPLES / self.config.suite / "mt_bench_answers.jsonl", answers)
         return score, samples
 

@@ -292,6 +292,10 @@ def write_other_format(there: Path) -> None:
     (there / "runs/a" / EVALUATION).write_text('{"format": 0}')
 
 
+def write_same_name(there: Path) -> None:
+    write_natural_instructions(there / "more", ["Summarization"], num_examples=9)
+
+
 def nothing(there: Path) -> None: ...
 
 
@@ -325,6 +329,12 @@ def nothing(there: Path) -> None: ...
         ),
         (nothing, ["benchmarks.arc={family: x}"], "missing key 'benchmarks.arc.metric'"),
         (nothing, ["benchmarks.arc_chalenge={family: x, metric: acc}"], "did you mean 'arc_challenge'?"),
+        (
+            write_same_name,
+            ["unseen_tasks={_component_: adapt_recipes.data.natural_instructions, path: more}"],
+            "eval_tasks: two of its tasks have the name 'Summarization'; measure them as two suites",
+        ),
+        (nothing, ["mt_bench=mt_bench.jsonl", "data_dir=data"], "data/mt_bench.jsonl: no such file; it is fastchat/"),
         (change_data, [], "own_tasks: the data of runs/a, or the chat template in runs/a/model, is not what it was"),
         (
             change_template,
