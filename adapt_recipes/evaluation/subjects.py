@@ -91,12 +91,18 @@ def chat_tokenizer(subject: Subject) -> ChatTokenizer:
     """The tokenizer and chat template with which a model is asked.
 
     Raises:
-        ValueError: the folder has none.
+        ValueError: the folder has none, or its template does not end answers.
     """
     try:
-        return ChatTokenizer(subject.tokenizer)
+        tokenizer = ChatTokenizer(subject.tokenizer)
     except ValueError as error:
         raise ValueError(f"{subject.tokenizer}: {str(error).removeprefix('tokenizer.path: ')}") from error
+    if not tokenizer.end_ids:
+        raise ValueError(
+            f"{subject.tokenizer}: its chat template ends no answer with a special token, so the model does not stop; "
+            "runs of the toy tasks have their losses alone"
+        )
+    return tokenizer
 
 
 def own_tasks(subject: Subject, tokenizer: ChatTokenizer) -> Splits:

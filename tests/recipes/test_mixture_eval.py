@@ -24,7 +24,7 @@ from tiers import slow_but
 
 from adapt_recipes.cli import shipped
 from adapt_recipes.config import load
-from adapt_recipes.data import ChatTokenizer
+from adapt_recipes.data import ByteTokenizer, ChatTokenizer
 from adapt_recipes.evaluation import records
 from adapt_recipes.evaluation.records import EVALUATION, read_evaluation, read_samples
 from adapt_recipes.evaluation.subjects import own_tasks, subjects_of
@@ -280,6 +280,11 @@ def change_template(there: Path) -> None:
     file.write_text(file.read_text().replace("<|im_start|>", "<|im_start|>x"))
 
 
+def never_stop(there: Path) -> None:
+    ByteTokenizer(supervise_end=False).save(there / "runs/a/model")
+    (there / "runs/a/model/chat_template.jinja").unlink()
+
+
 def remove_weights(there: Path) -> None:
     (there / "runs/a/model/model.safetensors").unlink()
 
@@ -341,6 +346,7 @@ def nothing(there: Path) -> None: ...
             [],
             "own_tasks: the data of runs/a, or the chat template in runs/a/model, is not what it was",
         ),
+        (never_stop, [], "runs/a/model: its chat template ends no answer with a special token"),
         (remove_template, [], "runs/a/model has no chat template"),
         (remove_weights, [], "runs/a/model: holds no weights of a model"),
         (measure_with_limit, [], "limit: eval_tasks was measured with 1"),
