@@ -166,6 +166,8 @@ def _mean_row(name: str, rows: Sequence[Row]) -> Row:
 
 def row_score(column: Column, row: Row) -> Spread:
     """Mean and range over the models of a column; NaN if one of the tasks was not measured on all of them."""
+    if not row.tasks:
+        return spread([math.nan])
     return spread(float(np.mean([_value(model.scores.get(task)) for task in row.tasks])) for model in column.models)
 
 
@@ -285,7 +287,7 @@ def differences(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[list[li
                 resampled[i][task] = resampled_means(pairs, generators[i])
 
     def difference(i: int, row: Row) -> Difference | None:
-        if not set(row.tasks) <= observed[i].keys():
+        if not row.tasks or not set(row.tasks) <= observed[i].keys():
             return None
         low, high = np.percentile(np.mean([resampled[i][task] for task in row.tasks], axis=0), INTERVAL)
         return Difference(float(np.mean([observed[i][task] for task in row.tasks])), float(low), float(high))
@@ -357,10 +359,11 @@ def notes_of(columns: Sequence[Column]) -> list[str]:
     for key in dict.fromkeys(key for model in with_scores for key in model.settings):
         by_value: dict[str, list[str]] = {}
         for model in with_scores:
+            value = model.settings.get(key)
             # Hashes are long.
-            by_value.setdefault(str(model.settings.get(key))[:12], []).append(model.name)
+            by_value.setdefault("null" if value is None else str(value)[:12], []).append(model.name)
         if len(by_value) > 1:
-            said = ", ".join(f"{value} of {_some(names)}" for value, names in by_value.items())
+            said = "; ".join(f"{value} of {_some(names)}" for value, names in by_value.items())
             notes.append(f"The setting '{key}' is not the same: {said}.")
     return notes
 

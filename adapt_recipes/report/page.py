@@ -600,7 +600,7 @@ def _score_table(suite: str, rows: Sequence[Row], columns: Sequence[Column]) -> 
     several = any(len(column.models) > 1 for column in columns)
     caption = f"{_of_seeds(several)}Of one {'run' if several else 'model'}, the standard error over examples is below. "
     caption += "Means over tasks are unweighted."
-    return Table(f"scores_{suite}", "Scores", caption, ["task", *(column.name for column in columns)], cells)
+    return Table(f"scores_{suite}", f"{suite}: scores", caption, ["task", *(column.name for column in columns)], cells)
 
 
 def _score_cell(column: Column, row: Row, score: Spread, is_best: bool) -> Cell:
@@ -623,7 +623,9 @@ def _difference_table(
         [_row_name(row), *(_difference_cell(difference, row) for difference in of_row)]
         for row, of_row in zip(rows, found, strict=True)
     ]
-    return Table(f"differences_{suite}", "Differences", caption, ["task", *(c.name for c in columns[1:])], cells)
+    return Table(
+        f"differences_{suite}", f"{suite}: differences", caption, ["task", *(c.name for c in columns[1:])], cells
+    )
 
 
 def _difference_cell(difference: Difference | None, row: Row) -> Cell:
@@ -649,7 +651,7 @@ def _metric_table(suite: str, others: dict[tuple[str, str], list[Spread]], colum
         "of answers that were cut. left out: examples that were not measured. seconds: of the measurement."
     )
     names = ["", "task", *(column.name for column in columns)]
-    return Table(f"metrics_{suite}", "Other metrics, examples and time", caption, names, cells)
+    return Table(f"metrics_{suite}", f"{suite}: other metrics, examples and time", caption, names, cells)
 
 
 def _worth_charts(groups: Sequence[Group], suites: Sequence[Suite]) -> list[Chart]:
