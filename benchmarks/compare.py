@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     suite, *of_suite = arguments.evaluate or [None]
     suites = sorted(path.stem for path in (ROOT / "yaml").glob("eval_*.yaml"))
     if arguments.evaluate is not None and suite not in suites:
-        parser.error(f"--evaluate: there is no yaml/{suite}.yaml of a suite{nearest(str(suite), suites)}")
+        parser.error(f"--evaluate: yaml/ has no suite {suite!r}{nearest(str(suite), suites)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     folders = {name: [arguments.out / f"{name}_{seed}" for seed in arguments.seeds] for name in names}

@@ -137,8 +137,7 @@ def test_answers_are_side_by_side_and_no_markup(folders: dict[str, Path], tmp_pa
         "answer to 0000exact_match 1",
     ]
     assert rows[4][3:] == ["<script>alert('0004')</script>exact_match 0", "answer to 0004exact_match 1"]
-    assert "alert('0000')" not in re.sub(r"&lt;script&gt;alert\(&#39;\d+&#39;\)&lt;/script&gt;", "", page.source)
-    assert page.source.count("<script") == 2, "plotly's and the page's own"
+    assert "<script>alert" not in page.source and "alert('0" not in page.source
     assert page.source.count("<details><summary>…") == 40, "long prompts are closed"
     names = [attributes.get("class") for tag, attributes in page.tags if tag == "table"]
     assert names.count("searchable") == 1
