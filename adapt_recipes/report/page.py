@@ -650,7 +650,7 @@ def _metric_table(suite: str, others: dict[tuple[str, str], list[Spread]], colum
         "bits_per_byte: of the right answers, lower is better. answer_tokens: mean length of answers. unstopped: share "
         "of answers that were cut. left out: examples that were not measured. seconds: of the measurement."
     )
-    names = ["", "task", *(column.name for column in columns)]
+    names = ["metric", "task", *(column.name for column in columns)]
     return Table(f"metrics_{suite}", f"{suite}: other metrics, examples and time", caption, names, cells)
 
 
