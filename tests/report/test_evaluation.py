@@ -141,6 +141,18 @@ def test_a_mean_over_tasks_is_resampled_inside_each_task(tmp_path: Path) -> None
     assert mean[1:] == pytest.approx(expected, abs=2 * MONTE_CARLO * error)
 
 
+def test_tasks_are_resampled_independently(tmp_path: Path) -> None:
+    """The mean of two tasks with the same answers has an interval narrower by the root of two."""
+    first, other = continuous(np.random.default_rng(2), 100)
+    for task in ("one", "two"):
+        write_task(tmp_path / "a", task, numbered(first))
+        write_task(tmp_path / "b", task, numbered(other))
+    found = compare(column(tmp_path / "a"), column(tmp_path / "b"))
+    one, _, mean = (of_row[0] for of_row in found.values())
+    assert one is not None and mean is not None
+    assert (one.high - one.low) / (mean.high - mean.low) == pytest.approx(math.sqrt(2), rel=0.1)
+
+
 def test_seeds_are_averaged_example_by_example(tmp_path: Path) -> None:
     """A column of two models is the same as one of their mean."""
     generator = np.random.default_rng(4)
