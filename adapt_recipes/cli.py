@@ -429,9 +429,10 @@ def add_report(subparsers: Any) -> None:
         prog="tune report",
         help="Show a run on a page, or compare several.",
         description="Write one HTML page that shows a run, finished or not, or compares several, and a PNG of each of "
-        "its figures in a folder beside it. Runs that differ only in seed are combined.",
+        "its figures in a folder beside it. Runs that differ only in seed are combined. What mixture_eval measured is "
+        "compared with the scores of the first.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory; beside runs, the scores of a base model")
     parser.add_argument(
         "--out",
         metavar="PAGE.html",

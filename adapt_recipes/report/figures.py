@@ -8,8 +8,9 @@ from __future__ import annotations
 import html
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 from plotly.subplots import make_subplots
 
-from adapt_recipes.report.read import Array, Run
+from adapt_recipes.report.read import Array, Run, mean_over_tasks
 from adapt_recipes.report.tables import Group
 
 # Tasks or groups with a color of their own.
@@ -40,7 +41,8 @@ MAX_MARKERS = 12
 # Of an axis with ticks at 1, 2 and 5.
 MAX_LOG_TICKS = 8
 
-Kind = Literal["lines", "steps", "stack", "points"]
+# "points" are probabilities or shares on both axes, from 0 to the same end; "scatter" are points on any axes.
+Kind = Literal["lines", "steps", "stack", "points", "scatter"]
 
 
 class Texture(NamedTuple):
@@ -128,6 +130,11 @@ class Chart:
     def shares_y(self) -> bool:
         """Whether panels share their y axis, so that probabilities of different tasks can be compared."""
         return self.kind in ("steps", "stack")
+
+    @property
+    def has_points(self) -> bool:
+        """Whether points are drawn, not lines over tokens."""
+        return self.kind in ("points", "scatter")
 
     @property
     def y_label(self) -> str:
@@ -281,6 +288,36 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         ),
     ]
     return [chart for chart in map(_to_draw, all_charts) if chart.panels]
+
+
+def exact_match_chart(groups: Sequence[Group], exact_match: Mapping[Path, float], suite: str) -> Chart:
+    """The figure of exact match against validation loss: a point per run that has both.
+
+    Args:
+        groups: at most ``NAMED`` are drawn.
+        exact_match: by folder of the run, the mean over its tasks; NaN if it was not measured.
+        suite: that measured it.
+    """
+    lines = []
+    for look, group in enumerate(groups[:NAMED]):
+        losses = [float(mean_over_tasks(run.final_losses)) for run in group.runs]
+        points = [(run, loss, exact_match[run.folder]) for run, loss in zip(group.runs, losses, strict=True)]
+        points = [(run, loss, match) for run, loss, match in points if np.isfinite([loss, match]).all()]
+        names = tuple(run.name for run, *_ in points)
+        x, y = (np.array([point[i] for point in points]) for i in (1, 2))
+        lines.append(Line(group.name, look, x, y, names))
+    return _to_draw(
+        Chart(
+            name="exact_match_against_loss",
+            title="Exact match against validation loss",
+            caption="Each point is a run: the unweighted means over its tasks of the validation loss at the end, and "
+            f"of the exact match of its answers in {suite}.",
+            x_title="mean validation loss (nats)",
+            y_title="exact match",
+            kind="scatter",
+            panels=(Panel("", tuple(lines)),),
+        )
+    )
 
 
 def named_tasks(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -445,7 +482,7 @@ def to_plotly(chart: Chart) -> go.Figure:
 
     # Lines. A label is in the legend once.
     to_name = set(chart.names)
-    one_by_one = chart.rows > 1 or chart.kind == "points" or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
+    one_by_one = chart.rows > 1 or chart.has_points or max(len(panel.lines) for panel in chart.panels) > NAMED + 1
     for i, panel in enumerate(chart.panels):
         for line in panel.lines:
             row, column = divmod(i, chart.columns)
@@ -481,7 +518,8 @@ def _set_axes(figure: go.Figure, chart: Chart, *, one_by_one: bool) -> None:
     """Ranges, ticks and titles of the axes."""
     figure.update_xaxes(fixedrange=True, showspikes=not one_by_one, spikecolor=GRAY, spikethickness=1)
     figure.update_yaxes(fixedrange=True, automargin=True, showticklabels=True, ticklabelstandoff=4)
-    figure.update_xaxes(rangemode="tozero", tickformat="~g" if chart.kind == "points" else "~s", hoverformat=",~r")
+    figure.update_xaxes(rangemode="normal" if chart.kind == "scatter" else "tozero")
+    figure.update_xaxes(tickformat="~g" if chart.has_points else "~s", hoverformat=",~r")
     figure.update_xaxes(showticklabels=True, tickangle=0, nticks=6 if chart.columns == 1 else 4)
     figure.update_yaxes(rangemode="tozero", tickformat="~g" if chart.y_max < 1000 else "~s", nticks=6)
     if chart.kind == "points":
@@ -518,10 +556,11 @@ def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
     )
     if line.names:
         of_run = "" if line.names == (line.label,) else f"{called}<br>"
+        x, y = ("requested", "actual") if chart.kind == "points" else (chart.x_title, chart.y_title)
         return trace.update(
             mode="markers",
             text=[html.escape(name) for name in line.names],
-            hovertemplate=of_run + "%{text}: requested %{x:.4f}, actual %{y:.4f}<extra></extra>",
+            hovertemplate=f"{of_run}%{{text}}: {x} %{{x:.4f}}, {y} %{{y:.4f}}<extra></extra>",
             marker={"color": line.color, "size": 9, "symbol": texture.symbol},
         )
     # With a unified hover label x is in its title.
@@ -569,7 +608,7 @@ def to_matplotlib(chart: Chart) -> Figure:
             highest = 1.05 * max(float(np.max([line.x, line.y])) for line in panel.lines)
             axes.set_xlim(0, highest)
             axes.set_ylim(0, highest)
-        else:
+        elif chart.kind != "scatter":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if chart.is_log:
             axes.set_yscale("log")

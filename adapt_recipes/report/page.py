@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +16,30 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from adapt_recipes.evaluation.records import EVALUATION
 from adapt_recipes.files import atomic_file
-from adapt_recipes.report.figures import NAMED, Chart, charts, to_plotly, to_png
+from adapt_recipes.report.evaluation import (
+    NUM_EXAMPLES,
+    OTHER_METRICS,
+    Column,
+    Difference,
+    Example,
+    Measured,
+    Row,
+    best_columns,
+    differences,
+    examples,
+    notes_of,
+    other_metrics,
+    own_exact_match,
+    read_measured,
+    row_score,
+    row_stderr,
+    suites_of,
+    task_rows,
+    with_means,
+)
+from adapt_recipes.report.figures import NAMED, Chart, charts, exact_match_chart, to_plotly, to_png
 from adapt_recipes.report.read import UNITS, Array, Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks
 from adapt_recipes.report.tables import (
     COUNTERS,
@@ -36,23 +58,33 @@ from adapt_recipes.report.tables import (
     spread,
     task_results,
 )
+from adapt_recipes.run_directory import LOG, has_run
 
 # On a phone the mode bar would cover names.
 PLOTLY_CONFIG = {"displayModeBar": False, "responsive": True}
+# Fewer points in a figure say nothing.
+MIN_POINTS = 3
 # The figures of each section of the page.
 SECTIONS = {
+    "worth": ("exact_match_against_loss",),
     "mixture": ("probabilities_stacked", "probabilities", "share_against_probability"),
     "losses": ("worst_and_mean_loss", "validation_loss_by_task"),
     "costs": ("mixture_time", "speed", "learning_rate"),
 }
-HEADINGS = {"mixture": "What the mixture did", "losses": "Losses", "costs": "What it cost", "config": "Config"}
+HEADINGS = {
+    "worth": "What it is worth",
+    "mixture": "What the mixture did",
+    "losses": "Losses",
+    "costs": "What it cost",
+    "config": "Config",
+}
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
     """Writes a page about one run, or one that compares several, and the figures in a folder beside it.
 
     Args:
-        folders: run directories, of finished and unfinished runs.
+        folders: run directories, of finished and unfinished runs; beside them, folders with the scores of a base model.
         out: the page. Default: ``report.html`` in the run directory, or for several runs in the current folder.
 
     Returns:
@@ -62,14 +94,17 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
         ValueError: a folder contains no run, a file in it is malformed, or the runs share no task.
         OSError: the report cannot be written.
     """
-    runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    folders = [*{folder.resolve(): folder for folder in folders}.values()]
+    runs = [read_run(folder) for folder in folders if not _has_scores_only(folder)]
+    if not runs:
+        raise ValueError(f"{folders[0]}: has scores but no run; give at least one run beside it")
     if out is None:
-        out = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
+        out = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     if out.suffix != ".html":
         raise ValueError(f"--out {out}: has to end in .html")
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
-    page, drawn = render(runs)
+    page, drawn = render(runs, folders)
     figures = {out.with_name(f"{out.stem}_figures") / f"{chart.name}.png": to_png(chart) for chart in drawn}
     # The page comes last, so that its figures exist when it does.
     for path, content in {**figures, out: page.encode()}.items():
@@ -79,11 +114,20 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
     return [out, *figures]
 
 
-def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
+def _has_scores_only(folder: Path) -> bool:
+    """Whether the folder is that of a base model's scores."""
+    return (folder / EVALUATION).is_file() and not (folder / LOG).exists() and not has_run(folder)
+
+
+def render(runs: Sequence[Run], folders: Sequence[Path]) -> tuple[str, list[Chart]]:
     """The page, and the figures on it.
 
+    Args:
+        runs: all that are on the page.
+        folders: those of the runs, and of base models; scores are compared with those of the first.
+
     Raises:
-        ValueError: the runs share no task.
+        ValueError: the runs share no task, or a file of scores or answers is malformed.
     """
     # Groups, and notes for the reader.
     runs, notes = on_shared_tasks(runs)
@@ -97,7 +141,9 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         notes.append(f"The figures show the {NAMED} strategies of the lowest worst loss; the tables show all.")
 
     # Figures and tables.
-    made = charts(groups)
+    members = _members(runs, groups, folders)
+    suites = [_suite(suite, members) for suite in suites_of(folders)]
+    made = [*charts(groups), *_worth_charts(groups, suites)]
     drawn = {
         chart.name: Markup(
             to_plotly(chart).to_html(
@@ -118,8 +164,11 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
         headline=_headline(runs[0]) if len(runs) == 1 else _comparison(groups),
         notes=notes,
         is_comparison=len(runs) > 1,
-        headings={"results": _question(groups)} | HEADINGS,
+        headings={"results": _question(groups)}
+        | {name: heading for name, heading in HEADINGS.items() if suites or name != "worth"},
         tables=tables,
+        suites=suites,
+        num_examples=NUM_EXAMPLES,
         sections={
             key: [(c, drawn[c.name]) for name in names for c in made if c.name == name]
             for key, names in SECTIONS.items()
@@ -306,6 +355,16 @@ class Table(NamedTuple):
     rows: list[list[Cell]]
 
 
+class Suite(NamedTuple):
+    """What the page shows of a suite of evaluations."""
+
+    name: str
+    notes: list[str]
+    tables: list[Table]
+    models: list[Measured]
+    examples: list[Example]
+
+
 def _name(text: str, detail: str = "") -> Cell:
     return Cell(text, text, detail)
 
@@ -488,3 +547,131 @@ def _setting_table(groups: Sequence[Group]) -> Table:
     return Table(
         "settings", "Differences", "Keys of the configs that are not the same.", ["", *(g.name for g in groups)], rows
     )
+
+
+# ---- what mixture_eval measured
+
+
+def _members(
+    runs: Sequence[Run], groups: Sequence[Group], folders: Sequence[Path]
+) -> dict[str, list[tuple[str, Path]]]:
+    """By column, the names and folders of its models: a column is a group or a base model, in the order of folders."""
+    of_folder = {run.folder: group for group in groups for run in group.runs}
+    members: dict[str, list[tuple[str, Path]]] = {}
+    for folder in folders:
+        if group := of_folder.get(folder):
+            members[group.name] = [(_called(run, runs), run.folder) for run in group.runs]
+            continue
+        name = folder.resolve().name
+        if name in members or name in [group.name for group in groups]:
+            name = str(folder)
+        members[name] = [(name, folder)]
+    return members
+
+
+def _suite(suite: str, members: Mapping[str, Sequence[tuple[str, Path]]]) -> Suite:
+    """The scores of a suite, with a column for each of ``members``."""
+    columns = [
+        Column(name, tuple(read_measured(*member, suite) for member in of_column))
+        for name, of_column in members.items()
+    ]
+    rows, notes, tables = with_means(task_rows(columns)), notes_of(columns), []
+    if rows:
+        tables.append(_score_table(suite, rows, columns))
+    if rows and len(columns) > 1:
+        found, why_not = differences(rows, columns)
+        tables.append(_difference_table(suite, rows, columns, found))
+        notes += why_not
+    if others := other_metrics(columns):
+        tables.append(_metric_table(suite, others, columns))
+    return Suite(suite, notes, tables, [model for column in columns for model in column.models], examples(columns))
+
+
+def _row_name(row: Row) -> Cell:
+    return _name(row.name, row.metric)
+
+
+def _score_table(suite: str, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    cells = []
+    for row in rows:
+        scores = [row_score(column, row) for column in columns]
+        best = best_columns(scores, row)
+        cells.append([_row_name(row), *(_score_cell(c, row, scores[i], i in best) for i, c in enumerate(columns))])
+    several = any(len(column.models) > 1 for column in columns)
+    caption = f"{_of_seeds(several)}Of one {'run' if several else 'model'}, the standard error over examples is below. "
+    caption += "Means over tasks are unweighted."
+    return Table(f"scores_{suite}", f"{suite}: scores", caption, ["task", *(column.name for column in columns)], cells)
+
+
+def _score_cell(column: Column, row: Row, score: Spread, is_best: bool) -> Cell:
+    cell = _cell(score, _score, is_best=is_best)
+    error = row_stderr(column, row)
+    return cell if math.isnan(error) else cell._replace(detail=f"± {_score(error)}")
+
+
+def _difference_table(
+    suite: str, rows: Sequence[Row], columns: Sequence[Column], found: Sequence[Sequence[Difference | None]]
+) -> Table:
+    count = sum(difference is not None for of_row in found for difference in of_row)
+    caption = (
+        f"From {columns[0].name}, with the 95 % interval of a paired bootstrap over the examples of each task; an "
+        "example's value is its mean over seeds. If the interval does not contain 0, the difference is beyond chance, "
+        f"as far as the choice of examples goes. There {'is' if count == 1 else 'are'} {_number(count, 'comparison')}: "
+        "without any difference, one in twenty is beyond chance by luck."
+    )
+    cells = [
+        [_row_name(row), *(_difference_cell(difference, row) for difference in of_row)]
+        for row, of_row in zip(rows, found, strict=True)
+    ]
+    return Table(
+        f"differences_{suite}", f"{suite}: differences", caption, ["task", *(c.name for c in columns[1:])], cells
+    )
+
+
+def _difference_cell(difference: Difference | None, row: Row) -> Cell:
+    """Marked if it is better beyond chance."""
+    if difference is None:
+        return _cell(math.nan)
+    detail = f"{_signed(difference.low)} to {_signed(difference.high)}"
+    detail += ", beyond chance" if difference.is_beyond_chance else ""
+    is_better = row.higher_is_better is not None and (difference.mean > 0) == row.higher_is_better
+    return Cell(_signed(difference.mean), difference.mean, detail, difference.is_beyond_chance and is_better)
+
+
+def _metric_table(suite: str, others: dict[tuple[str, str], list[Spread]], columns: Sequence[Column]) -> Table:
+    def say(metric: str) -> Callable[[float], str]:
+        return _score if metric in OTHER_METRICS else _time if metric == "seconds" else _count
+
+    cells = [
+        [_name(metric), _name(task), *(_cell(value, say(metric)) for value in values)]
+        for (metric, task), values in others.items()
+    ]
+    caption = (
+        "bits_per_byte: of the right answers, lower is better. answer_tokens: mean length of answers. unstopped: share "
+        "of answers that were cut. left out: examples that were not measured. seconds: of the measurement."
+    )
+    names = ["metric", "task", *(column.name for column in columns)]
+    return Table(f"metrics_{suite}", f"{suite}: other metrics, examples and time", caption, names, cells)
+
+
+def _worth_charts(groups: Sequence[Group], suites: Sequence[Suite]) -> list[Chart]:
+    """Exact match against validation loss, if one suite measured it for enough runs."""
+    for suite in suites:
+        models = {model.folder: model for model in suite.models}
+        chart = exact_match_chart(
+            groups,
+            {run.folder: own_exact_match(models[run.folder], run.tasks) for group in groups for run in group.runs},
+            suite.name,
+        )
+        if sum(len(line.x) for line in chart.lines) >= MIN_POINTS:
+            return [chart]
+    return []
+
+
+def _score(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    # Not -0.000.
+    return f"{round(value, 3) + 0.0:+.3f}"

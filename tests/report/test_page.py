@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def page_of(*folders: Path) -> Page:
-    return Page(render([read_run(folder) for folder in folders])[0])
+    return Page(render([read_run(folder) for folder in folders], folders)[0])
 
 
 def loss(value: float) -> str:

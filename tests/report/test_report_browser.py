@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation_records import numbered, write_task
 from report_runs import write_run
 
 from adapt_recipes.report import write_report
@@ -58,7 +59,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
         for strategy, end in ends.items()
         for seed in (0, 1)
     ]
-    return {"one": [one], "several": several}
+    # A base model and a run, with 25 answers to each of two tasks.
+    evaluated = [home / "base", write_run(home / "run")]
+    for i, folder in enumerate(evaluated):
+        for task, answer in (("short", "to {id}"), ("long", "<b>word</b> " * 50)):
+            write_task(folder, task, numbered([i] * 25), answer=answer, prompt="question {id} " * 60)
+    return {"one": [one], "several": several, "evaluated": evaluated}
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +139,25 @@ def test_no_name_of_a_legend_is_cut_off_on_a_phone(open_page: Open, name: str) -
         assert whole <= shown
         plot = page.locator(f"#{chart} .nsewdrag").first.bounding_box()
         assert plot["height"] > 80
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_answers_are_paged_and_searched(open_page: Open, size: str) -> None:
+    page = open_page("evaluated", size)
+    assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0], "nothing hangs over"
+    answers = page.locator(".scroll:has(> * table.searchable)")
+    rows = answers.locator("tbody tr")
+    assert rows.count() == 10 and "1 to 10 of 40" in answers.locator(".dt-info").text_content()
+    answers.locator(".dt-paging-button", has_text="»").click()
+    assert "31 to 40 of 40" in answers.locator(".dt-info").text_content()
+    assert rows.first.locator("th").text_content() == "long"
+    # A long text is closed until it is clicked on.
+    long = rows.first.locator("details").last
+    before = long.bounding_box()["height"]
+    long.locator("summary").click()
+    assert long.bounding_box()["height"] > before and "<b>word</b>" in long.text_content()
+    answers.locator(".dt-search input").fill("0007")
+    assert rows.count() == 2 and all("question 0007" in text for text in rows.all_text_contents())
 
 
 def test_panels_side_by_side_keep_their_distance_on_a_phone(open_page: Open) -> None:
