@@ -136,13 +136,22 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         suites = {
             name: SuiteScores(
                 settings=suite["settings"],
-                scores={task: Score(**score) for task, score in suite["scores"].items()},
+                scores={task: _score(score) for task, score in suite["scores"].items()},
             )
             for name, suite in content["suites"].items()
         }
         return Evaluation(model=content["model"], weights=content["weights"], suites=suites)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is not what mixture_eval writes ({error}); move it to measure again") from None
+
+
+def _score(written: Mapping[str, Any]) -> Score:
+    """A score as it was written, with null as NaN."""
+    values = {key: math.nan if value is None else value for key, value in written["values"].items()}
+    score = Score(**{**written, "values": values})
+    if score.metric is not None and score.metric not in values:
+        raise KeyError(score.metric)
+    return score
 
 
 def scores_of(folder: Path, suite: str) -> dict[str, Score]:

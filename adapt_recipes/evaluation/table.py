@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,13 +16,18 @@ def measured(scores: Mapping[str, Score]) -> dict[str, Score]:
     return {task: score for task, score in scores.items() if score.group is None and score.metric is not None}
 
 
-def family_means(scores: Mapping[str, Score]) -> dict[str, float]:
-    """The unweighted mean of the scores of each family, in the order of the first task of each."""
+def family_means(scores: Mapping[str, Score], metric: str | None = None) -> dict[str, float]:
+    """The unweighted mean over the tasks of each family, in the order of the first task of each.
+
+    Args:
+        scores: by task.
+        metric: of which; None: that of each task. A family with a task that does not have it is left out.
+    """
     by_family: dict[str, list[float]] = {}
     for score in measured(scores).values():
-        assert score.metric is not None
-        by_family.setdefault(score.family, []).append(score.values[score.metric])
-    return {family: sum(values) / len(values) for family, values in by_family.items()}
+        by_family.setdefault(score.family, []).append(score.values.get(metric or str(score.metric), math.nan))
+    means = {family: sum(values) / len(values) for family, values in by_family.items()}
+    return {family: mean for family, mean in means.items() if metric is None or not math.isnan(mean)}
 
 
 def overall_mean(scores: Mapping[str, Score]) -> float | None:
@@ -44,6 +50,10 @@ def score_table(suite: str, folders: Sequence[Path]) -> Table:
             table.add_row(task, score.metric, *(_cell(measured(scores).get(task)) for scores in of_each))
         if len(tasks) > 1:
             table.add_row(f"mean of {family}", "", *(_number(family_means(scores).get(family)) for scores in of_each))
+        # The better signal where few answers are right.
+        bits = [family_means(scores, "bits_per_byte").get(family) for scores in of_each]
+        if any(value is not None for value in bits):
+            table.add_row("  lower is better", "bits_per_byte", *map(_number, bits))
         table.add_section()
     if len(families) > 1:
         table.add_row("mean over tasks", "", *(_number(overall_mean(scores)) for scores in of_each))

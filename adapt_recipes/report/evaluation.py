@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ _SEED = 0
 # Of a score and the mean over its samples.
 _TOLERANCE = 1e-6
 # Beside the metric of a score, in this order.
-OTHER_METRICS = ("bits_per_byte", "rouge_l", "answer_tokens", "unstopped")
+OTHER_METRICS = ("rouge_l", "answer_tokens", "unstopped")
 
 
 class SampleKey(NamedTuple):
@@ -117,6 +117,18 @@ def read_measured(name: str, folder: Path, suite: str) -> Measured:
     if of_suite is None:
         return Measured(name, folder, suite, {}, {})
     return Measured(name, folder, suite, of_suite.scores, of_suite.settings)
+
+
+def by_metric(columns: Sequence[Column], metric: str) -> list[Column]:
+    """The same models, with the tasks that have another metric, as if it were theirs."""
+
+    def scores_of(model: Measured) -> dict[str, Score]:
+        return {task: replace(score, metric=metric) for task, score in model.scores.items() if metric in score.values}
+
+    return [
+        Column(column.name, tuple(replace(model, scores=scores_of(model)) for model in column.models))
+        for column in columns
+    ]
 
 
 # ---- scores

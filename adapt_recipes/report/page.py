@@ -27,6 +27,7 @@ from adapt_recipes.report.evaluation import (
     Measured,
     Row,
     best_columns,
+    by_metric,
     differences,
     examples,
     notes_of,
@@ -575,13 +576,16 @@ def _suite(suite: str, members: Mapping[str, Sequence[tuple[str, Path]]]) -> Sui
         Column(name, tuple(read_measured(*member, suite) for member in of_column))
         for name, of_column in members.items()
     ]
-    rows, notes, tables = with_means(task_rows(columns)), notes_of(columns), []
-    if rows:
-        tables.append(_score_table(suite, rows, columns))
-    if rows and len(columns) > 1:
-        found, why_not = differences(rows, columns)
-        tables.append(_difference_table(suite, rows, columns, found))
-        notes += why_not
+    notes, tables = notes_of(columns), []
+    # The likelihood of right answers too: the better signal where few answers are right.
+    for kind, view in (("scores", columns), ("bits per byte", by_metric(columns, "bits_per_byte"))):
+        rows = with_means(task_rows(view))
+        if rows:
+            tables.append(_score_table(suite, kind, rows, view))
+        if rows and len(columns) > 1:
+            found, why_not = differences(rows, view)
+            tables.append(_difference_table(suite, kind, rows, view, found))
+            notes += [note for note in why_not if note not in notes]
     if others := other_metrics(columns):
         tables.append(_metric_table(suite, others, columns))
     return Suite(suite, notes, tables, [model for column in columns for model in column.models], examples(columns))
@@ -591,7 +595,7 @@ def _row_name(row: Row) -> Cell:
     return _name(row.name, row.metric)
 
 
-def _score_table(suite: str, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+def _score_table(suite: str, kind: str, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     cells = []
     for row in rows:
         scores = [row_score(column, row) for column in columns]
@@ -600,7 +604,14 @@ def _score_table(suite: str, rows: Sequence[Row], columns: Sequence[Column]) -> 
     several = any(len(column.models) > 1 for column in columns)
     caption = f"{_of_seeds(several)}Of one {'run' if several else 'model'}, the standard error over examples is below. "
     caption += "Means over tasks are unweighted."
-    return Table(f"scores_{suite}", f"{suite}: scores", caption, ["task", *(column.name for column in columns)], cells)
+    if kind == "bits per byte":
+        caption += " How unlikely the right answers are to the model: lower is better."
+    names = ["task", *(column.name for column in columns)]
+    return Table(f"{_id(kind)}_{suite}", f"{suite}: {kind}", caption, names, cells)
+
+
+def _id(kind: str) -> str:
+    return kind.replace(" ", "_")
 
 
 def _score_cell(column: Column, row: Row, score: Spread, is_best: bool) -> Cell:
@@ -610,7 +621,7 @@ def _score_cell(column: Column, row: Row, score: Spread, is_best: bool) -> Cell:
 
 
 def _difference_table(
-    suite: str, rows: Sequence[Row], columns: Sequence[Column], found: Sequence[Sequence[Difference | None]]
+    suite: str, kind: str, rows: Sequence[Row], columns: Sequence[Column], found: Sequence[Sequence[Difference | None]]
 ) -> Table:
     count = sum(difference is not None for of_row in found for difference in of_row)
     caption = (
@@ -623,9 +634,8 @@ def _difference_table(
         [_row_name(row), *(_difference_cell(difference, row) for difference in of_row)]
         for row, of_row in zip(rows, found, strict=True)
     ]
-    return Table(
-        f"differences_{suite}", f"{suite}: differences", caption, ["task", *(c.name for c in columns[1:])], cells
-    )
+    names = ["task", *(column.name for column in columns[1:])]
+    return Table(f"{_id(kind)}_differences_{suite}", f"{suite}: differences in {kind}", caption, names, cells)
 
 
 def _difference_cell(difference: Difference | None, row: Row) -> Cell:
@@ -647,8 +657,8 @@ def _metric_table(suite: str, others: dict[tuple[str, str], list[Spread]], colum
         for (metric, task), values in others.items()
     ]
     caption = (
-        "bits_per_byte: of the right answers, lower is better. answer_tokens: mean length of answers. unstopped: share "
-        "of answers that were cut. left out: examples that were not measured. seconds: of the measurement."
+        "answer_tokens: mean length of answers. unstopped: share of answers that were cut. left out: examples that "
+        "were not measured. seconds: of the measurement."
     )
     names = ["metric", "task", *(column.name for column in columns)]
     return Table(f"metrics_{suite}", f"{suite}: other metrics, examples and time", caption, names, cells)

@@ -50,6 +50,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     records.add(tmp_path, "s", "a", replace(SCORE, values={"acc": math.nan}), SAMPLES, "model", "w", SETTINGS)
     assert json.loads((tmp_path / EVALUATION).read_text())["suites"]["s"]["scores"]["a"]["values"] == {"acc": None}
+    assert math.isnan(records.scores_of(tmp_path, "s")["a"].values["acc"])
+
+
+def test_a_score_without_its_metric_is_refused(tmp_path: Path) -> None:
+    records.add(tmp_path, "s", "a", replace(SCORE, metric="f1"), SAMPLES, "model", "w", SETTINGS)
+    with pytest.raises(ValueError, match=f"{EVALUATION}: is not what mixture_eval writes .*f1"):
+        read_evaluation(tmp_path)
 
 
 def _add_many(folder: Path, number: int) -> None:

@@ -22,6 +22,7 @@ from adapt_recipes.report.evaluation import (
     Difference,
     Row,
     best_columns,
+    by_metric,
     differences,
     examples,
     mean_rows,
@@ -340,17 +341,28 @@ def test_the_direction_of_a_mean_is_that_of_all_its_tasks(tmp_path: Path) -> Non
     assert [row.higher_is_better for row in rows] == [True, False, None]
 
 
+def test_another_metric_is_of_the_tasks_that_have_it(tmp_path: Path) -> None:
+    """Lower is better, and groups keep their parts."""
+    for name, bits in (("a", 1.0), ("b", 0.5)):
+        write_task(tmp_path / name, "one", VALUES, others={"bits_per_byte": bits})
+        write_task(tmp_path / name, "two", VALUES)
+    columns = by_metric([column(tmp_path / "a"), column(tmp_path / "b")], "bits_per_byte")
+    (row,) = task_rows(columns)
+    assert (row.name, row.metric, row.higher_is_better) == ("one", "bits_per_byte", False)
+    assert best_columns([row_score(each, row) for each in columns], row) == [1]
+    ((difference,),), _ = differences([row], columns)
+    assert difference == (-0.5, -0.5, -0.5) and difference.is_beyond_chance
+
+
 def test_other_metrics_examples_and_time(columns: Sequence[Column], tmp_path: Path) -> None:
-    write_task(
-        tmp_path / "s0", "own", VALUES, others={"bits_per_byte": 0.0, "rouge_l": 0.5}, left_out={"trained on": 3}
-    )
-    write_task(tmp_path / "s1", "own", VALUES, others={"bits_per_byte": 1.0, "rouge_l": 0.5})
+    write_task(tmp_path / "s0", "own", VALUES, others={"rouge_l": 0.0, "unstopped": 0.5}, left_out={"trained on": 3})
+    write_task(tmp_path / "s1", "own", VALUES, others={"rouge_l": 1.0, "unstopped": 0.5})
     found = other_metrics([column(tmp_path / "s0", tmp_path / "s1"), column(tmp_path / "other")])
     tasks = ["one", "three", "two", "chat", "own"]
-    names = [("bits_per_byte", "own"), ("rouge_l", "own"), ("answer_tokens", "chat")]
+    names = [("rouge_l", "own"), ("answer_tokens", "chat"), ("unstopped", "own")]
     names += [("num_examples", task) for task in tasks] + [("left out: trained on", "own")]
     assert list(found) == names + [("seconds", task) for task in tasks]
-    assert found["bits_per_byte", "own"][0] == (0.5, 0, 1) and math.isnan(found["bits_per_byte", "own"][1].mean)
+    assert found["rouge_l", "own"][0] == (0.5, 0, 1) and math.isnan(found["rouge_l", "own"][1].mean)
     assert found["left out: trained on", "own"][0] == (1.5, 0, 3)
     assert found["answer_tokens", "chat"] == [(4, 4, 4), (4, 4, 4)]
 

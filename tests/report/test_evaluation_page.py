@@ -59,7 +59,7 @@ def test_a_base_model_and_runs(folders: dict[str, Path]) -> None:
         assert row[1:] == ["0.100 ± 0.048", "0.550 0.500 to 0.600", "0.800 ± 0.064"]
     mean = page.tables["scores_eval_tasks"][-1]
     assert mean == ["mean of own tasks", "0.100 ± 0.034", "0.550 0.500 to 0.600", "0.800 ± 0.045"]
-    header, *differences = page.tables["differences_eval_tasks"]
+    header, *differences = page.tables["scores_differences_eval_tasks"]
     assert header == ["task", "uniform", "adapt"] and len(differences) == 3
     for row in differences:
         assert [cell[:6] for cell in row[1:]] == ["+0.450", "+0.700"]
@@ -68,7 +68,9 @@ def test_a_base_model_and_runs(folders: dict[str, Path]) -> None:
         page.text.split()
     )
     metrics = {(row[0], row[1]): row[2:] for row in page.tables["metrics_eval_tasks"][1:]}
-    assert metrics["bits_per_byte", "one"] == ["1.500"] * 3 and ("bits_per_byte", "two") not in metrics
+    assert page.tables["bits_per_byte_eval_tasks"][1:] == [["one bits_per_byte", *["1.500"] * 3]], "two has none"
+    differences = page.tables["bits_per_byte_differences_eval_tasks"]
+    assert differences[1:] == [["one bits_per_byte", *["+0.000 +0.000 to +0.000"] * 2]]
     assert metrics["num_examples", "two"] == ["40"] * 3
     for name in ("strategies", "counters", "winners"):
         assert "base" not in str(page.tables[name]), name
@@ -81,16 +83,16 @@ def test_a_base_model_and_runs(folders: dict[str, Path]) -> None:
 
 def test_the_first_column_is_the_first_that_was_named(folders: dict[str, Path]) -> None:
     page, _ = page_with(folders["adapt_0"], folders["base"], folders["uniform_1"])
-    assert page.tables["differences_eval_tasks"][0] == ["task", "base", "uniform"]
-    assert page.tables["differences_eval_tasks"][1][1].startswith("-0.700")
-    marked = page.source.partition('id="differences_eval_tasks"')[2].partition("</table>")[0]
+    assert page.tables["scores_differences_eval_tasks"][0] == ["task", "base", "uniform"]
+    assert page.tables["scores_differences_eval_tasks"][1][1].startswith("-0.700")
+    marked = page.source.partition('id="scores_differences_eval_tasks"')[2].partition("</table>")[0]
     assert 'class="best' not in marked, "what is worse beyond chance is not marked as the best"
 
 
 def test_one_run_has_scores_and_nothing_to_compare_them_with(folders: dict[str, Path]) -> None:
     page = page_of(folders["adapt_0"])
     assert page.tables["scores_eval_tasks"][1] == ["one exact_match", "0.800 ± 0.064"]
-    assert "differences_eval_tasks" not in page.tables and "exact_match_against_loss" not in page.source
+    assert "scores_differences_eval_tasks" not in page.tables and "exact_match_against_loss" not in page.source
     assert 'class="best' not in page.source
 
 
@@ -112,8 +114,8 @@ def test_what_only_some_were_measured_on(folders: dict[str, Path], tmp_path: Pat
     text = " ".join(page.text.split())
     assert page.tables["scores_eval_ood"][0][1:] == ["other", "few", "none", "adapt"]
     assert page.tables["scores_eval_ood"][1][2:] == ["–"] * 3
-    assert page.tables["differences_eval_ood"][1][1:] == ["–"] * 3
-    assert page.tables["differences_eval_tasks"][1][1:3] == ["–"] * 2
+    assert page.tables["scores_differences_eval_ood"][1][1:] == ["–"] * 3
+    assert page.tables["scores_differences_eval_tasks"][1][1:3] == ["–"] * 2
     for note in (
         "eval_ood: Not measured: few, none, adapt_0.",
         "eval_tasks: Not measured: none.",
