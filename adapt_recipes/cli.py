@@ -178,9 +178,12 @@ def _check_recipe(recipe: str, words: Sequence[str]) -> None:
         return
     name = words[words.index("--config") + 1]
     owner = None
-    # Loading the config will say if there is none.
-    with contextlib.suppress(ValueError):
+    try:
         owner = recipe_of(config_file(name))
+    except ValueError as error:
+        # Otherwise loading the config will say that there is none.
+        if "did you mean" in str(error):
+            raise ValueError(f"--config: {error}") from error
     if owner not in (None, recipe):
         reason = f"--config {name}: is for the recipe {owner}, not for {recipe}"
         raise ValueError(f"{reason}; run that recipe, or give a recipe by its path, which takes any config")

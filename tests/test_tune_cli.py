@@ -168,6 +168,7 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
         ["run", "adapt_full_finetun", "--config", "tiny_adapt"],
         ["run", "./gone.py", "--config", "tiny_adapt"],
         ["run", "adapt_full_finetune", "--config", "tiny_mos_diff"],
+        ["run", "mixture_eval", "--config", "eval_taks", "runs=[runs/a]"],
         cwd=tmp_path,
     )
     recipes = listed(ls[1])
@@ -184,7 +185,8 @@ def test_commands_from_an_empty_folder(installed: Environment, tmp_path: Path) -
     hints = ["did you mean 'seed'?", "did you mean 'tokens'?", "did you mean 'tiny_adapt'?", "not for a recipe of ours"]
     hints += ["no recipe 'adapt_full_finetun', by name or by path; did you mean 'adapt_full_finetune'?", "`tune ls`"]
     hints += [
-        "--config tiny_mos_diff: is for the recipe mos_full_finetune, not for adapt_full_finetune; run that recipe"
+        "--config tiny_mos_diff: is for the recipe mos_full_finetune, not for adapt_full_finetune; run that recipe",
+        "--config: config 'eval_taks' is neither a file nor a known name; did you mean 'eval_tasks'?",
     ]
     for (status, output), hint in zip(validations[3:], hints, strict=True):
         assert status == 2 and hint in output and output.count("\n") == 1, output
