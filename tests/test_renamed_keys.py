@@ -66,7 +66,7 @@ def test_no_shipped_config_has_an_old_name() -> None:
         for (component, old), _ in RENAMED.items():
             if component is None:
                 parent, _, key = old.partition(".")
-                assert key not in config[parent], path
+                assert key not in config.get(parent, {}), path
             for node in config.values():
                 if isinstance(node, dict) and node.get("_component_") == component:
                     assert old not in node, path
