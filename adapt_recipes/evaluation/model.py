@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-INSTALL = "pip install 'adapt-recipes[eval]'"
+INSTALL = "pip install '.[eval]' in the folder of adapt-recipes"
 Backend = Literal["hf", "vllm"]
 _PACKAGES = ("lm_eval", "accelerate", "transformers", "rouge_score")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

@@ -370,7 +370,7 @@ def test_without_the_extra(there: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(
         mixture_eval.check_installed.__globals__, "find_spec", lambda name: None if name == "lm_eval" else found(name)
     )
-    with pytest.raises(ValueError, match=r"^mixture_eval needs lm_eval: pip install 'adapt-recipes\[eval\]'$"):
+    with pytest.raises(ValueError, match=r"^mixture_eval needs lm_eval: pip install '\.\[eval\]' in the folder of "):
         evaluate("eval_tasks", "runs=[runs/a]")
 
 
