@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from adapt_recipes.data import ChatTokenizer
+from adapt_recipes.data.conversations import error_prefix
 from adapt_recipes.errors import nearest
 from adapt_recipes.evaluation import records
 from adapt_recipes.evaluation.benchmarks import Benchmark, file_hash, load_task, local_parts, measure, parts_of, whole
@@ -216,7 +217,8 @@ class Recipe:
         questions, num_unasked = questions_of(split.examples, tokenizer, limit=self.config.limit)
         left_out = {"trained on": split.num_seen, "last answer is no text or not supervised": num_unasked}
         tokens = self.config.max_answer_tokens
-        return ask(lm, questions, max_answer_tokens=tokens, family=family, data=split.name, left_out=left_out)
+        with error_prefix(f"task {split.task!r}"):
+            return ask(lm, questions, max_answer_tokens=tokens, family=family, data=split.name, left_out=left_out)
 
     def run_benchmark(self, name: str, part: str, file: Path | None, lm: Any) -> tuple[Score, list[Sample]]:
         """One task of lm-eval, with its stock prompts and metrics."""

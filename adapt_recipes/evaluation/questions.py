@@ -100,15 +100,20 @@ def ask(
 
     Args:
         lm: see ``open_model``.
-        questions: at least one.
+        questions: of the task.
         max_answer_tokens: after which an answer is cut.
         family, data, left_out: see ``Score``.
 
     Raises:
-        ValueError: the tokenizer of lm-eval makes other tokens of a prompt than the model was trained on.
+        ValueError: there is no question; or the tokenizer of lm-eval makes other tokens of a prompt than the model was
+            trained on.
     """
     from lm_eval.api.instance import Instance
 
+    if not questions:
+        raise ValueError(
+            "no example ends in an answer of text that counts in training; leave the task out with only=[...]"
+        )
     began = time.monotonic()
     for question in questions:
         if lm.tok_encode(question.prompt)[: len(question.prompt_ids)] != question.prompt_ids:

@@ -365,6 +365,13 @@ def test_bad_input(
     assert message in err and len(err.splitlines()) == 1 and err.startswith("error: ")
 
 
+def test_a_task_without_questions_is_named(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one whose conversations all end in a call of a tool."""
+    monkeypatch.setattr(mixture_eval, "questions_of", lambda *_, **__: ([], 4))
+    with pytest.raises(ValueError, match="^task 'Summarization': no example ends in an answer of text"):
+        evaluate("eval_tasks", "runs=[runs/a]", "only=[Summarization]")
+
+
 def test_without_the_extra(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = mixture_eval.check_installed.__globals__["find_spec"]
     monkeypatch.setitem(
