@@ -639,7 +639,8 @@ def _draw(axes: Axes, chart: Chart, panel: Panel) -> None:
         return
     for line in panel.lines:
         if line.names:
-            axes.plot(line.x, line.y, linestyle="", marker=line.texture.marker, color=line.color)
+            # A point at the edge of the axes is drawn whole.
+            axes.plot(line.x, line.y, linestyle="", marker=line.texture.marker, color=line.color, clip_on=False)
         else:
             drawstyle = "steps-post" if chart.kind == "steps" else "default"
             marker = "." if chart.has_markers else ""
