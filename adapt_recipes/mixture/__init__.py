@@ -5,6 +5,7 @@ from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
 from adapt_recipes.mixture.planned import AdaptPlanned
 from adapt_recipes.mixture.scorer import Scorer
+from adapt_recipes.mixture.staged import Staged
 from adapt_recipes.mixture.static import fixed_weights, proportional, temperature, uniform
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Exp3",
     "GroupDRO",
     "Scorer",
+    "Staged",
     "fixed_weights",
     "proportional",
     "temperature",

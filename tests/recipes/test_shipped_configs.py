@@ -44,6 +44,8 @@ LEARNED = {
     "dro_oracle": "GroupDRO",
     "dro_asymptote": "GroupDRO",
     "exp3": "Exp3",
+    # It learns nothing, and is updated to switch.
+    "staged": "Staged",
 }
 REWARDS = {
     "mos_cossim": "CosineSimilarity",
