@@ -3,6 +3,7 @@
 from adapt_recipes.mixture.adapt import Adapt
 from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
+from adapt_recipes.mixture.famo import Famo
 from adapt_recipes.mixture.planned import AdaptPlanned
 from adapt_recipes.mixture.scorer import Scorer
 from adapt_recipes.mixture.staged import Staged
@@ -12,6 +13,7 @@ __all__ = [
     "Adapt",
     "AdaptPlanned",
     "Exp3",
+    "Famo",
     "GroupDRO",
     "Scorer",
     "Staged",
