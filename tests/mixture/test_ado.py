@@ -83,9 +83,7 @@ def test_the_average_and_the_credit_by_hand() -> None:
     mixture = make(3, ema_decay=0.8, credit_exponent=0.7)
     assert mixture.floor == 0.03
     prior = h = mean = tensor([1 / 3] * 3)
-    number = 0
-    for _ in range(MIN_LOSSES + 4):
-        number += 1
+    for number in range(1, MIN_LOSSES + 5):
         tokens = number * tensor([100, 300, 200])
         losses = [eps + beta * (number * 100) ** -alpha for eps, beta, alpha in LAWS]
         speeds = update(mixture, tokens, losses)["speeds"]

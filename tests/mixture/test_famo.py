@@ -36,9 +36,7 @@ def update(mixture, losses):
 def test_three_updates_by_hand(losses) -> None:
     """With references .5 and 0, a prior of 3 to 1, and Adam written out."""
     reference, prior = {"task 0": 0.5, "task 1": 0.0}, {"task 0": 3, "task 1": 1}
-    mixture = make(
-        2, losses=losses, reference=reference, prior=prior, floor=0.2, learning_rate=0.1, weight_decay=0.3
-    )
+    mixture = make(2, losses=losses, reference=reference, prior=prior, floor=0.2, learning_rate=0.1, weight_decay=0.3)
     assert mixture.probabilities().tolist() == [0.75, 0.25]
     curve = [(2.5, 1.0), (1.5, 0.9), (1.0, 0.3)]
     excess = [(first - 0.5, second) for first, second in curve]

@@ -13,9 +13,7 @@ FIRST, SECOND, THIRD = {"easy": 2, "hard": 1, "rare": 1}, {"easy": 0, "hard": 1,
 
 
 def make(stages, budget_tokens=1000):
-    return Staged(
-        task_names=NAMES, num_supervised_tokens=[100, 200, 300], budget_tokens=budget_tokens, stages=stages
-    )
+    return Staged(task_names=NAMES, num_supervised_tokens=[100, 200, 300], budget_tokens=budget_tokens, stages=stages)
 
 
 def stages(*shares):

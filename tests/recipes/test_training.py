@@ -135,7 +135,7 @@ def test_ado_keeps_the_prior_until_it_has_fitted_a_law(run: Runner) -> None:
 def test_a_schedule_switches_by_supervised_tokens(run: Runner) -> None:
     """Exactly at its boundary, which ends step 4 of 8, as every step has 16 tokens: an update falls on it."""
     done = run("tiny_staged", "mixture_update_every=1")
-    assert [line["signals"]["stage"] for line in done.events("mixture")[1:]] == [1, 1, 1, 2, 2, 2, 2]
+    assert [line["stage"] for line in done.events("mixture")[1:]] == [1, 1, 1, 2, 2, 2, 2]
     spent = [line["task_tokens"] for line in done.events("step")]
     assert spent[3]["facts_2"] == pytest.approx(64 / 7, abs=1) and spent[7]["facts_2"] == spent[3]["facts_2"]
     assert spent[7]["facts_512"] - spent[3]["facts_512"] == pytest.approx(32, abs=1.5)
