@@ -11,11 +11,11 @@ weights, which gives the same gradient in expectation (*ours*). With w = 0 at th
     (5)  q_k ~ z_k / D_k                                with the new z
     (6)  p = (1 - floor) q + floor * prior              the mixture
 
-(3) and (4) with Adam, beta = .025 and gamma = .01 are those of the authors' code (``famo.py``). There an update is a
-training step, and delta is of one batch before and after it; here it is an interval of ``mixture_update_every`` steps,
-and the losses are of the validation split or the means of training losses since the last update (*ours*). min_k is 0
-unless ``reference`` says otherwise, as in the code. *Ours* as well: the prior, the floor, and that D is at least
-SMALLEST_EXCESS, where the code adds 1e-8 to it.
+(3) and (4) with Adam, beta = .025 and gamma = .01 are those of the authors' code (``famo.py``; one of its experiments
+has gamma = .001). There an update is a training step, and delta is of one batch before and after it; here it is an
+interval of ``mixture_update_every`` steps, and the losses are of the validation split or the means of training losses
+since the last update (*ours*). min_k is 0 unless ``reference`` says otherwise, as in the code. *Ours* as well: the
+prior, the floor, and that D is at least SMALLEST_EXCESS, where the code adds 1e-8 to it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Famo:
     """Equalizes the relative progress of the tasks, d log(L - min) per update.
 
     **A trap.** The shares (5) are inverse to the losses: a task whose loss approaches min gets most of the tokens until
-    w has moved against it, which takes many updates. The method suits losses of a similar size.
+    w has moved against it, which takes many updates. The method suits losses of a similar size. ``weight_decay`` has to
+    be small beside delta / num_tasks: where log losses fall by .001 per update, 0.01 keeps w at 0, and the task that is
+    ahead runs away with the tokens; with 0 all rates become equal.
 
     Args:
         task_names: the tasks, in order.
@@ -105,7 +107,8 @@ class Famo:
         q = self.prior.shares.clone()
         if known.any():
             # (5): q_k ~ z_k / D_k
-            scores = self.weights()[known].log() - self._log_excess(self.last_losses)[known]
+            log_z = torch.log_softmax(self.logits + self.prior.logits, dim=0)
+            scores = (log_z - self._log_excess(self.last_losses))[known]
             q[known] = torch.softmax(scores, dim=0) * q[known].sum()
         # (6): p = (1 - floor) q + floor * prior
         return floored(q, self.floor, self.prior.shares)

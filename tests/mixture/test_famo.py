@@ -84,6 +84,13 @@ def test_all_tasks_come_to_improve_at_the_same_relative_rate() -> None:
     assert exact.min() > 1.5 * uniform.min(), "the slowest task gains"
 
 
+def test_a_weight_decay_that_is_large_beside_the_progress_undoes_it() -> None:
+    """Why the docstring warns: w stays near 0, and the shares are those of the losses alone."""
+    mixture = make(4, floor=0.0)
+    rates = simulated_rates(mixture, speeds=[0.001, 0.002, 0.004, 0.008], num_updates=300)
+    assert rates.max() / rates.min() > 8 and mixture.logits.abs().max() < 0.1
+
+
 def test_a_task_that_was_not_measured_keeps_its_state() -> None:
     mixture = make(3, floor=0.0)
     update(mixture, [2.0, NAN, 1.0])
