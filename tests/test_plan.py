@@ -257,6 +257,13 @@ def test_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (sum(work) - work_of_validation) / (3 * plan.tokens / plan.steps) == pytest.approx(plan.mixture_cost_steps)
 
 
+def test_a_schedule_shows_its_first_stage() -> None:
+    stages = "[{share: 0.5, weights: {a: 2, b: 1, c: 1}}, {share: 0.5, weights: {a: 0, b: 1, c: 1}}]"
+    plan = make_plan(config_of("staged", *EVEN, f"mixture.stages={stages}"))
+    assert [task.probability for task in plan.tasks.values()] == [0.5, 0.25, 0.25]
+    assert plan.mixture_updates > 0 and plan.mixture_cost_steps == 0 and not plan.exact
+
+
 UNIFORM = ["mixture=adapt_recipes.mixture.uniform", "~mixture.prior", "~mixture.form", "~reward"]
 
 

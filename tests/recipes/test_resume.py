@@ -68,6 +68,8 @@ CARRYING: list[tuple[str, dict[str, Any]]] = [
     ("dro_asymptote", {"mixture_update_every": 1}),
     ("dro_exponentiated", {}),
     ("exp3", {"mixture_update_every": 1}),
+    ("ado", {"mixture_update_every": 1}),
+    ("famo", {"mixture_update_every": 1, "mixture.reference": "asymptote"}),
     ("mos_diff", {"sampling": "dataset"} | CAP),
     ("uniform", {"sampling": "example"} | CAP),
     ("adapt_planned", CAP),

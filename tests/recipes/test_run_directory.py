@@ -69,7 +69,8 @@ def test_every_tiny_config_runs_and_keeps_the_contract(run: Runner, config: str)
     seconds = [line["mixture_seconds"] for line in (start, *updates)]
     assert seconds == sorted(set(seconds)) and seconds[-1] == summary["mixture_seconds"]
     moved = max(abs(p - start["probabilities"][name]) for name, p in summary["probabilities"].items())
-    if learned and config != "tiny_exp3":  # which does nothing but explore at first: see test_exp3_explores_and_learns
+    # Exp3 does nothing but explore at first, see test_exp3_explores_and_learns, and ADO needs eight losses.
+    if learned and config not in ("tiny_exp3", "tiny_ado"):
         assert moved > 1e-3
     else:
         assert moved == 0

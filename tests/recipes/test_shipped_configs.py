@@ -44,6 +44,10 @@ LEARNED = {
     "dro_oracle": "GroupDRO",
     "dro_asymptote": "GroupDRO",
     "exp3": "Exp3",
+    "ado": "Ado",
+    "famo": "Famo",
+    # It learns nothing, and is updated to switch.
+    "staged": "Staged",
 }
 REWARDS = {
     "mos_cossim": "CosineSimilarity",

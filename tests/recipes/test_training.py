@@ -125,6 +125,22 @@ def test_the_mixture_moves_towards_what_is_worst(run: Runner) -> None:
     assert max(p.values()) > 0.25 and p["facts_2"] < 0.05
 
 
+def test_ado_keeps_the_prior_until_it_has_fitted_a_law(run: Runner) -> None:
+    done = run("tiny_ado", "batch_size=8", "mixture_update_every=1", "mixture.ema_decay=0.5")
+    p = [list(line["probabilities"].values()) for line in done.events("mixture")]
+    assert len(p) == 16 and all(each == [1 / 7] * 7 for each in p[:8])
+    assert max(p[-1]) > 0.2
+
+
+def test_a_schedule_switches_by_supervised_tokens(run: Runner) -> None:
+    """Exactly at its boundary, which ends step 4 of 8, as every step has 16 tokens: an update falls on it."""
+    done = run("tiny_staged", "mixture_update_every=1")
+    assert [line["stage"] for line in done.events("mixture")[1:]] == [1, 1, 1, 2, 2, 2, 2]
+    spent = [line["task_tokens"] for line in done.events("step")]
+    assert spent[3]["facts_2"] == pytest.approx(64 / 7, abs=1) and spent[7]["facts_2"] == spent[3]["facts_2"]
+    assert spent[7]["facts_512"] - spent[3]["facts_512"] == pytest.approx(32, abs=1.5)
+
+
 def test_exp3_explores_and_learns(run: Runner) -> None:
     """Seven tasks are only explored until sqrt(7 ln 7 / turn) is below 1, in turn 14."""
     done = run("tiny_exp3", "batch_size=8", "mixture_update_every=1")
