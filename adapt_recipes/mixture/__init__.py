@@ -1,6 +1,7 @@
 """Mixtures: the shares of the tasks in the budget. Computed on small tensors, without the model or the data."""
 
 from adapt_recipes.mixture.adapt import Adapt
+from adapt_recipes.mixture.adapt_ksteps import AdaptKSteps
 from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
 from adapt_recipes.mixture.planned import AdaptPlanned
@@ -9,6 +10,7 @@ from adapt_recipes.mixture.static import fixed_weights, proportional, temperatur
 
 __all__ = [
     "Adapt",
+    "AdaptKSteps",
     "AdaptPlanned",
     "Exp3",
     "GroupDRO",
