@@ -41,8 +41,8 @@ class ProbeConfig:
     """per task: the first of the validation split, the same at every update, and as many random training examples"""
     estimator: Literal["finite_difference", "backward"] = "finite_difference"
     """how gradient dots are computed: by two forward passes over all tasks, or by one backward pass per task, which
-    is more expensive and exact in any dtype; and K-step differences: by the losses after 2 K steps, or by backward
-    passes through K steps, exact, for small models on one process"""
+    is more expensive and exact in any dtype; K-step differences: by the losses after 2 K steps, or exactly, by autograd
+    through K steps, for small models on one process"""
     exact_lookahead: bool = False
     """measure the objective after the look-ahead step; false: before it (first order in its step size, cheaper)"""
     separate_batches: bool = True
@@ -206,10 +206,9 @@ class Recipe:
                 signals["train_losses"] = self.train_losses.mean()
             if {"validation_losses", "target_losses"} & {*observes} and not OF_LOOKAHEAD & {*observes}:
                 signals |= self.by_name(self.probe.losses(self.probe_validation))
-            # Gradients: ADAPT's one-step form.
+            # Gradients: ADAPT's one-step form, and that of K steps.
             if "gradient_dots" in observes:
                 signals |= self.gradient_signals()
-            # The same over K steps.
             if "kstep_differences" in observes:
                 signals |= self.kstep_signals()
             signals = {name: signals[name] for name in observes}
@@ -239,19 +238,13 @@ class Recipe:
 
     def kstep_signals(self) -> dict[str, Tensor]:
         """Equations (2) to (5) of ``mixture/adapt_ksteps.py``: validation losses, and (num_tasks,) differences."""
-        config, mixture = self.config.probe, self.mixture
+        config, mixture, K = self.config.probe, self.mixture, self.config.probe.steps
         losses = self.by_name(self.probe.losses(self.probe_validation))
-        first = self.run.num_updates * config.steps
-        differences = self.probe.kstep_differences(
-            [self.probe_train(first + k) for k in range(config.steps)],
-            self.probe_validation,
-            mixture.probabilities(),
-            mixture.objective_weights(**losses),
-            estimator=config.estimator,
-            learning_rate=mixture.lookahead_lr,
-            validation_weight=config.validation_weight,
-        )
-        return {**losses, "kstep_differences": differences}
+        p, weights = mixture.probabilities(), mixture.objective_weights(**losses)
+        train = [self.probe_train(self.run.num_updates * K + k) for k in range(K)]
+        rates = {"learning_rate": mixture.lookahead_lr, "validation_weight": config.validation_weight}
+        u = self.probe.kstep_differences(train, self.probe_validation, p, weights, estimator=config.estimator, **rates)
+        return {**losses, "kstep_differences": u}
 
     def probe_train(self, number: int) -> list[data.MicroBatch]:
         """Random training examples, others for each number; with ``separate_batches: false`` the validation's."""

@@ -1,24 +1,23 @@
 """ADAPT by K look-ahead steps: a task mixture learned by a bilevel meta-gradient over more than one step.
 
-ADAPT (arXiv 2512.04555) updates the mixture by meta-gradients of a smooth worst-case validation loss; ``adapt.py`` is its
-form of one look-ahead step. This form takes K, as TANDEM's K-step probing does (arXiv 2606.04401), because the gradient
-product of a single step is noisy. With one logit a_i per task, and p = p(a):
+ADAPT (arXiv 2512.04555) updates the mixture by meta-gradients of a smooth worst-case validation loss; ``adapt.py`` is
+its form of one look-ahead step. This form takes K, as TANDEM's K-step probing does (arXiv 2606.04401), because the
+gradient product of a single step is noisy. With one logit a_i per task, and theta_0 = theta'_0 = the weights of the run:
 
-    (1)  s = softmax(a + log prior),   p = (1 - floor) s + floor * prior                        the mixture
-    (2)  theta'_k+1 = theta'_k - eta (sum_i p_i grad L_i(theta'_k) + lambda v(theta'_k))        K steps -> theta'
-         theta_k+1  = theta_k  - eta  sum_i p_i grad L_i(theta_k)                               K steps -> theta
-    (3)  F = (1/beta) log( mean_j exp(beta l_j) ),   l_j = L_val_j / c_j                        smooth worst case
-    (4)  v = sum_j w_j / c_j * grad L_val_j,   w = softmax(beta l)                              the objective's gradient
-    (5)  u_i = (L_i(theta) - L_i(theta')) / lambda                                              decrease of F per unit p_i
+    (1)  s = softmax(a + log prior),   p = (1 - floor) s + floor * prior                       the mixture
+    (2)  theta_k+1  = theta_k  - eta  sum_i p_i grad L_i(theta_k)                              K steps -> theta_K
+         theta'_k+1 = theta'_k - eta (sum_i p_i grad L_i(theta'_k) + lambda v(theta'_k))       K steps -> theta'_K
+    (3)  F = (1/beta) log( mean_j exp(beta l_j) ),   l_j = L_val_j / c_j                       smooth worst case
+    (4)  v = sum_j w_j / c_j * grad L_val_j,   w = softmax(beta l)                             the objective's gradient
+    (5)  u_i = (L_i(theta_K) - L_i(theta'_K)) / lambda                                         decrease of F per p_i
     (6)  a <- a + rho (1 - floor) s * (m - sum_k s_k m_k),   m_i = z_i - gamma (log(p_i / q_i) + 1)
 
-The recipe measures (5), as ``signals/ksteps.py`` says, where both paths of (2) begin at the weights of the run and see the
-same batches. TANDEM's are the two paths and (5): a task rises whose training loss falls more when validation is trained on
-too. Its update is a_i <- a_i + rho u_i.
+The recipe measures (2) and (5), as ``signals/ksteps.py`` says, with the same batches on both paths. These are TANDEM's:
+a task rises whose training loss falls more when validation is trained on too. Its update is a_i <- a_i + rho u_i.
 
-*Ours* are (3), with w and c_j as they are before the K steps; the entropy term of (6), where q = prior / max prior; and,
-as in ``adapt.py``, that (6) is gradient descent on F through (1), and that z are the u centered and divided by their root
-mean square, with rho times the number of tasks. K, lambda and the estimator are keys of ``probe``.
+*Ours* are (3), with w and c_j as they are before the K steps; the entropy term of (6), where q = prior / max prior; and
+as in ``adapt.py`` that (6) is gradient descent through (1), and that z are the u, averaged over updates, centered and
+divided by their root mean square, with rho times the number of tasks. K, lambda and the estimator are keys of ``probe``.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ From the weights theta as they are, with fresh training examples in every step, 
     (3)  u_i = 1/K sum_k (L_i_k(theta_K) - L_i_k(theta'_K)) / lambda            ``kstep_differences``
     (4)  u_i = -dF(theta_K) / dp_i, by autograd through (1)                     ``kstep_gradients``
 
-L_i_k is the mean loss of task i on the examples of step k, and F = sum_j w_j L_val_j the objective with constant weights.
+L_i_k is the mean loss of task i on the examples of step k, and F = sum_j w_j L_val_j the objective, with constant w.
 Both u_i are the decrease of F per unit of p_i: a task whose training loss falls more when F is trained on as well helps
-F. They are equal to first order in eta, eta * sum_k <grad L_i_k, grad F>. (3) needs no second derivatives, and its error
-goes to 0 with eta * K and lambda. For K = 1 and lambda -> 0 it is eta <grad L_i(theta_1), grad F(theta_0)>, and (4) is
-eta <grad L_i(theta_0), grad F(theta_1)>.
+F. They are equal to first order in eta, eta * sum_k <grad L_i_k, grad F>. (3) needs no second derivatives, and its
+error goes to 0 with eta * K and lambda. For K = 1 and lambda -> 0 it is eta <grad L_i(theta_1), grad F(theta_0)>, and
+(4) is eta <grad L_i(theta_0), grad F(theta_1)>.
 
-That (3) measures the losses on the examples of all K steps is ours: (4) depends on these, and more examples are less noise.
+That (3) measures losses on the examples of all K steps is ours: (4) depends on all, and more examples are less noise.
 """
 
 from __future__ import annotations

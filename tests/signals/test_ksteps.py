@@ -1,4 +1,4 @@
-"""K look-ahead steps: the differences against autograd through the steps, their rate, signs, and that no trace stays."""
+"""K look-ahead steps: differences against autograd through the steps, their rate and signs, and that no trace stays."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def steps(number: int) -> list[Any]:
 
 def differences(number: int, *, eta: float, weight: float = 1e-4, model: Any = None) -> Tensor:
     model = model or make_model()
-    return kstep_differences(
-        model, steps(number), VALIDATION, P, WEIGHTS, learning_rate=eta, validation_weight=weight
-    )
+    return kstep_differences(model, steps(number), VALIDATION, P, WEIGHTS, learning_rate=eta, validation_weight=weight)
 
 
 def unrolled(number: int, *, eta: float, model: Any = None) -> Tensor:
