@@ -2,7 +2,7 @@
 
 ADAPT (arXiv 2512.04555) updates the mixture by meta-gradients of a smooth worst-case validation loss; ``adapt.py`` is
 its form of one look-ahead step. This form takes K, as TANDEM's K-step probing does (arXiv 2606.04401), because the
-gradient product of a single step is noisy. With one logit a_i per task, and theta_0 = theta'_0 = the weights of the run:
+gradient product of a single step is noisy. With one logit a_i per task, and theta_0 = theta'_0 the weights of the run:
 
     (1)  s = softmax(a + log prior),   p = (1 - floor) s + floor * prior                       the mixture
     (2)  theta_k+1  = theta_k  - eta  sum_i p_i grad L_i(theta_k)                              K steps -> theta_K
@@ -17,7 +17,7 @@ a task rises whose training loss falls more when validation is trained on too. I
 
 *Ours* are (3), with w and c_j as they are before the K steps; the entropy term of (6), where q = prior / max prior; and
 as in ``adapt.py`` that (6) is gradient descent through (1), and that z are the u, averaged over updates, centered and
-divided by their root mean square, with rho times the number of tasks. K, lambda and the estimator are keys of ``probe``.
+divided by their root mean square, with rho times the number of tasks. K, lambda and estimator are keys of ``probe``.
 """
 
 from __future__ import annotations
