@@ -4,7 +4,7 @@
 
 The loop of ``sft_full_finetune``, and every ``mixture_update_every`` steps an update of the mixture: the recipe
 measures what the mixture observes, and the mixture changes. Any mixture component works: ``adapt`` (our reading of the
-paper's one-step form), ``adapt_planned`` (ours), group DRO, Exp3, a static one, or yours.
+paper's one-step form), ``adapt_ksteps``, ``adapt_planned`` (ours), group DRO, Exp3, a static one, or yours.
 
 Copy and edit it: ``tune cp adapt_full_finetune mine.py``, then ``tune run mine.py --config ...``.
 """
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from adapt_recipes import data, models
 from adapt_recipes.budget import Ledger
 from adapt_recipes.config import STRICT, Steps, TrainConfig, command_line
-from adapt_recipes.mixture.interface import check_mixture, check_update
+from adapt_recipes.mixture.interface import OF_LOOKAHEAD, check_mixture, check_update
 from adapt_recipes.run import Run
 from adapt_recipes.signals import Probe, TrainLosses, passes
 from adapt_recipes.signals.nonfinite import raise_nonfinite
@@ -41,11 +41,16 @@ class ProbeConfig:
     """per task: the first of the validation split, the same at every update, and as many random training examples"""
     estimator: Literal["finite_difference", "backward"] = "finite_difference"
     """how gradient dots are computed: by two forward passes over all tasks, or by one backward pass per task, which
-    is more expensive and exact in any dtype"""
+    is more expensive and exact in any dtype; K-step differences: by the losses after 2 K steps, or exactly, by autograd
+    through K steps, for small models on one process"""
     exact_lookahead: bool = False
     """measure the objective after the look-ahead step; false: before it (first order in its step size, cheaper)"""
     separate_batches: bool = True
     """take task gradients on training examples; false: on the validation examples of the objective itself"""
+    steps: PositiveInt = 4
+    """K of K-step differences: look-ahead steps, each on ``examples`` other training examples per task"""
+    validation_weight: PositiveFloat = 0.1
+    """lambda of K-step differences: the weight of the objective's gradient in the look-ahead steps"""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -58,7 +63,7 @@ class Config(TrainConfig):
 
 
 # The signals that this recipe measures for a mixture, if it observes them.
-SIGNALS = ("train_losses", "validation_losses", "target_losses", "gradient_dots")
+SIGNALS = ("train_losses", "validation_losses", "target_losses", "gradient_dots", "kstep_differences")
 
 
 class Recipe:
@@ -104,7 +109,8 @@ class Recipe:
         self.optimizer = config.optimizer.build(params=[p for p in self.model.parameters() if p.requires_grad])
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.lr_schedule = config.lr_schedule.build()
-        takes_differences = "gradient_dots" in self.mixture.observes and config.probe.estimator == "finite_difference"
+        looks_ahead = OF_LOOKAHEAD & {*self.mixture.observes}
+        takes_differences = bool(looks_ahead) and config.probe.estimator == "finite_difference"
         precision.check(config.dtype, learning_rate=self.base_lrs[0], finite_differences=takes_differences)
 
         # What a checkpoint holds besides weights and optimizer. A resume loads them all here.
@@ -198,11 +204,13 @@ class Recipe:
             # Losses per task: of training since the last update, and of validation examples now.
             if "train_losses" in observes:
                 signals["train_losses"] = self.train_losses.mean()
-            if {"validation_losses", "target_losses"} & {*observes} and "gradient_dots" not in observes:
+            if {"validation_losses", "target_losses"} & {*observes} and not OF_LOOKAHEAD & {*observes}:
                 signals |= self.by_name(self.probe.losses(self.probe_validation))
-            # Gradients: ADAPT's one-step form.
+            # Gradients: ADAPT's one-step form, and that of K steps.
             if "gradient_dots" in observes:
                 signals |= self.gradient_signals()
+            if "kstep_differences" in observes:
+                signals |= self.kstep_signals()
             signals = {name: signals[name] for name in observes}
             with raise_on_all_ranks():
                 logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
@@ -213,11 +221,7 @@ class Recipe:
     def gradient_signals(self) -> dict[str, Tensor]:
         """Equations (2) to (5) of ``mixture/adapt.py``: validation losses, and (num_tasks,) gradient dots."""
         config, probe = self.config.probe, self.probe
-        if config.separate_batches:
-            seed, number = self.config.seed, self.run.num_updates
-            train = self.batches(data.random_examples(self.tasks, config.examples, seed=seed, update=number))
-        else:
-            train = self.probe_validation
+        train = self.probe_train(self.run.num_updates)
         with contextlib.ExitStack() as lookahead:
             if config.exact_lookahead:
                 # (2): theta' = theta - eta * sum_i p_i grad L_train_i
@@ -231,6 +235,23 @@ class Recipe:
         # (5): <v, grad L_train_i>
         dots = probe.gradient_dots(train, v, estimator=config.estimator, dtype=self.config.dtype)
         return {**losses, "gradient_dots": dots}
+
+    def kstep_signals(self) -> dict[str, Tensor]:
+        """Equations (2) to (5) of ``mixture/adapt_ksteps.py``: validation losses, and (num_tasks,) differences."""
+        config, mixture, K = self.config.probe, self.mixture, self.config.probe.steps
+        losses = self.by_name(self.probe.losses(self.probe_validation))
+        p, weights = mixture.probabilities(), mixture.objective_weights(**losses)
+        train = [self.probe_train(self.run.num_updates * K + k) for k in range(K)]
+        rates = {"learning_rate": mixture.lookahead_lr, "validation_weight": config.validation_weight}
+        u = self.probe.kstep_differences(train, self.probe_validation, p, weights, estimator=config.estimator, **rates)
+        return {**losses, "kstep_differences": u}
+
+    def probe_train(self, number: int) -> list[data.MicroBatch]:
+        """Random training examples, others for each number; with ``separate_batches: false`` the validation's."""
+        config = self.config.probe
+        if not config.separate_batches:
+            return self.probe_validation
+        return self.batches(data.random_examples(self.tasks, config.examples, seed=self.config.seed, update=number))
 
     def by_name(self, losses: Tensor) -> dict[str, Tensor]:
         """Losses of tasks and targets as signals."""

@@ -217,6 +217,9 @@ LEARNED = {
         "tasks.target_weights={a: 1, b: 2, c: 1}",
         "probe.separate_batches=false",
     ],
+    "adapt_ksteps": ["probe.steps=3"],
+    "adapt_ksteps, backward": ["probe.estimator=backward"],
+    "adapt_ksteps, on validation": ["probe.separate_batches=false"],
     "adapt_planned": ["mixture.measure_after=0.0"],
     "mos_cossim": [],
     "mos_diff": [],
@@ -291,7 +294,7 @@ def test_levels_of_unlike_examples_read_about_as_much_as_planned() -> None:
     assert f"mixture updates read about {plan.probe_tokens:,} supervised tokens" in out.getvalue()
 
 
-@pytest.mark.parametrize("name", slow_but(["dro"], ["dro", "mos_diff", "adapt"]))
+@pytest.mark.parametrize("name", slow_but(["dro"], ["dro", "mos_diff", "adapt", "adapt_ksteps"]))
 def test_steps_of_tokens_are_exact_with_a_learned_mixture(name: str) -> None:
     """And so is what its updates and validations read; training reads other tokens, as it draws other examples."""
     size = ["batch_size=null", "batch_tokens=50", "budget.epochs=1.0"]
@@ -334,7 +337,8 @@ def test_learned_of_unlike_examples(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "per_token"), [("adapt", 2), ("adapt_planned", 1 / 3), ("mos_diff", 2 / 3), ("hbo", 1), ("multidds", 2)]
+    ("config", "per_token"),
+    [("adapt", 2), ("adapt_ksteps", 15), ("adapt_planned", 1 / 3), ("mos_diff", 2 / 3), ("hbo", 1), ("multidds", 2)],
 )
 def test_the_cost_of_an_update_is_that_of_the_docs(config: str, per_token: float) -> None:
     """In docs/mixtures.md, in steps for r = tokens that a probe reads over tokens of a step."""

@@ -78,6 +78,7 @@ CASES = {
     "adapt": Case("adapt", SMALL_BATCHES),
     "adapt, by backward": Case("adapt", {"probe.estimator": "backward", **SMALL_BATCHES}),
     "adapt, exact look-ahead": Case("adapt", {"probe.exact_lookahead": "true", **SMALL_BATCHES}),
+    "adapt_ksteps": Case("adapt_ksteps", SMALL_BATCHES),
     "adapt_planned": Case("adapt_planned", SMALL_BATCHES),
     "multiuat": Case("multiuat", SMALL_BATCHES),
     "multidds": Case("multidds", SMALL_BATCHES),

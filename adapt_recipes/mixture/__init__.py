@@ -1,6 +1,7 @@
 """Mixtures: the shares of the tasks in the budget. Computed on small tensors, without the model or the data."""
 
 from adapt_recipes.mixture.adapt import Adapt
+from adapt_recipes.mixture.adapt_ksteps import AdaptKSteps
 from adapt_recipes.mixture.ado import Ado
 from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
@@ -12,6 +13,7 @@ from adapt_recipes.mixture.static import fixed_weights, proportional, temperatur
 
 __all__ = [
     "Adapt",
+    "AdaptKSteps",
     "AdaptPlanned",
     "Ado",
     "Exp3",

@@ -31,7 +31,16 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.errors import nearest
-from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import (
+    averaged,
+    centered_and_scaled,
+    copied_state,
+    filled,
+    floored,
+    load_state,
+    number,
+    worst_case,
+)
 from adapt_recipes.mixture.prior import Prior
 from adapt_recipes.mixture.reference import Reference
 
@@ -163,25 +172,23 @@ class Adapt:
 
         # Losses and weights with the reference and c_j of ``objective_weights``; only then may the reference change.
         measured_losses = _joined(validation_losses, target_losses)
-        losses, weights = self._worst_case(measured_losses)
+        worst, weights = self._worst_case(measured_losses)
         self.first_losses = torch.where(self.first_losses.isnan(), measured_losses, self.first_losses)
         # A target's curve is over the tokens of all tasks, in units of a fair share.
-        others = task_tokens.double().mean().expand(len(losses) - len(task_tokens))
+        others = task_tokens.double().mean().expand(len(measured_losses) - len(task_tokens))
         self.reference.observe(measured_losses, torch.cat([task_tokens, others]))
 
         # (3): F(p) = (1/beta) log( sum_j o_j exp(beta l_j) ) - lambda H(p), where p_i log p_i -> 0 as p_i -> 0
         s, p = self._shares(), self.probabilities()
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log() - self.prior.logits
-        beta, measured = self.sharpness, self._measured(losses)
-        o = self.target_weights[measured]
-        worst_case = (torch.logsumexp(beta * losses[measured] + o.log(), dim=0) - o.sum().log()) / beta
-        objective = worst_case + self.entropy_weight * (p * log_p).sum()
+        objective = worst + self.entropy_weight * (p * log_p).sum()
 
         # (5): dF/dp_i = -u_i + lambda (log(p_i / q_i) + 1), u averaged over updates, optionally centered and scaled
-        u = self._average_values(gradient_dots, s)
+        self.values = averaged(self.values, self.lookahead_lr * gradient_dots, self.ema_decay)
+        u = filled(self.values, s)
         rate = self.meta_lr
         if self.center_and_scale:
-            u, differ = _centered_and_scaled(u)
+            u, differ = centered_and_scaled(u)
             rate = self.meta_lr * len(u) if differ else 0.0
         gradient = -u + self.entropy_weight * (log_p + 1)
 
@@ -214,47 +221,15 @@ class Adapt:
             return torch.ones_like(losses)
         return torch.where(self.first_losses.isnan(), losses, self.first_losses).clamp_min(MIN_NORMALIZER)
 
-    def _measured(self, losses: Tensor) -> Tensor:
-        """(num_tasks + num_targets,) bool: what is in the objective."""
-        return ~losses.isnan() & (self.target_weights > 0)
-
     def _worst_case(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """(l, w) of (3) and (4): l is NaN and w is 0 for tasks that are not in the objective."""
+        """The first term of (3), a scalar, and w of (4), which is 0 for tasks that are not in the objective."""
         assert not losses.isinf().any(), "an infinite validation loss: the model has diverged"
         # (3): l_j = (L_val_j(theta') - r_j) / c_j
-        losses = self.reference.excess(losses) / self._normalizers(losses)
+        excess = self.reference.excess(losses) / self._normalizers(losses)
         # (4): w ~ o exp(beta l)
-        weights, measured = torch.zeros_like(losses), self._measured(losses)
-        weights[measured] = torch.softmax(
-            self.sharpness * losses[measured] + self.target_weights[measured].log(), dim=0
-        )
-        return losses, weights
-
-    def _average_values(self, gradient_dots: Tensor, s: Tensor) -> Tensor:
-        """Updates the exponential average of u, and returns it.
-
-        The average of a task that was not measured stays the same. A task that was never measured has the mean of the
-        others under s, with which its term in (6), apart from the entropy's, is exactly 0.
-        """
-        # (5): u_i = eta <v, g_i>
-        u = self.lookahead_lr * gradient_dots
-        mean = torch.where(self.values.isnan(), u, self.ema_decay * self.values + (1 - self.ema_decay) * u)
-        self.values = torch.where(u.isnan(), self.values, mean)
-        known = ~self.values.isnan()
-        u = torch.where(known, self.values, 0.0)
-        return torch.where(known, u, (s * u).sum() / (s * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
+        return worst_case(excess, self.target_weights, self.sharpness)
 
 
 def _joined(validation_losses: Tensor, target_losses: Tensor | None) -> Tensor:
     """The losses of tasks and targets: (num_tasks + num_targets,) float64."""
     return validation_losses if target_losses is None else torch.cat([validation_losses, target_losses])
-
-
-def _centered_and_scaled(u: Tensor) -> tuple[Tensor, bool]:
-    """z = (u - mean u) / rms(u - mean u), and whether the u_i differ; if not, z is 0."""
-    centered = u - u.mean()
-    size = centered.abs().max()
-    differ = bool(size > 1e-9 * u.abs().max())
-    # Divided by its largest value first, so that no square overflows.
-    z = centered / size
-    return (z / z.square().mean().sqrt() if differ else torch.zeros_like(u)), differ

@@ -1,4 +1,4 @@
-"""Shared by all mixtures: checked arguments, the floor, and the state for a resume."""
+"""Shared by mixtures: checked arguments, floor, smooth worst case, averages of values, and the state for a resume."""
 
 from __future__ import annotations
 
@@ -65,6 +65,54 @@ def floored(
         (num_tasks,) float64, on the simplex, nowhere below ``floor * prior``.
     """
     return torch.lerp(shares, prior, floor)
+
+
+def worst_case(
+    losses: Tensor,  # (n,) float64; NaN: not measured
+    weights: Tensor,  # (n,) float64, >= 0, up to a factor
+    sharpness: float,  # > 0
+) -> tuple[Tensor, Tensor]:
+    """The smooth worst case ``(1/beta) log( sum_j o_j exp(beta l_j) )`` and its gradient ``w ~ o exp(beta l)``.
+
+    Returns:
+        A scalar, and (n,) float64, which is 0 for a loss that is not measured or has no weight.
+    """
+    measured = ~losses.isnan() & (weights > 0)
+    o = weights[measured]
+    exponents = sharpness * losses[measured] + o.log()
+    gradient = torch.zeros_like(losses)
+    gradient[measured] = torch.softmax(exponents, dim=0)
+    return (torch.logsumexp(exponents, dim=0) - o.sum().log()) / sharpness, gradient
+
+
+def averaged(
+    old: Tensor,  # (num_tasks,) float64; NaN: never measured
+    new: Tensor,  # (num_tasks,) float64; NaN: not measured now
+    ema_decay: float,  # weight of the old
+) -> Tensor:
+    """The exponential average of values over updates: (num_tasks,) float64; it stays where nothing is measured."""
+    mean = torch.where(old.isnan(), new, ema_decay * old + (1 - ema_decay) * new)
+    return torch.where(new.isnan(), old, mean)
+
+
+def filled(
+    values: Tensor,  # (num_tasks,) float64; NaN: never measured
+    shares: Tensor,  # (num_tasks,) float64, on the simplex
+) -> Tensor:
+    """(num_tasks,) float64: a task that was never measured has the mean of the others under ``shares``."""
+    known = ~values.isnan()
+    u = torch.where(known, values, 0.0)
+    return torch.where(known, u, (shares * u).sum() / (shares * known).sum().clamp_min(torch.finfo(u.dtype).tiny))
+
+
+def centered_and_scaled(u: Tensor) -> tuple[Tensor, bool]:
+    """z = (u - mean u) / rms(u - mean u), and whether the u_i differ; if not, z is 0."""
+    centered = u - u.mean()
+    size = centered.abs().max()
+    differ = bool(size > 1e-9 * u.abs().max())
+    # Divided by its largest value first, so that no square overflows.
+    z = centered / size
+    return (z / z.square().mean().sqrt() if differ else torch.zeros_like(u)), differ
 
 
 def copied_state(mixture: object, names: Sequence[str]) -> dict[str, Tensor]:

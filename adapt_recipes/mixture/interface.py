@@ -26,6 +26,10 @@ LOGGED_BY_RECIPES = (
 )
 
 
+# Signals that take the members of a ``GradientMixture``.
+OF_LOOKAHEAD = {"gradient_dots", "kstep_differences"}
+
+
 class Mixture(Protocol):
     """The shares of the tasks in the budget of supervised tokens. Any class with these members is a mixture.
 
@@ -67,14 +71,14 @@ class Mixture(Protocol):
 
 
 class GradientMixture(Mixture, Protocol):
-    """A mixture that observes ``gradient_dots`` also gives the look-ahead step and the weights of its objective.
+    """A mixture that observes ``gradient_dots`` or ``kstep_differences`` also has these, for look-ahead and objective.
 
     If it observes ``target_losses`` as well, ``objective_weights`` takes them second, and returns the weights of tasks
     and targets, (num_tasks + num_targets,).
     """
 
     lookahead_lr: float
-    """the step size of the look-ahead step"""
+    """the step size of a look-ahead step"""
 
     def objective_weights(self, validation_losses: Tensor) -> Tensor:
         """The weight of each task's validation gradient in the objective's; (num_tasks,) float64 in and out."""
@@ -101,7 +105,7 @@ def check_mixture(
     if not isinstance(observes, tuple):
         raise ValueError(f"{name} needs `observes`, a tuple of the signals it observes; () for none")
     methods = METHODS if observes else METHODS[:1] + METHODS[2:]
-    needed = [*methods, *(["objective_weights", "lookahead_lr"] if "gradient_dots" in observes else [])]
+    needed = [*methods, *(["objective_weights", "lookahead_lr"] if OF_LOOKAHEAD & {*observes} else [])]
     for method in needed:
         if not hasattr(mixture, method):
             raise ValueError(f"{name} needs `{method}`, because it observes {observes or 'nothing'}")

@@ -16,7 +16,7 @@ from adapt_recipes import data, models
 from adapt_recipes.budget import Ledger
 from adapt_recipes.config import TrainConfig, to_dict
 from adapt_recipes.display import WIDE, count, left_out_columns, of_available, task_name, task_table, unused_keys
-from adapt_recipes.mixture.interface import check_mixture
+from adapt_recipes.mixture.interface import OF_LOOKAHEAD, check_mixture
 from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import Source, Update, update_of
 from adapt_recipes.run_directory import check_output_dir
@@ -143,7 +143,8 @@ def make_plan(config: Any, *, num_processes: int = 1, say: Callable[[str], objec
     learns = bool(mixture.observes or levels)
     num_updates = (drawn.steps - 1) // update_every if update_every and learns else 0
     num_probed = parts.probe.examples if parts.probe else 0
-    reads = _Reads(tasks, parts.targets, count=num_probed, seed=config.seed, levels=levels)
+    num_lookahead = getattr(parts.probe, "steps", 0)
+    reads = _Reads(tasks, parts.targets, count=num_probed, steps=num_lookahead, seed=config.seed, levels=levels)
     (probe_tokens, probe_total_tokens), cost = _cost_of_probes(config, update, reads, drawn, num_updates=num_updates)
     validate_every = getattr(config, "validate_every", 0)
     num_validations = 2 + ((drawn.steps - 1) // validate_every if validate_every else 0)
@@ -321,7 +322,8 @@ def _build(config: Any) -> _Parts:
     probe = getattr(config, "probe", None)
     if probe is None and set(mixture.observes) - {"train_losses"}:
         raise ValueError(f"the recipe's Config has no 'probe', but the mixture observes {mixture.observes}")
-    takes_differences = "gradient_dots" in mixture.observes and getattr(probe, "estimator", "") == "finite_difference"
+    looks_ahead = OF_LOOKAHEAD & {*mixture.observes}
+    takes_differences = bool(looks_ahead) and getattr(probe, "estimator", "") == "finite_difference"
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
     precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
     update = update_of(mixture.observes, probe, reward, getattr(config, "levels", None))
@@ -358,10 +360,17 @@ class _Reads:
     """Numbers of tokens that probes, validation and test read."""
 
     def __init__(
-        self, tasks: Sequence[data.Task], targets: Sequence[data.Task], *, count: int, seed: int, levels: Any = None
+        self,
+        tasks: Sequence[data.Task],
+        targets: Sequence[data.Task],
+        *,
+        count: int,
+        seed: int,
+        steps: int,
+        levels: Any = None,
     ) -> None:
         self._tasks, self._validated, self._count, self._seed = tasks, [*tasks, *targets], count, seed
-        self._levels = levels
+        self._steps, self._levels = steps, levels
         self.validation = _totals([task.validation for task in self._validated])
         self.test = _totals([task.test for task in self._validated])
         self._train = _totals([task.train for task in tasks])
@@ -372,6 +381,9 @@ class _Reads:
         """(supervised, all) tokens that the update reads from a source; updates are numbered from 0."""
         if source == "train":
             return self._counted(data.random_examples(self._tasks, self._count, seed=self._seed, update=update))
+        if source == "train_steps":
+            of_steps = [self.tokens("train", update * self._steps + k) for k in range(self._steps)]
+            return sum(step[0] for step in of_steps), sum(step[1] for step in of_steps)
         if source == "all_train":
             return self._train.supervised, self._train.tokens
         if source == "levels":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from adapt_recipes.signals.reward_interface import tokens_of
 
-Source = Literal["validation", "train", "pool", "levels", "all_train"]
+Source = Literal["validation", "train", "train_steps", "pool", "levels", "all_train"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Pass:
 
     Attributes:
         source: the first examples of the validation split, random training examples, or those of the pool;
+            ``train_steps``: random training examples for each of ``probe.steps`` look-ahead steps;
             ``levels``: ``levels.examples`` of each level of each task; ``all_train``: all training examples.
         backward: whether it includes a backward pass.
     """
@@ -86,6 +87,19 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: A
             # The direction is kept.
             passes += [Pass(train, backward=True)]
             in_backward = max(in_backward, in_forward + 1)
+    elif "kstep_differences" in observes:
+        steps: list[Source] = ["train_steps"] if probe.separate_batches else ["validation"] * probe.steps
+        passes += [Pass("validation")]
+        if probe.estimator == "finite_difference":
+            # Two paths, and the losses at their ends. A copy of the weights, and in a step of the second a gradient.
+            passes += [Pass(source, backward=True) for source in steps * 2]
+            passes += [Pass("validation", backward=True)] * probe.steps
+            passes += [Pass(source) for source in steps * 2]
+            in_backward, in_forward = 2, 1
+        else:
+            # The weights and gradients of all steps.
+            passes += [Pass(source, backward=True) for source in [*steps, "validation"]]
+            in_backward = 2 * probe.steps
     elif "validation_losses" in observes:
         passes += [Pass("validation")]
     if reward is not None:

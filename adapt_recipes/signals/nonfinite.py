@@ -77,8 +77,16 @@ def check_finite(
         raise_nonfinite(model, batches, names=names, step=step)
 
 
-def check_dots(dots: Tensor, batches: Sequence[MicroBatch], *, task_names: Sequence[str], step: int) -> None:
-    """Refuses gradient dots (num_tasks,) that are not finite, for tasks with examples in ``batches``.
+def check_dots(
+    dots: Tensor,
+    batches: Sequence[MicroBatch],
+    *,
+    task_names: Sequence[str],
+    step: int,
+    what: str = "the gradient",
+    advice: str = ADVICE,
+) -> None:
+    """Refuses gradient dots (num_tasks,) that are not finite, for tasks with examples in ``batches``; or ``what``.
 
     Raises:
         ValueError: it names the step and the task.
@@ -88,7 +96,7 @@ def check_dots(dots: Tensor, batches: Sequence[MicroBatch], *, task_names: Seque
         for task in sorted(measured):
             if not dots[task].isfinite():
                 of = f"training examples of task '{task_names[task]}'"
-                raise ValueError(f"step {step}: the gradient of {of} is not finite; {ADVICE}")
+                raise ValueError(f"step {step}: {what} of {of} is not finite; {advice}")
 
 
 def check_rewards(

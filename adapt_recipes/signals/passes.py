@@ -65,7 +65,7 @@ def task_losses(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> T
     Returns:
         (num_tasks,) float64 on the CPU, nats per supervised token; NaN for a task without a supervised token.
     """
-    with _measuring(model):
+    with measuring(model):
         return _loss_sums(model, batches, num_tasks) / num_supervised(batches, num_tasks)
 
 
@@ -92,7 +92,7 @@ def task_scores(model: nn.Module, batches: Sequence[Batch], num_tasks: int) -> S
         num_tasks: tasks in the run.
     """
     loss_sums, num_matches, num_examples = torch.zeros(3, num_tasks, dtype=torch.float64)
-    with _measuring(model):
+    with measuring(model):
         for batch in batches:
             device, tasks = device_of(model), batch.tasks.cpu()
             losses, hits = model(batch.tokens.to(device), batch.labels.to(device), "scores").to("cpu", torch.float64).T
@@ -138,7 +138,7 @@ def loss_gradient(
     try:
         for parameter in parameters:
             parameter.grad = None
-        with _measuring(model), torch.enable_grad():
+        with measuring(model), torch.enable_grad():
             for batch, rows, needed_by in zip(batches, chosen, num_processes.tolist(), strict=True):
                 if needed_by == 0:
                     continue
@@ -251,7 +251,7 @@ def gradient_dots(
         return torch.zeros(num_tasks, dtype=torch.float64) / counts
     # Weights that are all 0 (LoRA's B alone, at the start) have no scale.
     eps = min(relative_step * (norm(parameters) or 1.0) / size, loss_step / size / size)
-    with _measuring(model), _restored(model) as originals:
+    with measuring(model), restored(model) as originals:
         _move(parameters, originals, direction, eps)
         above = _loss_sums(model, batches, num_tasks)
         _move(parameters, originals, direction, -eps)
@@ -296,7 +296,7 @@ def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks
     """
     sums: Tensor | None = None
     counts = torch.zeros(num_tasks, dtype=torch.float64)
-    with _measuring(model):
+    with measuring(model):
         for batch in batches:
             device = device_of(model)
             hidden = model(batch.tokens.to(device), batch.labels.to(device), "hidden_states").float()
@@ -324,7 +324,7 @@ def example_losses(model: nn.Module, batches: Sequence[ExampleBatch], *, tokens:
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
     sums, counts = torch.zeros(2, _num_examples(batches), dtype=torch.float64)
-    with _measuring(model):
+    with measuring(model):
         for batch in batches:
             labels = _labels(batch, tokens)
             losses = model(batch.tokens.to(device_of(model)), labels.to(device_of(model)))
@@ -358,7 +358,7 @@ def example_uncertainties(
         (num_examples,) float64 on the CPU, in the order of ``rows``.
     """
     values = torch.zeros(_num_examples(batches), dtype=torch.float64)
-    with _measuring(model, dropout=dropout):
+    with measuring(model, dropout=dropout):
         for batch in [*batches] * mc_samples:
             device = device_of(model)
             logits = model(batch.tokens.to(device), batch.labels.to(device), "logits")
@@ -427,9 +427,16 @@ def stepped(model: nn.Module, direction: Sequence[Tensor], scale: float) -> Iter
         scale: for a step of gradient descent along a gradient, minus the learning rate.
     """
     parameters = _trainable(model)
-    with _restored(model) as originals:
+    with restored(model) as originals:
         _move(parameters, originals, direction, scale)
         yield
+
+
+@torch.no_grad()
+def move(model: nn.Module, direction: Sequence[Tensor], scale: float) -> None:
+    """Adds ``scale * direction`` to the weights, inside ``restored``."""
+    for parameter, part in zip(_trainable(model), direction, strict=True):
+        to_local(parameter).add_(to_local(part), alpha=scale)
 
 
 @contextmanager
@@ -473,7 +480,7 @@ def _move(parameters: Sequence[Tensor], originals: Sequence[Tensor], direction: 
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
+def restored(model: nn.Module) -> Iterator[list[Tensor]]:
     """Yields a copy of the trainable weights (of the local shards), and always restores the weights from it."""
     parameters = _trainable(model)
     originals = [to_local(parameter).detach().clone() for parameter in parameters]
@@ -488,7 +495,7 @@ def _restored(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _measuring(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+def measuring(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
     """Eval mode, or with ``dropout`` training mode; modes and generators are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Literal
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from adapt_recipes.data import MicroBatch, Task
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import passes
 from adapt_recipes.signals.base_losses import BaseWeights
+from adapt_recipes.signals.ksteps import kstep_differences, kstep_gradients
 from adapt_recipes.signals.nonfinite import check_dots, check_finite, check_rewards
 from adapt_recipes.signals.passes import Scores
 from adapt_recipes.training import precision
@@ -112,6 +114,40 @@ class Probe:
         names = [task.name for task in self.tasks + self.targets]
         check_dots(dots, batches, task_names=names, step=self.ledger.steps)
         return dots[: len(self.tasks)]
+
+    def kstep_differences(
+        self,
+        train: Sequence[Batches],  # of each of the K steps
+        validation: Batches,
+        probabilities: Tensor,  # (num_tasks,) float64, the mixture
+        weights: Tensor,  # (num_tasks,) float64, or (num_tasks + num_targets,), of the objective
+        *,
+        estimator: Literal["finite_difference", "backward"],
+        learning_rate: float,
+        validation_weight: float,
+    ) -> Tensor:
+        """What K look-ahead steps say about each task, (3) or (4) of ``ksteps.py``: (num_tasks,) float64."""
+        names = [task.name for task in self.tasks + self.targets]
+        p, w = (F.pad(each, (0, len(names) - len(each))) for each in (probabilities, weights))
+        settings: dict[str, float] = {"learning_rate": learning_rate}
+        reads = (1, 1)
+        if estimator == "finite_difference":
+            # Each step's examples for a gradient and a measurement on both paths; the objective's in each step of one.
+            reads = (4, len(train))
+            settings["validation_weight"] = validation_weight
+        for batches in [*train] * reads[0] + [validation] * reads[1]:
+            self.ledger.probe(batches)
+        measure = kstep_differences if estimator == "finite_difference" else kstep_gradients
+        u = measure(self.model, train, validation, p, w, **settings)
+        check_dots(
+            u,
+            [*chain(*train)],
+            task_names=names,
+            step=self.ledger.steps,
+            what="after the look-ahead steps the loss",
+            advice="lower mixture.lookahead_lr or probe.steps",
+        )
+        return u[: len(self.tasks)]
 
     def base_losses(self, weights: BaseWeights, batches: Batches, *, tokens: passes.Tokens) -> Tensor:
         """The base model's mean loss of each training example: (num_examples,) float64, nats per token."""

@@ -61,6 +61,10 @@ def test_a_mixture_that_will_do() -> None:
             "mixture: Changed needs `objective_weights`, because it observes ('gradient_dots',)",
         ),
         (
+            observing(("kstep_differences",)),
+            "mixture: Changed needs `objective_weights`, because it observes ('kstep_differences',)",
+        ),
+        (
             observing(("reward",)),
             "mixture: Changed observes 'reward', which r does not measure; did you mean 'rewards'?",
         ),

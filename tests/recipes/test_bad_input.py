@@ -94,6 +94,8 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Refusal:
         ("budget.fraction=abc", 'budget.fraction: has to be a number, not "abc"'),
         ("mixture=3", "mixture: has to be a mapping of keys to values, not 3"),
         ("mixture=null", "mixture: has to be a mapping of keys to values, not null"),
+        ("probe.steps=0", "probe.steps: has to be greater than 0, not 0"),
+        ("probe.validation_weight=0", "probe.validation_weight: has to be greater than 0, not 0"),
         ("probe=[1]", "probe: has to be a mapping of keys to values, not [1]"),
         ("tasks.no_validation=3", "tasks.no_validation: has to be a list, not 3"),
         ("tasks.no_validation=[3]", "tasks.no_validation.0: has to be a string, not 3"),

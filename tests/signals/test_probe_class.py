@@ -116,6 +116,34 @@ def test_gradient_dots_are_those_of_the_passes_and_are_counted(estimator: Any, t
     torch.testing.assert_close(dots, expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "reads"),
+    [("backward", ("validation",)), ("finite_difference", ("train", "pool") * 3 + ("validation",) * 2)],
+)
+def test_kstep_differences_agree_with_autograd_and_are_counted(estimator: Any, reads: tuple[str, ...]) -> None:
+    """Two steps, on other examples each."""
+    probe, p = make_probe(), torch.full((len(NAMES),), 0.25, dtype=torch.float64)
+    measured = probe.kstep_differences(
+        [BATCHES["train"], BATCHES["pool"]],
+        BATCHES["validation"],
+        p,
+        WEIGHTS,
+        estimator=estimator,
+        learning_rate=0.002,
+        validation_weight=0.5,
+    )
+    assert read(probe) == tokens("train", "pool", *reads)
+    # To first order in the step size.
+    v = passes.loss_gradient(probe.model, BATCHES["validation"], WEIGHTS)
+    dots = [passes.gradient_dots_by_backward(probe.model, BATCHES[name], v, len(NAMES)) for name in ("train", "pool")]
+    torch.testing.assert_close(measured, 0.002 * (dots[0] + dots[1]), rtol=0.2, atol=0.2 * float(measured.abs().max()))
+    assert centered_cosine(measured, dots[0] + dots[1]) > 0.98
+
+
+def centered_cosine(one: Tensor, other: Tensor) -> float:
+    return float(torch.cosine_similarity(one - one.mean(), other - other.mean(), dim=0))
+
+
 def test_rewards_are_given_what_they_read_and_it_is_counted_each_time() -> None:
     probe = make_probe()
     rewards = probe.rewards(Reward(), BATCHES, base_losses=torch.tensor(3.0))
@@ -206,8 +234,20 @@ FATAL = 40
             ),
             "the gradient of training examples of task 'b'",
         ),
+        (
+            lambda probe, batches: probe.kstep_differences(
+                [batches],
+                batches,
+                WEIGHTS,
+                WEIGHTS,
+                estimator="finite_difference",
+                learning_rate=0.1,
+                validation_weight=0.1,
+            ),
+            "after the look-ahead steps the loss of training examples of task 'b'",
+        ),
     ],
-    ids=["losses", "scores", "test scores", "gradient", "gradient of training", "base losses", "dots"],
+    ids=["losses", "scores", "test scores", "gradient", "gradient of training", "base losses", "dots", "K steps"],
 )
 def test_what_is_not_finite_ends_in_one_line(measure: Any, said: str) -> None:
     """It names the step, the task and, where there is one, the example."""

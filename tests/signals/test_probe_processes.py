@@ -15,6 +15,7 @@ from torchtune.models.llama3_2 import llama3_2
 from adapt_recipes.data import IGNORE_INDEX, Example, MicroBatch, micro_batches
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import BaseWeights, passes, rewards
+from adapt_recipes.signals.ksteps import kstep_differences
 from adapt_recipes.training.process_group import process_group, rank, world_size
 from adapt_recipes.training.sharding import full_tensor, shard, to_local
 
@@ -94,6 +95,9 @@ def measure(model: nn.Module) -> dict[str, Any]:
         "gradient": torch.cat([full_tensor(part).flatten() for part in v]),
         "dots": passes.gradient_dots(model, train, v, N, relative_step=1e-3),
         "dots by backward": passes.gradient_dots_by_backward(model, train, v, N),
+        "K-step differences": kstep_differences(
+            model, [train, pool], validation, WEIGHTS, WEIGHTS, learning_rate=0.1, validation_weight=0.5
+        ),
         "embeddings": passes.task_embeddings(model, validation, N),
         "example losses": passes.example_losses(model, pool),
         "losses of all tokens": passes.example_losses(model, pool, tokens="all"),
@@ -167,6 +171,7 @@ def test_the_processes_differ_in_what_they_bring(ended: list[dict[str, Any]]) ->
         "gradient",
         "dots",
         "dots by backward",
+        "K-step differences",
         "embeddings",
         "embeddings ahead",
         "example losses",
