@@ -63,7 +63,10 @@ class Config(TrainConfig):
 
 
 # The signals that this recipe measures for a mixture, if it observes them.
-SIGNALS = ("train_losses", "validation_losses", "target_losses", "gradient_dots", "kstep_differences")
+SIGNALS = (
+    *("train_losses", "validation_losses", "target_losses"),
+    *("gradient_dots", "kstep_differences", "squared_gradient_norms", "gradient_variances"),
+)
 
 
 class Recipe:
@@ -211,6 +214,11 @@ class Recipe:
                 signals |= self.gradient_signals()
             if "kstep_differences" in observes:
                 signals |= self.kstep_signals()
+            # Size and noise of the tasks' gradients, from two halves of each task's examples.
+            if {"squared_gradient_norms", "gradient_variances"} & {*observes}:
+                number, count = self.run.num_updates, self.config.probe.examples
+                examples = data.random_examples(self.tasks, count, seed=self.config.seed, update=number)
+                signals |= self.probe.gradient_moments([self.batches(examples[i::2]) for i in (0, 1)])
             signals = {name: signals[name] for name in observes}
             with raise_on_all_ranks():
                 logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)

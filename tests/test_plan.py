@@ -221,6 +221,7 @@ LEARNED = {
     "adapt_ksteps, backward": ["probe.estimator=backward"],
     "adapt_ksteps, on validation": ["probe.separate_batches=false"],
     "adapt_planned": ["mixture.measure_after=0.0"],
+    "pike": [],
     "mos_cossim": [],
     "mos_diff": [],
     "mos_diff, fixed": ["reward.examples=fixed", "reward.tokens=answer"],
@@ -338,7 +339,15 @@ def test_learned_of_unlike_examples(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "per_token"),
-    [("adapt", 2), ("adapt_ksteps", 15), ("adapt_planned", 1 / 3), ("mos_diff", 2 / 3), ("hbo", 1), ("multidds", 2)],
+    [
+        ("adapt", 2),
+        ("adapt_ksteps", 15),
+        ("pike", 1),
+        ("adapt_planned", 1 / 3),
+        ("mos_diff", 2 / 3),
+        ("hbo", 1),
+        ("multidds", 2),
+    ],
 )
 def test_the_cost_of_an_update_is_that_of_the_docs(config: str, per_token: float) -> None:
     """In docs/mixtures.md, in steps for r = tokens that a probe reads over tokens of a step."""

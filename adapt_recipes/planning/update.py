@@ -102,6 +102,10 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: A
             in_backward = 2 * probe.steps
     elif "validation_losses" in observes:
         passes += [Pass("validation")]
+    if {"squared_gradient_norms", "gradient_variances"} & {*observes}:
+        # The gradients of a task's two halves.
+        passes += [Pass("train", backward=True)]
+        in_backward = max(in_backward, 1)
     if reward is not None:
         gradients = getattr(reward, "gradients", 0)
         passes += [Pass(source, backward=gradients > 0) for source in reward.reads if source != "base_losses"]

@@ -282,6 +282,34 @@ def gradient_dots_by_backward(
     return dots
 
 
+def gradient_moments(model: nn.Module, halves: Sequence[Sequence[Batch]], num_tasks: int) -> tuple[Tensor, Tensor]:
+    """The squared norm of each task's gradient, and the variance of one example's, by two backward passes per task.
+
+    With the gradients a and b of m and n examples of a task, drawn independently, <a, b> is an unbiased estimate of the
+    squared norm, which may be negative, and |a - b|^2 / (1/m + 1/n) one of the trace of the covariance of an example's
+    gradient. The latter is exact for examples of as many supervised tokens each.
+
+    Args:
+        model: see the module's docstring.
+        halves: two sets of examples.
+        num_tasks: tasks in the run.
+
+    Returns:
+        (num_tasks,) float64 on the CPU each; NaN for a task that is not in both.
+    """
+    in_both = torch.stack([num_supervised(half, num_tasks) for half in halves]).amin(0) > 0
+    squared_norms, variances = torch.full((2, num_tasks), math.nan, dtype=torch.float64)
+    # 1/m + 1/n
+    spread = torch.stack([1 / _examples_per_task(half, num_tasks) for half in halves]).sum(0)
+    for task in in_both.nonzero().flatten().tolist():
+        weights = torch.zeros(num_tasks, dtype=torch.float64)
+        weights[task] = 1
+        a, b = (loss_gradient(model, half, weights) for half in halves)
+        squared_norms[task] = inner(a, b)
+        variances[task] = (inner(a, a) + inner(b, b) - 2 * inner(a, b)) / spread[task]
+    return squared_norms, variances
+
+
 @torch.no_grad()
 def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:
     """The embedding of a task: the top hidden states, averaged over the tokens of an example and over the examples.
@@ -398,6 +426,14 @@ def num_supervised(batches: Sequence[Batch], num_tasks: int) -> Tensor:
     for batch in batches:
         counts += torch.bincount(_of_supervised(batch.labels, batch.tasks), minlength=num_tasks)
     return all_reduce_sum(counts.to(torch.float64))
+
+
+def _examples_per_task(batches: Sequence[Batch], num_tasks: int) -> Tensor:
+    """(num_tasks,) float64 on the CPU: examples of each task in all batches of all processes."""
+    counts = torch.zeros(num_tasks, dtype=torch.float64)
+    for batch in batches:
+        counts += torch.bincount(batch.tasks.cpu()[_examples(batch)], minlength=num_tasks)
+    return all_reduce_sum(counts)
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

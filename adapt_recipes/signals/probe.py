@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -148,6 +149,19 @@ class Probe:
             advice="lower mixture.lookahead_lr or probe.steps",
         )
         return u[: len(self.tasks)]
+
+    def gradient_moments(self, halves: Sequence[Batches]) -> dict[str, Tensor]:
+        """The size and the noise of gradients, as ``passes.gradient_moments`` measures them, by signal."""
+        for half in halves:
+            self.ledger.probe(half)
+        in_both = torch.stack([passes.num_supervised(half, len(self.tasks)) for half in halves]).amin(0) > 0
+        if not in_both.any():
+            raise ValueError("probe.examples: the variance of gradients needs at least 2 examples per task")
+        squared_norms, variances = passes.gradient_moments(self.model, halves, len(self.tasks))
+        for values in (squared_norms, variances):
+            known = torch.where(in_both, values, 0.0)
+            check_dots(known, halves[0], task_names=self.task_names, step=self.ledger.steps)
+        return {"squared_gradient_norms": squared_norms, "gradient_variances": variances}
 
     def base_losses(self, weights: BaseWeights, batches: Batches, *, tokens: passes.Tokens) -> Tensor:
         """The base model's mean loss of each training example: (num_examples,) float64, nats per token."""

@@ -41,6 +41,7 @@ LEARNED = {
     "adapt_oracle": "Adapt",
     "adapt_planned": "AdaptPlanned",
     "dro": "GroupDRO",
+    "pike": "Pike",
     "dro_exponentiated": "GroupDRO",
     "dro_oracle": "GroupDRO",
     "dro_asymptote": "GroupDRO",

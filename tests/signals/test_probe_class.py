@@ -140,6 +140,22 @@ def test_kstep_differences_agree_with_autograd_and_are_counted(estimator: Any, r
     assert centered_cosine(measured, dots[0] + dots[1]) > 0.98
 
 
+def test_gradient_moments_are_those_of_the_passes_and_are_counted() -> None:
+    probe = make_probe()
+    halves = [BATCHES["train"], BATCHES["pool"]]
+    moments = probe.gradient_moments(halves)
+    assert read(probe) == tokens("train", "pool")
+    expected = passes.gradient_moments(probe.model, halves, len(NAMES))
+    assert [*moments] == ["squared_gradient_norms", "gradient_variances"]
+    for measured, of_passes in zip(moments.values(), expected, strict=True):
+        assert torch.equal(measured, of_passes)
+
+
+def test_a_variance_needs_two_examples() -> None:
+    with pytest.raises(ValueError, match=r"^probe\.examples: the variance of gradients needs at least 2 examples"):
+        make_probe().gradient_moments([BATCHES["train"], []])
+
+
 def centered_cosine(one: Tensor, other: Tensor) -> float:
     return float(torch.cosine_similarity(one - one.mean(), other - other.mean(), dim=0))
 
@@ -246,8 +262,15 @@ FATAL = 40
             ),
             "after the look-ahead steps the loss of training examples of task 'b'",
         ),
+        (
+            lambda probe, batches: probe.gradient_moments([batches, batches]),
+            "the gradient of training examples of task 'b'",
+        ),
     ],
-    ids=["losses", "scores", "test scores", "gradient", "gradient of training", "base losses", "dots", "K steps"],
+    ids=[
+        *("losses", "scores", "test scores", "gradient", "gradient of training", "base losses", "dots", "K steps"),
+        "moments",
+    ],
 )
 def test_what_is_not_finite_ends_in_one_line(measure: Any, said: str) -> None:
     """It names the step, the task and, where there is one, the example."""

@@ -98,6 +98,7 @@ def measure(model: nn.Module) -> dict[str, Any]:
         "K-step differences": kstep_differences(
             model, [train, pool], validation, WEIGHTS, WEIGHTS, learning_rate=0.1, validation_weight=0.5
         ),
+        "gradient moments": torch.stack(passes.gradient_moments(model, [train, pool], N)),
         "embeddings": passes.task_embeddings(model, validation, N),
         "example losses": passes.example_losses(model, pool),
         "losses of all tokens": passes.example_losses(model, pool, tokens="all"),
@@ -172,6 +173,7 @@ def test_the_processes_differ_in_what_they_bring(ended: list[dict[str, Any]]) ->
         "dots",
         "dots by backward",
         "K-step differences",
+        "gradient moments",
         "embeddings",
         "embeddings ahead",
         "example losses",
