@@ -6,6 +6,7 @@ number of processes, and they need no communication but a counter.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -50,5 +51,7 @@ class SharedWork:
         if self._store is None:
             return
         self._store.add("done", 1)
-        while self._store.add("done", 0) < self._size:
-            time.sleep(_POLL_SECONDS)
+        # The first process, which has the counter, ends when all have come, and the others may ask once more.
+        with contextlib.suppress(dist.DistNetworkError):
+            while self._store.add("done", 0) < self._size:
+                time.sleep(_POLL_SECONDS)

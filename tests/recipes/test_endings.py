@@ -22,6 +22,8 @@ from torch import Tensor
 from adapt_recipes.models import TokenLosses
 
 LONG: dict[str, Any] = {"budget.tokens": 3000}
+# It ends by a signal alone, on any machine.
+ENDLESS: dict[str, Any] = {"budget.tokens": 100_000, "tasks.max_epochs_per_task": 10_000}
 
 
 def launch(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
@@ -106,7 +108,7 @@ def test_a_closed_terminal_and_a_warning_of_slurm(
 ) -> None:
     folder = tmp_path / "run"
     options = ["--nproc_per_node", 2] if processes == 2 else []
-    process = launch(*options, RECIPES["uniform"], *runs.argv("uniform", folder, **LONG))
+    process = launch(*options, RECIPES["uniform"], *runs.argv("uniform", folder, **ENDLESS))
     wait_for_steps(process, folder)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -142,7 +144,7 @@ def test_before_the_first_step(
     folder = tmp_path / "run"
     options = ["--nproc_per_node", 2] if processes == 2 else []
     with no_handler(number):
-        process = launch(*options, RECIPES["uniform"], *runs.argv("uniform", folder, **LONG), start_new_session=True)
+        process = launch(*options, RECIPES["uniform"], *runs.argv("uniform", folder, **ENDLESS), start_new_session=True)
     # After torch is imported, the launcher starts its processes, whose Python takes a moment to set its handlers.
     while processes == 2 and seconds > 2 and process.poll() is None and not _children(process.pid):
         time.sleep(0.01)
