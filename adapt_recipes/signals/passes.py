@@ -287,7 +287,7 @@ def gradient_moments(model: nn.Module, halves: Sequence[Sequence[Batch]], num_ta
 
     With the gradients a and b of m and n examples of a task, drawn independently, <a, b> is an unbiased estimate of the
     squared norm, which may be negative, and |a - b|^2 / (1/m + 1/n) one of the trace of the covariance of an example's
-    gradient. The latter is exact for examples of as many supervised tokens each.
+    gradient, unbiased if all examples have the same number of supervised tokens.
 
     Args:
         model: see the module's docstring.
@@ -306,7 +306,7 @@ def gradient_moments(model: nn.Module, halves: Sequence[Sequence[Batch]], num_ta
         weights[task] = 1
         a, b = (loss_gradient(model, half, weights) for half in halves)
         squared_norms[task] = inner(a, b)
-        variances[task] = (inner(a, a) + inner(b, b) - 2 * inner(a, b)) / spread[task]
+        variances[task] = (inner(a, a) + inner(b, b) - 2 * squared_norms[task]) / spread[task]
     return squared_norms, variances
 
 
