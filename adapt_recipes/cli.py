@@ -17,18 +17,19 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from adapt_recipes.errors import nearest
-from adapt_recipes.stop import STOP_SIGNALS, stop_signals
+from adapt_recipes.stop import NOTHING_PRINTED, STOP_SIGNALS, print_nothing_saved, stop_signals
 
 # Between lines about a plan where there is no terminal; None: none are written.
 PHASE_SECONDS: float | None = 10.0
@@ -147,17 +148,26 @@ def check_before_run(run: ModuleType) -> None:
             args.signals_to_handle = ",".join(each.name for each in stop_signals()) + ",SIGQUIT"
             # For ``tune_cli_ext.hook``.
             os.environ["ADAPT_RECIPES_WORKER"] = "1"
+            descriptor, nothing_printed = tempfile.mkstemp(prefix="adapt_recipes_")
+            os.close(descriptor)
+            os.environ[NOTHING_PRINTED] = nothing_printed
+
+            def exit_as_stopped(number: int) -> NoReturn:
+                if os.path.exists(nothing_printed):
+                    print_nothing_saved(number)
+                sys.exit(128 + number)
+
             try:
                 super()._run_distributed(args, is_builtin=is_builtin)
             except SignalException as stopped:
                 # Its processes have ended by now.
-                sys.exit(128 + stopped.sigval)
+                exit_as_stopped(stopped.sigval)
             except ChildFailedError as failed:
                 statuses = {failure.exitcode for failure in failed.failures.values()}
                 stopped_by = statuses & {128 + each for each in STOP_SIGNALS}
                 # Processes that have saved and are ending may get torchrun's own SIGTERM.
                 if stopped_by and statuses <= stopped_by | {-signal.SIGTERM}:
-                    sys.exit(stopped_by.pop())
+                    exit_as_stopped(stopped_by.pop() - 128)
                 self._parser.exit(1, f"{failed}\n")
             except (RendezvousError, DistError) as error:
                 # The message of the rendezvous has no address.
@@ -168,6 +178,8 @@ def check_before_run(run: ModuleType) -> None:
                 )
                 where = f"the {args.nnodes} hosts did not connect at {args.rdzv_endpoint}"
                 self._parser.exit(2, f"tune run: error: {where}, or lost the connection ({reason}); {advice}\n")
+            finally:
+                Path(nothing_printed).unlink(missing_ok=True)
 
     run.Run = Run  # type: ignore[attr-defined]
 

@@ -66,6 +66,7 @@ from adapt_recipes.runlog import (
 )
 from adapt_recipes.signals.passes import Scores
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
+from adapt_recipes.stop import end_is_printed
 from adapt_recipes.strict import config_differences, marked
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.interrupt import StopSignals, checkpoint_timeout_warning
@@ -453,6 +454,7 @@ class Run:
         self._display.close()
         name = self._stop.received.name
         self._display.say(f"stopped at step {self.ledger.steps} by {name}; resume=true goes on from here")
+        end_is_printed()
         return self._stop.exit_status
 
     def finished(self) -> int:

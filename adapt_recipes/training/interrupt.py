@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adapt_recipes.stop import stop_signals
+from adapt_recipes.stop import end_is_printed, stop_signals
 from adapt_recipes.training.process_group import world_size
 from adapt_recipes.training.sockets import COLLECTIVE_TIMEOUT
 
@@ -64,6 +64,7 @@ class StopSignals:
                         raise
                     reason = f"stopped by {self._noted.name}, but not all processes answer"
                     print(f"error: {reason}; nothing is saved, the newest checkpoint stands", file=sys.stderr)
+                    end_is_printed()
                     raise SystemExit(128 + self._noted) from None
             self.received = signal.Signals(int(number)) if number else None
         return self.received is not None

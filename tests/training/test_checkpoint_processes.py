@@ -6,6 +6,7 @@ Each function in ``CASES`` is run by a process of its own, which forks the group
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import gc
 import io
@@ -68,9 +69,15 @@ def forked(folder: Path, size: int, work: Callable[[int], None], *, all_at_once:
             signal.alarm(50)  # no test waits for ever
             os.fsync = lambda descriptor: None  # nothing here goes as far as a power failure
             if size > 1:
-                dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+                meeting = dist.FileStore(str(store), size)
+                dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size)
             work(rank)
             status = 0
+            if size > 1:
+                # Until all are done: the end of one resets connections over which another may still receive.
+                meeting.set(f"done {rank}", "")
+                with contextlib.suppress(RuntimeError):
+                    meeting.wait([f"done {each}" for each in range(size)], datetime.timedelta(seconds=10))
         except BaseException:
             traceback.print_exc()
         finally:
