@@ -98,6 +98,12 @@ class TrainConfig:
     """copy to host memory, and write in the background"""
     validate_every: Annotated[Steps, FREE_AT_RESUME] = 0
     """steps between validations on the whole split; 0: only at the start and the end"""
+    keep_best: Literal["worst", "mean", "target"] | None = None
+    """keep the checkpoint of the lowest validation loss as well, and write it to model_best/ at the end: that of the
+    worst task, the mean over tasks, or the mean over targets"""
+    stop_after: Steps = 0
+    """end the run after so many validations without a lower loss, as ``keep_best`` defines it; 0: only with the
+    budget"""
     log_every: Annotated[Steps, FREE_AT_RESUME, NOT_COMPARED] = 10
     """steps between printed lines and metric logger calls; 0: only the first and last step. log.jsonl has every step"""
     metric_logger: Annotated[Component | None, FREE_AT_RESUME, NOT_COMPARED] = None
@@ -110,6 +116,10 @@ class TrainConfig:
             raise ValueError(f"batch_size, batch_tokens: give exactly one of them, not {found}")
         if self.activation_offloading and not self.activation_checkpointing:
             raise ValueError("activation_offloading: needs activation_checkpointing; set both, or neither")
+        if self.keep_best and not self.validate_every:
+            raise ValueError("keep_best: needs validate_every, the steps between the validations it compares")
+        if self.stop_after and not self.keep_best:
+            raise ValueError("stop_after: needs keep_best, which says what progress is: worst, mean or target")
         if self.micro_batch_tokens < self.max_seq_len:
             raise ValueError(
                 f"micro_batch_tokens: {self.micro_batch_tokens} is less than max_seq_len, {self.max_seq_len}"

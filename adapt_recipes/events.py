@@ -201,6 +201,11 @@ class Summary:
     seed: int
     budget_tokens: int
     supervised_tokens: int
+    """trained on: the budget, to the token, unless ``stopped_early``"""
+    stopped_early: bool
+    """because ``stop_after`` validations have shown no progress"""
+    unspent_tokens: int
+    """of the budget; 0 unless ``stopped_early``"""
     total_tokens: int
     """read in training, by mixture updates, validations and the test"""
     tokens: int
@@ -265,6 +270,8 @@ class Summary:
     validation_seconds: float
     """of validations and of the test"""
     steps: int
+    best_step: int | None = None
+    """the one whose weights are in ``model_best/``; None: without ``keep_best``"""
     mixture_updates: int
     left_out: ByTask
     """what of each task's rows is not trained on: the fields of ``data.LeftOut``"""

@@ -68,6 +68,7 @@ from adapt_recipes.signals.passes import Scores
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.stop import end_is_printed
 from adapt_recipes.strict import config_differences, marked
+from adapt_recipes.training.best import BestValidation
 from adapt_recipes.training.checkpoint import Checkpoints
 from adapt_recipes.training.interrupt import StopSignals, checkpoint_timeout_warning
 from adapt_recipes.training.memory import out_of_memory
@@ -222,7 +223,11 @@ class Run:
         self._tasks, self._targets = tasks, targets
         self._task_names = [task.name for task in tasks]
         self._model, self._optimizer, self._mixture = model, optimizer, mixture
-        self._states: dict[str, Stateful] = {**states, "run": self}
+        num_validated = sum(task.validation is not None for task in tasks)
+        self._best = BestValidation(
+            config.keep_best, config.stop_after, num_validated=num_validated, num_targets=len(targets)
+        )
+        self._states: dict[str, Stateful] = {**states, "run": self, "best": self._best}
         read = data.fingerprint([*tasks, *targets], cache_dir=config.tasks.cache_folder)
         self._fingerprint: dict[str, Any] = {"config": to_dict(config), "data": read}
         check_same({"tasks": self._fingerprint["data"]}, advice="the data files have to be the same for all")
@@ -250,7 +255,7 @@ class Run:
         self._left_out = {task.name: asdict(task.left_out) for task in (*tasks, *targets)}
         if saved is None and any(task.left_out != data.LeftOut() for task in (*tasks, *targets)):
             self._log.write(DataEvent(step=0, left_out=self._left_out))
-        self.checkpoints.clean()
+        self.checkpoints.clean(best=self._best.step)
         self._saved_at = ledger.steps
         self._show_plan(tasks)
         self._began += time.perf_counter()
@@ -324,6 +329,16 @@ class Run:
     def seconds(self) -> float:
         """Since the run began, without down time."""
         return time.perf_counter() - self._began
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the budget is spent, or ``stop_after`` validations have shown no progress."""
+        return self.ledger.left == 0 or self._best.is_over
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the validation at this step is the best so far, as ``keep_best`` defines it."""
+        return 0 < self.ledger.steps == self._best.step
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now; 0: never."""
@@ -420,6 +435,10 @@ class Run:
             self.initial_validation_losses = losses
         self._log.write(ValidationEvent(**measured))
         self._display.validation(losses[: len(self._tasks)])
+        self._best.observe(self.ledger.steps, *self._split(losses))
+        if self._best.is_over and self.ledger.left:
+            text = f"no progress in {self._best.num_since} validations after step {self._best.step}"
+            self.note("stop_after", f"{text}; the run ends with {self.ledger.left:,} tokens of the budget not spent")
 
     def log_test(self, scores: Scores) -> None:
         """What ``Probe.scores`` measures on the whole test split."""
@@ -441,9 +460,20 @@ class Run:
             "states": {name: state.state_dict() for name, state in self._states.items()},
         }
         with raise_on_all_ranks():
-            self.checkpoints.save(self.ledger.steps, self._model, self._optimizer, shared=shared, own=rng_state())
+            self.checkpoints.save(
+                self.ledger.steps, self._model, self._optimizer, shared=shared, own=rng_state(), best=self._best.step
+            )
         self._log.write(CheckpointEvent(step=self.ledger.steps))
         self._saved_at = self.ledger.steps
+
+    def load_best(self) -> bool:
+        """Gives the model the weights of the best validation; false, and nothing is done, without ``keep_best``."""
+        if not self._best.step:
+            return False
+        self.checkpoints.wait()
+        with raise_on_all_ranks():
+            self.checkpoints.load_weights(self._best.step, self._model)
+        return True
 
     def interrupted(self) -> int:
         """Saves the run after a signal to stop. Returns the exit status."""
@@ -458,7 +488,7 @@ class Run:
         return self._stop.exit_status
 
     def finished(self) -> int:
-        """The budget is spent, ``model/`` written, the test done: write ``summary.json``. Returns the exit status."""
+        """All is trained, written and tested: write ``summary.json``. Returns the exit status."""
         ledger, losses = self.ledger, self.validation_scores.losses
         saved_losses = losses if self.saved_validation_losses is None else self.saved_validation_losses
         (initial, initial_of_targets), (saved, _) = map(self._split, (self.initial_validation_losses, saved_losses))
@@ -476,6 +506,8 @@ class Run:
             seed=self.config.seed,
             budget_tokens=ledger.budget_tokens,
             supervised_tokens=ledger.supervised_tokens,
+            stopped_early=ledger.left > 0,
+            unspent_tokens=ledger.left,
             total_tokens=ledger.total_tokens,
             tokens=ledger.tokens,
             computed_tokens=ledger.computed_tokens,
@@ -493,6 +525,7 @@ class Run:
             mixture_seconds=self._phase_seconds["mixture"],
             validation_seconds=self._phase_seconds["validation"],
             steps=ledger.steps,
+            best_step=self._best.step or None,
             mixture_updates=self.num_updates,
             left_out=self._left_out,
             data_fingerprint=self._fingerprint["data"],

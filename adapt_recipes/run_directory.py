@@ -17,7 +17,9 @@ from adapt_recipes.errors import warn
 
 LOG, SUMMARY, RESOLVED = "log.jsonl", "summary.json", "resolved.yaml"
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
-WRITTEN = (LOG, SUMMARY, RESOLVED, CHECKPOINTS, MODEL, ADAPTER)
+# Of the weights with the lowest validation loss.
+MODEL_BEST, ADAPTER_BEST = "model_best", "adapter_best"
+WRITTEN = (LOG, SUMMARY, RESOLVED, CHECKPOINTS, MODEL, ADAPTER, MODEL_BEST, ADAPTER_BEST)
 LOCK = ".lock"
 
 

@@ -146,21 +146,22 @@ class Recipe:
             self.validate()
             if note := getattr(self.reward, "note", None):
                 run.note("reward", note)
-        while ledger.left > 0 and not run.should_stop():
+        while not run.is_done and not run.should_stop():
             self.step()
-            done = ledger.left == 0
-            if run.due(config.mixture_update_every) and not done:
+            if run.due(config.mixture_update_every) and ledger.left > 0:
                 self.update_mixture()
-            if done or run.due(config.validate_every):
+            if ledger.left == 0 or run.due(config.validate_every):
                 self.validate()
-            if done or run.should_stop() or run.due(config.checkpoint_every):
+            if run.is_done or run.is_best or run.should_stop() or run.due(config.checkpoint_every):
                 run.save()
-        if ledger.left > 0:
+        if not run.is_done:
             return run.interrupted()
         models.save(self.model, self.checkpointer, run.output_dir / "model", tokenizer=self.tokenizer)
         if models.round_as_saved(self.model, self.checkpointer):
             self.validate(saved=True)
         self.test()
+        if run.load_best():
+            models.save(self.model, self.checkpointer, run.output_dir / "model_best", tokenizer=self.tokenizer)
         return run.finished()
 
     def step(self) -> None:

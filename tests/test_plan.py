@@ -473,7 +473,7 @@ class LongConfig:
     """As far as it is shown."""
 
     __module__ = "sft_full_finetune"
-    strategy, device, dtype, keep_checkpoints = "uniform", None, "bf16", 1
+    strategy, device, dtype, keep_checkpoints, keep_best = "uniform", None, "bf16", 1, None
 
 
 def long_plan(**changes: Any) -> Plan:

@@ -85,7 +85,7 @@ def prepare(
 
 
 def save(model: TokenLosses, checkpointer: HuggingFaceCheckpointer, folder: Path, *, tokenizer: Any) -> None:
-    """Writes the model as a Hugging Face folder, and its adapters, if it has any, to the folder ``adapter`` beside it.
+    """Writes the model as a Hugging Face folder, and its adapters, if it has any, to ``adapter`` in place of ``model``.
 
     The model itself is unchanged; see ``round_as_saved``.
 

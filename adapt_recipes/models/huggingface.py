@@ -198,8 +198,9 @@ class HuggingFaceCheckpointer:
 
         The weights are rounded to ``save_dtype``, and ``config.json`` names it. A tied head is not stored.
 
-        Adapters are merged into the weights, and also written for PEFT, unmerged, to the folder ``adapter`` beside
-        ``folder``. In ``folder`` itself, transformers with PEFT installed would add them to the weights a second time.
+        Adapters are merged into the weights, and also written for PEFT, unmerged, to a folder beside ``folder`` whose
+        name has ``adapter`` in place of ``model``. In ``folder`` itself, transformers with PEFT installed would add
+        them to the weights a second time.
 
         Args:
             state_dict: the decoder's, on any device. Sharded weights are gathered one at a time, and the first process
@@ -237,7 +238,9 @@ class HuggingFaceCheckpointer:
                 if rank() == 0:
                     self._write(folder, weights, split, self._with_dtype(config), tokenizer, end_ids)
                     if adapters is not None:
-                        self._write_adapters(folder.with_name("adapter"), dict(weights), adapters)
+                        self._write_adapters(
+                            folder.with_name(folder.name.replace("model", "adapter")), dict(weights), adapters
+                        )
             finally:
                 # The other processes take part in every gather, and so does the first one after an error.
                 deque(weights, maxlen=0)

@@ -24,6 +24,7 @@ from adapt_recipes.signals.levels import level_sizes
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.training import precision
+from adapt_recipes.training.best import BestValidation
 
 # Of a task; further epochs are worth less and less (Muennighoff et al., arXiv 2305.16264).
 MANY_EPOCHS = 4
@@ -225,6 +226,8 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
     about_reads = "about " if getattr(config, "levels", None) else about_steps
     parts = ", ".join(f"{name} {_size(value)}" for name, value in asdict(memory).items())
     where = "the process" if num_processes == 1 else f"each of {num_processes} processes"
+    # The new one, and the best one.
+    saved_besides = 1 + bool(config.keep_best)
     mixture, cost = "fixed", plan.mixture_cost_steps
     if plan.mixture_updates:
         mixture = count(plan.mixture_updates, "update")
@@ -235,8 +238,8 @@ def show(plan: Plan, config: Any, *, num_processes: int, console: Console | None
         f"budget: {of_available(plan.budget_tokens, plan.available_supervised_tokens)}, in {about_steps}"
         f"{count(plan.steps, 'step')} that read {about if plan.exact_steps else ''}{count(plan.tokens, 'token')}",
         f"model: {count(plan.parameters, 'parameter')}",
-        f"disk: a checkpoint takes {_size(plan.checkpoint_bytes)}; while one is saved there are keep_checkpoints + 1, "
-        f"{_size((config.keep_checkpoints + 1) * plan.checkpoint_bytes)}",
+        f"disk: a checkpoint takes {_size(plan.checkpoint_bytes)}; while one is saved there are keep_checkpoints + "
+        f"{saved_besides}, {_size((config.keep_checkpoints + saved_besides) * plan.checkpoint_bytes)}",
         f"memory of {where}: {_size(memory.total)} ({parts}), plus kernel and CUDA overhead (1 to 2 GB on a GPU)",
         f"mixture: {mixture}",
         f"mixture updates read {about_reads}{count(plan.probe_tokens, 'supervised token')} more, validation and test "
@@ -309,6 +312,8 @@ def _build(config: Any) -> _Parts:
         **config.mixture.taken(data.target_arguments(config.tasks, tasks, targets)),
     )
     _check_mixture(mixture, config, num_tasks=len(tasks), num_targets=len(targets))
+    num_validated = sum(task.validation is not None for task in tasks)
+    BestValidation(config.keep_best, config.stop_after, num_validated=num_validated, num_targets=len(targets))
 
     # Model and reward.
     model = models.build(config, all_tasks, device=torch.device("cpu"), checkpointer=None)

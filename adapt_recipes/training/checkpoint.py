@@ -123,11 +123,30 @@ class Checkpoints:
             self._damaged = list(damaged)
             if damaged and self._rank == 0:
                 print(f"warning: {self._describe(damaged)}; going on from {folder.name}", file=sys.stderr)
-            return Saved(folder, step, **_read_shared((folder / _SHARED).read_bytes()))
+            return _saved(folder, step)
         if damaged:
             advice = f"there is no whole one: remove {self.checkpoints_dir} to start again"
             raise ValueError(f"{self._describe(damaged)}; {advice}")
         return None
+
+    def load_weights(self, step: int, model: nn.Module) -> None:
+        """Gives the model the weights of one checkpoint; see ``load`` for those from which a run goes on.
+
+        Args:
+            step: N of the checkpoint.
+            model: the same model; it may be sharded over another number of processes.
+
+        Raises:
+            ValueError: the checkpoint is missing, damaged, or of another model.
+            OSError: a file exists but cannot be read; it names the file and the process.
+        """
+        folder = self.checkpoints_dir / f"step_{step}"
+        findings = self._on_all_ranks(functools.partial(self._inspect, folder))
+        if reasons := self._damage(folder, findings):
+            raise ValueError(f"{self._describe({step: reasons[0]})}; it cannot be loaded")
+        state = {"model": model.state_dict()}
+        self._read(_saved(folder, step), state, what="model")
+        model.load_state_dict(state["model"])
 
     def load(self, saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restores weights and optimizer state, bit for bit, on any number of processes.
@@ -154,20 +173,10 @@ class Checkpoints:
         # Load into the state dicts of model and optimizer; everything in the checkpoint must have a place there.
         created = optimizer.state_dict()["state"]
         index = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
-        try:
-            named = {name: created.get(index[name], {}) for name in saved.optimizer["names"]}
-            state: dict[str, Any] = {"model": model.state_dict(), "optimizer": named}
-            planner, reader = dcp.DefaultLoadPlanner(), dcp.FileSystemReader(saved.folder)
-            with _first_cause():
-                dcp.load(state, planner=planner, storage_reader=reader, **self._collectives())
-            assert planner.metadata is not None
-            if unread := planner.metadata.state_dict_metadata.keys() - planner.state_dict.keys():
-                raise KeyError(f"no place for {min(unread)}")
-        except Exception as error:
-            raise ValueError(
-                f"checkpoint {saved.folder}, written by {_processes(len(saved.own))}, cannot be loaded into this "
-                f"model and optimizer on {_processes(self._num_processes)}: {_first_line(error)}"
-            ) from error
+        # A name that this optimizer does not have is one without a place.
+        named = {name: created.get(index.get(name, -1), {}) for name in saved.optimizer["names"]}
+        state: dict[str, Any] = {"model": model.state_dict(), "optimizer": named}
+        self._read(saved, state, what="model and optimizer")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(
             {
@@ -184,6 +193,7 @@ class Checkpoints:
         *,
         shared: Mapping[str, Any],
         own: Any,
+        best: int | None = None,
     ) -> None:
         """Writes ``step_N`` and removes the oldest checkpoints beyond ``keep``, after any write in the background.
 
@@ -194,6 +204,7 @@ class Checkpoints:
             shared: state that is the same on every process: tensors, numbers, strings, None, and lists, tuples and
                 dicts of them. That of rank 0 is written.
             own: state of this process, of the same types.
+            best: the step of a checkpoint that is kept beside them.
 
         Raises:
             NoSpaceLeft: the disk is full on any process. Earlier checkpoints are kept.
@@ -209,9 +220,9 @@ class Checkpoints:
             "optimizer": {"names": list(named), "param_groups": packed["param_groups"]},
         }
         if self._background is None:
-            self._write(step, state, rest, own)
+            self._write(step, state, rest, own, best)
         else:
-            self._pending = self._background.submit(self._write, step, _copy(state), _copy(rest), _copy(own))
+            self._pending = self._background.submit(self._write, step, _copy(state), _copy(rest), _copy(own), best)
 
     def wait(self) -> None:
         """Waits for the write in the background, if there is one.
@@ -233,10 +244,13 @@ class Checkpoints:
             if self._group is not None and dist.is_initialized():
                 dist.destroy_process_group(self._group)
 
-    def clean(self) -> None:
+    def clean(self, *, best: int | None = None) -> None:
         """Deletes damaged checkpoints, what interruptions have left, and the oldest checkpoints beyond ``keep``.
 
         Must not be called between ``newest`` and ``load``.
+
+        Args:
+            best: the step of a checkpoint that is kept beside them.
         """
         if self._rank == 0 and self.checkpoints_dir.is_dir():
             for path in self.checkpoints_dir.iterdir():
@@ -248,16 +262,37 @@ class Checkpoints:
                     os.rename(path, folder)
                 elif match[2] in (PARTIAL, REMOVED, _REPLACED) or (match[2] is None and damaged):
                     shutil.rmtree(path)
-            for _, old in sorted(_whole_checkpoints(self.checkpoints_dir).items())[: -self._keep]:
-                remove_folder(old)
+            for step, old in sorted(_whole_checkpoints(self.checkpoints_dir).items())[: -self._keep]:
+                if step != best:
+                    remove_folder(old)
         self._damaged = []
 
-    def _write(self, step: int, state: dict[str, Any], rest: dict[str, Any], own: Any) -> None:
+    def _read(self, saved: Saved, state: dict[str, Any], *, what: str) -> None:
+        """Reads a checkpoint into state dicts; all that it has under their names must have a place there.
+
+        Raises:
+            ValueError: it is of another model or optimizer.
+        """
+        planner, reader = dcp.DefaultLoadPlanner(), dcp.FileSystemReader(saved.folder)
+        try:
+            with _first_cause():
+                dcp.load(state, planner=planner, storage_reader=reader, **self._collectives())
+            assert planner.metadata is not None
+            stored = {name for name in planner.metadata.state_dict_metadata if name.split(".")[0] in state}
+            if unread := stored - planner.state_dict.keys():
+                raise KeyError(f"no place for {min(unread)}")
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {saved.folder}, written by {_processes(len(saved.own))}, cannot be loaded into this "
+                f"{what} on {_processes(self._num_processes)}: {_first_line(error)}"
+            ) from error
+
+    def _write(self, step: int, state: dict[str, Any], rest: dict[str, Any], own: Any, best: int | None) -> None:
         folder = self.checkpoints_dir / f"step_{step}"
         partial = folder.with_name(folder.name + PARTIAL)
 
         def create() -> None:
-            self.clean()
+            self.clean(best=best)
             if self._rank == 0:
                 if not self.checkpoints_dir.is_dir():
                     self.checkpoints_dir.mkdir(parents=True)
@@ -274,6 +309,7 @@ class Checkpoints:
                 dcp.save(state, storage_writer=_Writer(partial), **self._collectives())
             parts = self._on_all_ranks(own_part)
             self._on_all_ranks(functools.partial(self._publish, partial, folder, rest, parts))
+            self.clean(best=best)
         except BaseException as error:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -307,7 +343,6 @@ class Checkpoints:
             os.rename(folder, folder.with_name(folder.name + _REPLACED))
         os.rename(partial, folder)
         fsync(self.checkpoints_dir)
-        self.clean()
 
     def _inspect(self, folder: Path) -> tuple[list[str], Exception | None]:
         """The names of a checkpoint's files, and the error found in this process's share of them.
@@ -427,6 +462,10 @@ def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone() if value.device.type == "cpu" else value.detach().cpu()
     return copy.deepcopy(value)
+
+
+def _saved(folder: Path, step: int) -> Saved:
+    return Saved(folder, step, **_read_shared((folder / _SHARED).read_bytes()))
 
 
 def _read_shared(content: bytes) -> dict[str, Any]:

@@ -342,6 +342,7 @@ CHANGES: dict[str, Any] = {
     "compile": "true",
     "activation_checkpointing": "true",
     "loss_chunk_tokens": 3,
+    "keep_best": "mean",
 }
 
 
@@ -374,6 +375,13 @@ def test_a_changed_key_of_mos_is_refused_by_name(runs: Runs, tmp_path: Path, key
     with pytest.raises(ValueError, match=rf"^resume: {key} changed since the run began; [^\n]*\Z"):
         runs.run("mos_diff", tmp_path / "run", **{key: CHANGES_OF_MOS[key]})
     assert state_of(tmp_path / "run") == before
+
+
+def test_another_end_is_refused(runs: Runs, tmp_path: Path) -> None:
+    changes = {"keep_best": "worst", "stop_after": 2}
+    runs.stop("uniform", tmp_path / "run", after=3, **changes)
+    with pytest.raises(ValueError, match=r"^resume: stop_after changed since the run began; "):
+        runs.run("uniform", tmp_path / "run", **changes | {"stop_after": 3})
 
 
 def test_other_levels_are_refused(runs: Runs, tmp_path: Path) -> None:
@@ -452,7 +460,7 @@ def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None
     for recipe in set(RECIPES.values()):
         assert set(marked(load_recipe(recipe).Config, FREE_AT_RESUME)) == free
     keys = {field.name for recipe in set(RECIPES.values()) for field in fields(load_recipe(recipe).Config)}
-    assert keys == {key.split(".")[0] for key in (*CHANGES, *CHANGES_OF_MOS, *TOKENS, *LEVELS, *free)}
+    assert keys == {key.split(".")[0] for key in (*CHANGES, *CHANGES_OF_MOS, *TOKENS, *LEVELS, *free, "stop_after")}
 
 
 @pytest.mark.parametrize("change", ["an answer", "a row more", "a task less"])

@@ -132,6 +132,8 @@ def write_run(
             budget_tokens=int(spent.sum()),
             **totals(),
             unique_supervised_tokens=int(spent.sum()) - 1,
+            stopped_early=False,
+            unspent_tokens=0,
             probe_tokens=probe_tokens,
             probe_total_tokens=3 * probe_tokens,
             validation_tokens=validation_tokens,
