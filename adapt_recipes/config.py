@@ -27,6 +27,7 @@ __all__ = [
     "STRICT",
     "Component",
     "Injected",
+    "MixtureConfig",
     "Steps",
     "TrainConfig",
     "command_line",
@@ -35,6 +36,13 @@ __all__ = [
 ]
 
 Steps = Annotated[int, Field(ge=0)]
+
+
+class MixtureConfig(Component):
+    """The mixture component, and where it starts."""
+
+    start_from: str | None = None
+    """a finished run with the same mixture component: what it has learned about tasks that this run has too, by name"""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -65,7 +73,7 @@ class TrainConfig:
     """rendered tokens; longer examples are dropped and counted, never cut"""
     budget: BudgetConfig
     mixture: Annotated[
-        Component,
+        MixtureConfig,
         Injected("task_names", "num_supervised_tokens", "budget_tokens", optional=("target_names", "target_weights")),
     ]
 

@@ -65,6 +65,7 @@ from adapt_recipes.runlog import (
     write_summary,
 )
 from adapt_recipes.signals.passes import Scores
+from adapt_recipes.start_from import start_mixture
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.stop import end_is_printed
 from adapt_recipes.strict import config_differences, marked
@@ -231,7 +232,6 @@ class Run:
         read = data.fingerprint([*tasks, *targets], cache_dir=config.tasks.cache_folder)
         self._fingerprint: dict[str, Any] = {"config": to_dict(config), "data": read}
         check_same({"tasks": self._fingerprint["data"]}, advice="the data files have to be the same for all")
-        self._check_same_mixture()
         if saved is not None:
             check_resume(saved, self._fingerprint, free=marked(type(config), FREE_AT_RESUME))
             self.checkpoints.load(saved, model, optimizer)
@@ -239,6 +239,9 @@ class Run:
                 state.load_state_dict(saved.shared["states"][name])
             if len(saved.own) == world_size():
                 set_rng_state(saved.own[rank()])
+        with raise_on_all_ranks():
+            started = start_mixture(config.mixture, mixture, self._task_names) if saved is None else None
+        self._check_same_mixture()
 
         create_shared_dir(self.output_dir)
         if rank() == 0:
@@ -260,6 +263,8 @@ class Run:
         self._show_plan(tasks)
         self._began += time.perf_counter()
         self._stop = self._open.enter_context(StopSignals())
+        if started is not None:
+            self.note("mixture.start_from", started)
 
     def _check_output_dir(self) -> None:
         """Refuses a folder with something of someone else, or with a run that is not to be resumed."""

@@ -33,6 +33,7 @@ from torch import Tensor
 from adapt_recipes.errors import nearest
 from adapt_recipes.mixture.common import (
     averaged,
+    carried_scores,
     centered_and_scaled,
     copied_state,
     filled,
@@ -210,6 +211,10 @@ class Adapt:
         own = {name: value for name, value in state.items() if not name.startswith("reference_")}
         load_state(self, _STATE, own)
         self.reference.load_state_dict({name: value for name, value in state.items() if name not in own})
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the logits of another run; see ``interface.Mixture``."""
+        self.logits = carried_scores(state["logits"], self.logits, positions, self.prior.logits)
 
     def _shares(self) -> Tensor:
         """s of (1): (num_tasks,) float64."""

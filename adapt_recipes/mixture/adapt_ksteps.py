@@ -31,6 +31,7 @@ from torch import Tensor
 from adapt_recipes.mixture.adapt import MIN_NORMALIZER
 from adapt_recipes.mixture.common import (
     averaged,
+    carried_scores,
     centered_and_scaled,
     copied_state,
     filled,
@@ -146,6 +147,10 @@ class AdaptKSteps:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
         load_state(self, _STATE, state)
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the logits of another run; see ``interface.Mixture``."""
+        self.logits = carried_scores(state["logits"], self.logits, positions, self.prior.logits)
 
     def _shares(self) -> Tensor:
         """s of (1): (num_tasks,) float64."""

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import carried_scores, copied_state, floored, load_state, number
 from adapt_recipes.mixture.prior import Prior
 
 # The numbers of the fit are ours. The grid of alpha in (1), in equal ratios.
@@ -145,6 +145,13 @@ class Ado:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
         load_state(self, _STATE, state)
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the shares of another run; see ``interface.Mixture``."""
+        for name in ("credit", "mean_preferences", "shares"):
+            fresh = getattr(self, name).log()
+            setattr(self, name, carried_scores(state[name].log(), fresh, positions).exp())
+        self.num_updates = state["num_updates"].clone()
 
 
 def fit_power_law(

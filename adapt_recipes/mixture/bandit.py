@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import carried, copied_state, filled, floored, load_state, number
 from adapt_recipes.mixture.prior import Prior
 
 _STATE = ("rewards", "turn")
@@ -105,3 +105,10 @@ class Exp3:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
         load_state(self, _STATE, state)
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the rewards and the turn of another run; see ``interface.Mixture``."""
+        never = torch.full_like(self.rewards, math.nan)
+        # A new task has the mean of the others, weighted by the prior.
+        self.rewards = filled(carried(state["rewards"], never, positions), self.prior.shares)
+        self.turn = state["turn"].clone()

@@ -115,6 +115,31 @@ def centered_and_scaled(u: Tensor) -> tuple[Tensor, bool]:
     return (z / z.square().mean().sqrt() if differ else torch.zeros_like(u)), differ
 
 
+def carried(
+    old: Tensor,  # (num_old_tasks,), of another run
+    fresh: Tensor,  # (num_tasks,), at the start of this run
+    positions: Tensor,  # (num_tasks,) int64, of each task in the other run; -1: it is new
+) -> Tensor:
+    """(num_tasks,): what the other run had for a task, and ``fresh`` for a new one."""
+    return torch.where(positions < 0, fresh, old[positions.clamp_min(0)])
+
+
+def carried_scores(
+    old: Tensor,  # (num_old_tasks,) float64, of another run
+    fresh: Tensor,  # (num_tasks,) float64, at the start of this run
+    positions: Tensor,  # (num_tasks,) int64, of each task in the other run; -1: it is new
+    offset: Tensor | float = 0.0,  # (num_tasks,) float64; scores + offset are log shares, up to a constant
+) -> Tensor:
+    """``carried`` for scores: a new task has the share that it has with ``fresh``; the others share the rest as before.
+
+    Returns:
+        (num_tasks,) float64.
+    """
+    known, scores = positions >= 0, carried(old, fresh, positions)
+    shift = torch.logsumexp((fresh + offset)[known], 0) - torch.logsumexp((scores + offset)[known], 0)
+    return torch.where(known, scores + shift, fresh)
+
+
 def copied_state(mixture: object, names: Sequence[str]) -> dict[str, Tensor]:
     """Copies of the attributes ``names`` of a mixture, all of them tensors."""
     return {name: getattr(mixture, name).clone() for name in names}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.errors import nearest
-from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import carried_scores, copied_state, floored, load_state, number
 from adapt_recipes.mixture.prior import Prior
 from adapt_recipes.mixture.reference import Reference
 
@@ -133,3 +133,7 @@ class GroupDRO:
         own = {name: value for name, value in state.items() if not name.startswith("reference_")}
         load_state(self, _STATE, own)
         self.reference.load_state_dict({name: value for name, value in state.items() if name not in own})
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the shares of another run; see ``interface.Mixture``."""
+        self.log_shares = carried_scores(state["log_shares"], self.log_shares, positions)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.errors import nearest
-from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import carried_scores, copied_state, floored, load_state, number
 from adapt_recipes.mixture.prior import Prior
 from adapt_recipes.mixture.reference import Reference
 
@@ -165,3 +165,7 @@ class Famo:
         own = {name: value for name, value in state.items() if not name.startswith("reference_")}
         load_state(self, _STATE, own)
         self.reference.load_state_dict({name: value for name, value in state.items() if name not in own})
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the logits of another run; see ``interface.Mixture``."""
+        self.logits = carried_scores(state["logits"], self.logits, positions, self.prior.logits)

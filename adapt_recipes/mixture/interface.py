@@ -40,6 +40,10 @@ class Mixture(Protocol):
     One that takes ``target_names`` and ``target_weights`` is built with them if there are targets, which are validated
     on and never trained. It then observes ``target_losses``. The weights, (num_tasks + num_targets,) float64, say what
     the objective is over.
+
+    One that can start from another run has ``start_from(state, positions)``, called before anything else. ``state`` is
+    the ``state_dict`` that the other run ended with, and ``positions``, (num_tasks,) int64, are those of each task in
+    it, -1 for a new one, which starts with its share of the prior.
     """
 
     observes: tuple[str, ...]

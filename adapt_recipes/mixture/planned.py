@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import carried, carried_scores, copied_state, floored, load_state, number
 from adapt_recipes.mixture.prior import Prior
 
 # Shares of the budget: the shortest horizon h of (6), and the shortest horizon for A.
@@ -223,6 +223,12 @@ class AdaptPlanned:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
         load_state(self, _STATE, state)
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the logits and measured speeds of another run; see ``interface.Mixture``."""
+        self.logits = carried_scores(state["logits"], self.logits, positions, self.prior.logits)
+        for name in ("fast_tokens", "fast_progress", "slow_tokens", "slow_progress"):
+            setattr(self, name, carried(state[name], getattr(self, name), positions))
 
     def _measure_progress(
         self,

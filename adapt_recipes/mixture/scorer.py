@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from adapt_recipes.errors import nearest, warn
-from adapt_recipes.mixture.common import floored, number
+from adapt_recipes.mixture.common import carried, carried_scores, floored, number
 from adapt_recipes.mixture.prior import Prior
 
 # Ours; the paper does not give it.
@@ -209,6 +209,14 @@ class Scorer:
         self.averaged_rewards = state["averaged_rewards"]
         self.psi.load_state_dict(state["psi"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def start_from(self, state: Mapping[str, Any], positions: Tensor) -> None:
+        """Starts with the scores and rewards of another run; see ``interface.Mixture``."""
+        if not isinstance(self.psi, _Logits) or "z" not in state["psi"]:
+            raise ValueError("the network of form: paper and policy_gradient is of its tasks; both need form: authors")
+        with torch.no_grad():
+            self.psi.z.copy_(carried_scores(state["psi"]["z"], self.psi.z, positions, self.prior.log()))
+        self.averaged_rewards = carried(state["averaged_rewards"], self.averaged_rewards, positions)
 
     def _check(
         self,

@@ -22,6 +22,7 @@ from adapt_recipes.planning.update import Source, Update, update_of
 from adapt_recipes.run_directory import check_output_dir
 from adapt_recipes.signals.levels import level_sizes
 from adapt_recipes.signals.reward_interface import check_reward
+from adapt_recipes.start_from import start_mixture
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
 from adapt_recipes.training import precision
 from adapt_recipes.training.best import BestValidation
@@ -312,6 +313,7 @@ def _build(config: Any) -> _Parts:
         **config.mixture.taken(data.target_arguments(config.tasks, tasks, targets)),
     )
     _check_mixture(mixture, config, num_tasks=len(tasks), num_targets=len(targets))
+    start_mixture(config.mixture, mixture, names)
     num_validated = sum(task.validation is not None for task in tasks)
     BestValidation(config.keep_best, config.stop_after, num_validated=num_validated, num_targets=len(targets))
 

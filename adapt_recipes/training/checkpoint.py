@@ -464,6 +464,22 @@ def _copy(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def newest_shared(checkpoints_dir: Path) -> dict[str, Any]:
+    """The argument ``shared`` of the newest checkpoint of some run, read by this process alone.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged.
+    """
+    found = _whole_checkpoints(checkpoints_dir)
+    if not found:
+        raise ValueError(f"there is no checkpoint in {checkpoints_dir}")
+    folder = found[max(found)]
+    checksums = json.loads((folder / _CHECKSUMS).read_text())
+    if _checksum(folder / _SHARED) != checksums[_SHARED]:
+        raise ValueError(f"damaged checkpoint {folder}: {_SHARED} is not what was written")
+    return _saved(folder, max(found)).shared
+
+
 def _saved(folder: Path, step: int) -> Saved:
     return Saved(folder, step, **_read_shared((folder / _SHARED).read_bytes()))
 
