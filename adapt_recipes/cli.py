@@ -438,7 +438,7 @@ def _phases() -> Iterator[Callable[[str], None]]:
 
 
 def add_report(subparsers: Any) -> None:
-    """`tune report RUN... [--out PAGE.html]`."""
+    """`tune report RUN... [--out PAGE.html] [--schedule CONFIG.yaml]`."""
     parser = subparsers.add_parser(
         "report",
         prog="tune report",
@@ -454,9 +454,20 @@ def add_report(subparsers: Any) -> None:
         help="default: report.html in the run directory; of several runs, in the current folder",
     )
 
+    parser.add_argument(
+        "--schedule",
+        metavar="CONFIG.yaml",
+        help="of one finished run: write a config that repeats the mixture it has learned, as a fixed schedule",
+    )
+
     def report(args: argparse.Namespace) -> None:
         try:
-            from adapt_recipes.report import write_report
+            from adapt_recipes.report import write_report, write_schedule
+
+            if args.schedule:
+                if len(args.runs) > 1:
+                    raise ValueError(f"--schedule: is of one run, and there are {len(args.runs)}")
+                write_schedule(Path(args.runs[0]), Path(args.schedule))
 
             page, *figures = write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None)
         except ModuleNotFoundError as error:
@@ -465,5 +476,7 @@ def add_report(subparsers: Any) -> None:
         except (ValueError, OSError) as error:
             parser.exit(2, f"tune report: error: {' '.join(str(error).split())}\n")
         print(f"{page}\n{len(figures)} figures in {figures[0].parent}/")
+        if args.schedule:
+            print(args.schedule)
 
     parser.set_defaults(func=report)

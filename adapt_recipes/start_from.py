@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 
 from adapt_recipes.config import MixtureConfig
-from adapt_recipes.run_directory import CHECKPOINTS, SUMMARY, has_run, is_finished
+from adapt_recipes.run_directory import CHECKPOINTS, has_run, is_finished
+from adapt_recipes.runlog import read_summary
 from adapt_recipes.strict import locate
 from adapt_recipes.training.checkpoint import newest_shared
 
@@ -51,7 +51,7 @@ def _start(folder: Path, component: str, mixture: Any, task_names: Sequence[str]
         raise ValueError(f"{component} has no `start_from`: it keeps nothing for another run")
 
     # Where each task was.
-    before_names = list(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["task_tokens"])
+    before_names = list(read_summary(folder)["task_tokens"])
     positions = [before_names.index(name) if name in before_names else -1 for name in task_names]
     if max(positions) < 0:
         raise ValueError(
