@@ -6,6 +6,7 @@ from adapt_recipes.mixture.ado import Ado
 from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
 from adapt_recipes.mixture.famo import Famo
+from adapt_recipes.mixture.grape import Grape
 from adapt_recipes.mixture.pike import Pike
 from adapt_recipes.mixture.planned import AdaptPlanned
 from adapt_recipes.mixture.scorer import Scorer
@@ -19,6 +20,7 @@ __all__ = [
     "Ado",
     "Exp3",
     "Famo",
+    "Grape",
     "GroupDRO",
     "Pike",
     "Scorer",

@@ -42,6 +42,7 @@ LEARNED = {
     "adapt_planned": "AdaptPlanned",
     "dro": "GroupDRO",
     "pike": "Pike",
+    "grape": "Grape",
     "dro_exponentiated": "GroupDRO",
     "dro_oracle": "GroupDRO",
     "dro_asymptote": "GroupDRO",
