@@ -65,7 +65,7 @@ class Config(TrainConfig):
 # The signals that this recipe measures for a mixture, if it observes them.
 SIGNALS = (
     *("train_losses", "validation_losses", "target_losses"),
-    *("gradient_dots", "kstep_differences", "squared_gradient_norms", "gradient_variances"),
+    *("gradient_dots", "kstep_differences", "squared_gradient_norms", "gradient_variances", "step_gains"),
 )
 
 
@@ -114,7 +114,8 @@ class Recipe:
         self.lr_schedule = config.lr_schedule.build()
         looks_ahead = OF_LOOKAHEAD & {*self.mixture.observes}
         takes_differences = bool(looks_ahead) and config.probe.estimator == "finite_difference"
-        precision.check(config.dtype, learning_rate=self.base_lrs[0], finite_differences=takes_differences)
+        steps = {"finite_differences": takes_differences, "step_gains": "step_gains" in self.mixture.observes}
+        precision.check(config.dtype, learning_rate=self.base_lrs[0], **steps)
 
         # What a checkpoint holds besides weights and optimizer. A resume loads them all here.
         self.train_losses = TrainLosses(len(self.tasks))
@@ -219,6 +220,9 @@ class Recipe:
                 number, count = self.run.num_updates, self.config.probe.examples
                 examples = data.random_examples(self.tasks, count, seed=self.config.seed, update=number)
                 signals |= self.probe.gradient_moments([self.batches(examples[i::2]) for i in (0, 1)])
+            # What one step on each task alone decreases its loss.
+            if "step_gains" in observes:
+                signals["step_gains"] = self.step_signal()
             signals = {name: signals[name] for name in observes}
             with raise_on_all_ranks():
                 logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
@@ -253,6 +257,13 @@ class Recipe:
         rates = {"learning_rate": mixture.lookahead_lr, "validation_weight": config.validation_weight}
         u = self.probe.kstep_differences(train, self.probe_validation, p, weights, estimator=config.estimator, **rates)
         return {**losses, "kstep_differences": u}
+
+    def step_signal(self) -> Tensor:
+        """Equation (1) of ``mixture/dynamix.py``: (num_tasks,) relative decreases of training losses."""
+        count, seed = self.config.probe.examples, self.config.seed
+        examples = data.random_examples(self.tasks, count, seed=seed, update=self.run.num_updates)
+        own = [self.batches([each for each in examples if each[0] == task]) for task in range(len(self.tasks))]
+        return self.probe.step_gains(own, learning_rate=self.mixture.lookahead_lr)
 
     def probe_train(self, number: int) -> list[data.MicroBatch]:
         """Random training examples, others for each number; with ``separate_batches: false`` the validation's."""

@@ -80,6 +80,7 @@ CASES = {
     "adapt, exact look-ahead": Case("adapt", {"probe.exact_lookahead": "true", **SMALL_BATCHES}),
     "adapt_ksteps": Case("adapt_ksteps", SMALL_BATCHES),
     "adapt_planned": Case("adapt_planned", SMALL_BATCHES),
+    "dynamix": Case("dynamix", SMALL_BATCHES),
     "multiuat": Case("multiuat", SMALL_BATCHES),
     "multidds": Case("multidds", SMALL_BATCHES),
     "hbo": Case("hbo", SMALL_BATCHES),

@@ -5,6 +5,7 @@ from adapt_recipes.mixture.adapt_ksteps import AdaptKSteps
 from adapt_recipes.mixture.ado import Ado
 from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
+from adapt_recipes.mixture.dynamix import Dynamix
 from adapt_recipes.mixture.famo import Famo
 from adapt_recipes.mixture.grape import Grape
 from adapt_recipes.mixture.pike import Pike
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptKSteps",
     "AdaptPlanned",
     "Ado",
+    "Dynamix",
     "Exp3",
     "Famo",
     "Grape",

@@ -11,14 +11,14 @@ losses L and the gradients g of training and validation losses, z = o and q = pr
     (5)  q_i <- q_i exp(rho u_i) / Z                        sources that improve them get tokens
     (6)  p = (1 - floor) q + floor * prior                  the mixture
 
-j runs over the tasks, o_j = 1 / their number; with targets, which are validated on and never trained, over both, and o is
-given. (2) and (5) are exponentiated gradient steps on one function, sum_j z_j r_j: down in z, up in q.
+j runs over the tasks, o_j = 1 / their number; with targets, which are validated on and never trained, over both, and o
+is given. (2) and (5) are exponentiated gradient steps on one function, sum_j z_j r_j: down in z, up in q.
 
 That both weights are updated so, by relative improvement and by the gradient products, is the paper's. *Our readings*:
 (1) is measured over an interval of ``mixture_update_every`` steps, where the paper has one step; z is updated before q,
-and both with one step size; v is divided by the losses, because (4) is then the improvement that (1) measures; and c_j is
-L_j, at least ``MIN_NORMALIZER``, without which the noise of a task that has been learned would decide. *Ours* are the
-prior, (6), and all numbers.
+and both with one step size; in (3) the gradients are divided by the losses, so that (4) is the improvement that (1)
+measures; and c_j is L_j, at least ``MIN_NORMALIZER``, without which the noise of a task that has been learned would
+decide. *Ours* are the prior, (6), and all numbers.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Grape:
 
     A task that cannot be learned gets weight, but no tokens: no training gradient points along its validation gradient.
 
-    **A trap.** The exponents of (5) have the size of ``lookahead_lr`` times inner products of gradients, which depends on
-    model and data: see the logged ``values``. Both exponents add up over the run, so what has grown for long takes long
-    to fall.
+    **A trap.** The exponents of (5) have the size of ``lookahead_lr`` times inner products of gradients, which depends
+    on model and data: see the logged ``values``. Both exponents add up over the run, so what has grown for long takes
+    long to fall.
 
     Args:
         task_names: the tasks, in order.

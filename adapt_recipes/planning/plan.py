@@ -325,7 +325,8 @@ def _build(config: Any) -> _Parts:
     looks_ahead = OF_LOOKAHEAD & {*mixture.observes}
     takes_differences = bool(looks_ahead) and getattr(probe, "estimator", "") == "finite_difference"
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
-    precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
+    steps = {"finite_differences": takes_differences, "step_gains": "step_gains" in mixture.observes}
+    precision.check(config.dtype, learning_rate=learning_rate, **steps)
     update = update_of(mixture.observes, probe, reward, getattr(config, "levels", None))
     return _Parts(tasks, targets, available, sampler, ledger, mixture, model, reward, probe, update)
 

@@ -106,6 +106,10 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: A
         # The gradients of a task's two halves.
         passes += [Pass("train", backward=True)]
         in_backward = max(in_backward, 1)
+    if "step_gains" in observes:
+        # The loss before, the gradient, and the loss after a step, with the gradient and a copy of the weights.
+        passes += [Pass("train"), Pass("train", backward=True), Pass("train")]
+        in_forward = max(in_forward, 2)
     if reward is not None:
         gradients = getattr(reward, "gradients", 0)
         passes += [Pass(source, backward=gradients > 0) for source in reward.reads if source != "base_losses"]

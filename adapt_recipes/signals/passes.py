@@ -30,6 +30,9 @@ from adapt_recipes.training.sharding import device_of, to_local
 # The label of a position that does not count in the loss, as in torch.
 IGNORE_INDEX = -100
 
+# Nats: added to a loss that is divided by, so that a loss of 0 has a relative decrease, of 0.
+SMALLEST_LOSS = 1e-8
+
 # Of which tokens an example is measured: of the supervised ones, or of all whose predecessor is read, prompt included.
 Tokens = Literal["answer", "all"]
 
@@ -308,6 +311,32 @@ def gradient_moments(model: nn.Module, halves: Sequence[Sequence[Batch]], num_ta
         squared_norms[task] = inner(a, b)
         variances[task] = (inner(a, a) + inner(b, b) - 2 * squared_norms[task]) / spread[task]
     return squared_norms, variances
+
+
+def step_gains(model: nn.Module, batches: Sequence[Sequence[Batch]], *, learning_rate: float) -> Tensor:
+    """The relative decrease of each task's loss by one step of SGD on that task alone, on the same examples.
+
+    Each step starts from the weights as they are. A gradient and a copy of the trainable weights are in memory.
+
+    Args:
+        model: see the module's docstring; trainable weights in fp32 or float64.
+        batches: the examples of each task, none of which is of another one.
+        learning_rate: of the step.
+
+    Returns:
+        (num_tasks,) float64 on the CPU, (before - after) / (before + ``SMALLEST_LOSS``); negative where the loss rises,
+        NaN for a task without a supervised token.
+    """
+    gains = torch.full((len(batches),), math.nan, dtype=torch.float64)
+    for task, weights in enumerate(torch.eye(len(batches), dtype=torch.float64)):
+        own = batches[task]
+        if num_supervised(own, len(batches))[task] == 0:
+            continue
+        before = task_losses(model, own, len(batches))[task]
+        with stepped(model, loss_gradient(model, own, weights), -learning_rate):
+            after = task_losses(model, own, len(batches))[task]
+        gains[task] = (before - after) / (before + SMALLEST_LOSS)
+    return gains
 
 
 @torch.no_grad()

@@ -163,6 +163,27 @@ class Probe:
             check_dots(known, halves[0], task_names=self.task_names, step=self.ledger.steps)
         return {"squared_gradient_norms": squared_norms, "gradient_variances": variances}
 
+    def step_gains(self, batches: Sequence[Batches], *, learning_rate: float) -> Tensor:
+        """What one step on each task alone decreases its loss, relative to it: (num_tasks,) float64.
+
+        Args:
+            batches: the training examples of each task.
+            learning_rate: of the step.
+        """
+        # For the loss before the step, its gradient, and the loss after it.
+        for own in [*batches] * 3:
+            self.ledger.probe(own)
+        gains = passes.step_gains(self.model, batches, learning_rate=learning_rate)
+        check_dots(
+            gains,
+            [*chain(*batches)],
+            task_names=self.task_names,
+            step=self.ledger.steps,
+            what="before or after a step on the task alone the loss",
+            advice="lower mixture.lookahead_lr",
+        )
+        return gains
+
     def base_losses(self, weights: BaseWeights, batches: Batches, *, tokens: passes.Tokens) -> Tensor:
         """The base model's mean loss of each training example: (num_examples,) float64, nats per token."""
         with weights.loaded_into(self.model):

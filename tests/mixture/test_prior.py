@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapt_recipes.mixture import Adapt, AdaptKSteps, AdaptPlanned, Exp3, Grape, GroupDRO, Scorer
+from adapt_recipes.mixture import Adapt, AdaptKSteps, AdaptPlanned, Dynamix, Exp3, Grape, GroupDRO, Scorer
 from adapt_recipes.mixture.prior import Prior
 
 NAMES = ["a", "b", "c"]
@@ -23,6 +23,7 @@ LEARNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapt_planned": (AdaptPlanned, {"measure_after": 0.0}),
     "dro": (GroupDRO, {}),
     "dro_exponentiated": (GroupDRO, {"form": "exponentiated_gradient"}),
+    "dynamix": (Dynamix, {"prior": "uniform", "exploration": 0.0}),
     "exp3": (Exp3, {}),
     "grape": (Grape, {}),
     "mos": (Scorer, {}),

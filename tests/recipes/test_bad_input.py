@@ -276,6 +276,11 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
             "mixture: Adapt observes 'gradient_dots', which mos_full_finetune does not measure; allowed: ",
         ),
         (
+            COSSIM,
+            ["mixture={_component_: adapt_recipes.mixture.Dynamix}", "~reward"],
+            "mixture: Dynamix observes 'step_gains', which mos_full_finetune does not measure; allowed: ",
+        ),
+        (
             PLANNED,
             [f"mixture={{_component_: {SCORER}}}"],
             "mixture: Scorer observes 'rewards', which adapt_full_finetune does not measure; allowed: ",

@@ -43,6 +43,7 @@ LEARNED = {
     "dro": "GroupDRO",
     "pike": "Pike",
     "grape": "Grape",
+    "dynamix": "Dynamix",
     "dro_exponentiated": "GroupDRO",
     "dro_oracle": "GroupDRO",
     "dro_asymptote": "GroupDRO",

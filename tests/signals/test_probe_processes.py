@@ -99,6 +99,9 @@ def measure(model: nn.Module) -> dict[str, Any]:
             model, [train, pool], validation, WEIGHTS, WEIGHTS, learning_rate=0.1, validation_weight=0.5
         ),
         "gradient moments": torch.stack(passes.gradient_moments(model, [train, pool], N)),
+        "step gains": passes.step_gains(
+            model, [make_batches({task: lengths}) for task, lengths in TRAIN.items()], learning_rate=0.5
+        ),
         "embeddings": passes.task_embeddings(model, validation, N),
         "example losses": passes.example_losses(model, pool),
         "losses of all tokens": passes.example_losses(model, pool, tokens="all"),
@@ -174,6 +177,7 @@ def test_the_processes_differ_in_what_they_bring(ended: list[dict[str, Any]]) ->
         "dots by backward",
         "K-step differences",
         "gradient moments",
+        "step gains",
         "embeddings",
         "embeddings ahead",
         "example losses",
