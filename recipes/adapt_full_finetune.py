@@ -27,6 +27,7 @@ from adapt_recipes.config import STRICT, Steps, TrainConfig, command_line
 from adapt_recipes.mixture.interface import OF_LOOKAHEAD, check_mixture, check_update
 from adapt_recipes.run import Run
 from adapt_recipes.signals import Probe, TrainLosses, passes
+from adapt_recipes.signals.ksteps import check_last_layers
 from adapt_recipes.signals.nonfinite import raise_nonfinite
 from adapt_recipes.training import precision
 from adapt_recipes.training.process_group import all_reduce_sum, raise_on_all_ranks, world_size
@@ -51,6 +52,9 @@ class ProbeConfig:
     """K of K-step differences: look-ahead steps, each on ``examples`` other training examples per task"""
     validation_weight: PositiveFloat = 0.1
     """lambda of K-step differences: the weight of the objective's gradient in the look-ahead steps"""
+    last_layers: PositiveInt | None = None
+    """of K-step differences: how many transformer layers, counted from the last, the look-ahead steps move, without final
+    norm and head, to save memory; null: all trained weights"""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -105,6 +109,7 @@ class Recipe:
         with raise_on_all_ranks():
             self.checkpointer = config.checkpointer.build()
         self.model = models.build(config, tasks, device=run.device, checkpointer=self.checkpointer)
+        check_last_layers(config.probe.last_layers, self.mixture, self.model)
         models.prepare(self.model, config, device=run.device, checkpointer=self.checkpointer, load=run.saved is None)
         self.probe = Probe(self.model, self.ledger, self.tasks, self.targets)
 
@@ -255,7 +260,15 @@ class Recipe:
         p, weights = mixture.probabilities(), mixture.objective_weights(**losses)
         train = [self.probe_train(self.run.num_updates * K + k) for k in range(K)]
         rates = {"learning_rate": mixture.lookahead_lr, "validation_weight": config.validation_weight}
-        u = self.probe.kstep_differences(train, self.probe_validation, p, weights, estimator=config.estimator, **rates)
+        u = self.probe.kstep_differences(
+            train,
+            self.probe_validation,
+            p,
+            weights,
+            estimator=config.estimator,
+            num_last_layers=config.last_layers,
+            **rates,
+        )
         return {**losses, "kstep_differences": u}
 
     def step_signal(self) -> Tensor:

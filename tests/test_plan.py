@@ -219,6 +219,7 @@ LEARNED = {
     ],
     "adapt_ksteps": ["probe.steps=3"],
     "adapt_ksteps, backward": ["probe.estimator=backward"],
+    "adapt_ksteps, the last layer": ["probe.last_layers=1"],
     "adapt_ksteps, on validation": ["probe.separate_batches=false"],
     "adapt_planned": ["mixture.measure_after=0.0"],
     "pike": [],

@@ -79,6 +79,7 @@ CASES = {
     "adapt, by backward": Case("adapt", {"probe.estimator": "backward", **SMALL_BATCHES}),
     "adapt, exact look-ahead": Case("adapt", {"probe.exact_lookahead": "true", **SMALL_BATCHES}),
     "adapt_ksteps": Case("adapt_ksteps", SMALL_BATCHES),
+    "adapt_ksteps, the last layer": Case("adapt_ksteps", {"probe.last_layers": 1, **SMALL_BATCHES}),
     "adapt_planned": Case("adapt_planned", SMALL_BATCHES),
     "dynamix": Case("dynamix", SMALL_BATCHES),
     "multiuat": Case("multiuat", SMALL_BATCHES),

@@ -20,6 +20,7 @@ from adapt_recipes.mixture.interface import OF_LOOKAHEAD, check_mixture
 from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import Source, Update, update_of
 from adapt_recipes.run_directory import check_output_dir
+from adapt_recipes.signals.ksteps import check_last_layers
 from adapt_recipes.signals.levels import level_sizes
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.steps import batch_tokens_warning, expected_steps
@@ -322,6 +323,7 @@ def _build(config: Any) -> _Parts:
     probe = getattr(config, "probe", None)
     if probe is None and set(mixture.observes) - {"train_losses"}:
         raise ValueError(f"the recipe's Config has no 'probe', but the mixture observes {mixture.observes}")
+    check_last_layers(getattr(probe, "last_layers", None), mixture, model)
     looks_ahead = OF_LOOKAHEAD & {*mixture.observes}
     takes_differences = bool(looks_ahead) and getattr(probe, "estimator", "") == "finite_difference"
     learning_rate = config.optimizer.arguments.get("lr", math.inf)

@@ -15,7 +15,7 @@ shard by shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, Protocol
 
@@ -517,6 +517,30 @@ def exchanged(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
         yield
     finally:
         _exchange(model, weights)
+
+
+@contextmanager
+def only_trained(model: nn.Module, kept: Collection[nn.Parameter]) -> Iterator[None]:
+    """Until the end of the context only these weights train.
+
+    Gradients, copies and steps are of them alone, and backward passes end at the lowest of them.
+
+    Args:
+        model: see the module's docstring.
+        kept: some of the trainable parameters.
+    """
+    ids = {id(parameter) for parameter in kept}
+    frozen = [parameter for parameter in _trainable(model) if id(parameter) not in ids]
+    # FSDP2 reads what trains when it gathers the shards.
+    _reshard(model)
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        _reshard(model)
 
 
 def trainable_copies(model: nn.Module, *, device: torch.device) -> list[Tensor]:

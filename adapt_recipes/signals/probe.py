@@ -15,7 +15,7 @@ from adapt_recipes.data import MicroBatch, Task
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import passes
 from adapt_recipes.signals.base_losses import BaseWeights
-from adapt_recipes.signals.ksteps import kstep_differences, kstep_gradients
+from adapt_recipes.signals.ksteps import kstep_differences, kstep_gradients, last_layers
 from adapt_recipes.signals.nonfinite import check_dots, check_finite, check_rewards
 from adapt_recipes.signals.passes import Scores
 from adapt_recipes.training import precision
@@ -126,6 +126,7 @@ class Probe:
         estimator: Literal["finite_difference", "backward"],
         learning_rate: float,
         validation_weight: float,
+        num_last_layers: int | None = None,  # that move; None: all weights that train
     ) -> Tensor:
         """What K look-ahead steps say about each task, (3) or (4) of ``ksteps.py``: (num_tasks,) float64."""
         names = [task.name for task in self.tasks + self.targets]
@@ -139,7 +140,8 @@ class Probe:
         for batches in [*train] * reads[0] + [validation] * reads[1]:
             self.ledger.probe(batches)
         measure = kstep_differences if estimator == "finite_difference" else kstep_gradients
-        u = measure(self.model, train, validation, p, w, **settings)
+        with passes.only_trained(self.model, last_layers(self.model, num_last_layers)):
+            u = measure(self.model, train, validation, p, w, **settings)
         check_dots(
             u,
             [*chain(*train)],
