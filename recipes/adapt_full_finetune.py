@@ -27,6 +27,7 @@ from adapt_recipes.config import STRICT, Steps, TrainConfig, command_line
 from adapt_recipes.mixture.interface import OF_LOOKAHEAD, check_mixture, check_update
 from adapt_recipes.run import Run
 from adapt_recipes.signals import Probe, TrainLosses, passes
+from adapt_recipes.signals.ksteps import check_last_layers
 from adapt_recipes.signals.nonfinite import raise_nonfinite
 from adapt_recipes.training import precision
 from adapt_recipes.training.process_group import all_reduce_sum, raise_on_all_ranks, world_size
@@ -51,6 +52,9 @@ class ProbeConfig:
     """K of K-step differences: look-ahead steps, each on ``examples`` other training examples per task"""
     validation_weight: PositiveFloat = 0.1
     """lambda of K-step differences: the weight of the objective's gradient in the look-ahead steps"""
+    last_layers: PositiveInt | None = None
+    """of K-step differences: how many transformer layers, counted from the last, the look-ahead steps move, without final
+    norm and head, to save memory; null: all trained weights"""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -65,7 +69,7 @@ class Config(TrainConfig):
 # The signals that this recipe measures for a mixture, if it observes them.
 SIGNALS = (
     *("train_losses", "validation_losses", "target_losses"),
-    *("gradient_dots", "kstep_differences", "squared_gradient_norms", "gradient_variances"),
+    *("gradient_dots", "kstep_differences", "squared_gradient_norms", "gradient_variances", "step_gains"),
 )
 
 
@@ -105,6 +109,7 @@ class Recipe:
         with raise_on_all_ranks():
             self.checkpointer = config.checkpointer.build()
         self.model = models.build(config, tasks, device=run.device, checkpointer=self.checkpointer)
+        check_last_layers(config.probe.last_layers, self.mixture, self.model)
         models.prepare(self.model, config, device=run.device, checkpointer=self.checkpointer, load=run.saved is None)
         self.probe = Probe(self.model, self.ledger, self.tasks, self.targets)
 
@@ -114,7 +119,8 @@ class Recipe:
         self.lr_schedule = config.lr_schedule.build()
         looks_ahead = OF_LOOKAHEAD & {*self.mixture.observes}
         takes_differences = bool(looks_ahead) and config.probe.estimator == "finite_difference"
-        precision.check(config.dtype, learning_rate=self.base_lrs[0], finite_differences=takes_differences)
+        steps = {"finite_differences": takes_differences, "step_gains": "step_gains" in self.mixture.observes}
+        precision.check(config.dtype, learning_rate=self.base_lrs[0], **steps)
 
         # What a checkpoint holds besides weights and optimizer. A resume loads them all here.
         self.train_losses = TrainLosses(len(self.tasks))
@@ -220,6 +226,9 @@ class Recipe:
                 number, count = self.run.num_updates, self.config.probe.examples
                 examples = data.random_examples(self.tasks, count, seed=self.config.seed, update=number)
                 signals |= self.probe.gradient_moments([self.batches(examples[i::2]) for i in (0, 1)])
+            # What one step on each task alone decreases its loss.
+            if "step_gains" in observes:
+                signals["step_gains"] = self.step_signal()
             signals = {name: signals[name] for name in observes}
             with raise_on_all_ranks():
                 logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
@@ -252,8 +261,23 @@ class Recipe:
         p, weights = mixture.probabilities(), mixture.objective_weights(**losses)
         train = [self.probe_train(self.run.num_updates * K + k) for k in range(K)]
         rates = {"learning_rate": mixture.lookahead_lr, "validation_weight": config.validation_weight}
-        u = self.probe.kstep_differences(train, self.probe_validation, p, weights, estimator=config.estimator, **rates)
+        u = self.probe.kstep_differences(
+            train,
+            self.probe_validation,
+            p,
+            weights,
+            estimator=config.estimator,
+            num_last_layers=config.last_layers,
+            **rates,
+        )
         return {**losses, "kstep_differences": u}
+
+    def step_signal(self) -> Tensor:
+        """Equation (1) of ``mixture/dynamix.py``: (num_tasks,) relative decreases of training losses."""
+        count, seed = self.config.probe.examples, self.config.seed
+        examples = data.random_examples(self.tasks, count, seed=seed, update=self.run.num_updates)
+        own = [self.batches([each for each in examples if each[0] == task]) for task in range(len(self.tasks))]
+        return self.probe.step_gains(own, learning_rate=self.mixture.lookahead_lr)
 
     def probe_train(self, number: int) -> list[data.MicroBatch]:
         """Random training examples, others for each number; with ``separate_batches: false`` the validation's."""

@@ -5,7 +5,9 @@ from adapt_recipes.mixture.adapt_ksteps import AdaptKSteps
 from adapt_recipes.mixture.ado import Ado
 from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
+from adapt_recipes.mixture.dynamix import Dynamix
 from adapt_recipes.mixture.famo import Famo
+from adapt_recipes.mixture.grape import Grape
 from adapt_recipes.mixture.pike import Pike
 from adapt_recipes.mixture.planned import AdaptPlanned
 from adapt_recipes.mixture.scorer import Scorer
@@ -17,8 +19,10 @@ __all__ = [
     "AdaptKSteps",
     "AdaptPlanned",
     "Ado",
+    "Dynamix",
     "Exp3",
     "Famo",
+    "Grape",
     "GroupDRO",
     "Pike",
     "Scorer",

@@ -26,8 +26,9 @@ LOGGED_BY_RECIPES = (
 )
 
 
-# Signals that take the members of a ``GradientMixture``.
+# Signals that take the members of a ``GradientMixture``, and that which takes its ``lookahead_lr`` alone.
 OF_LOOKAHEAD = {"gradient_dots", "kstep_differences"}
+OF_STEPS = {"step_gains"}
 
 
 class Mixture(Protocol):
@@ -77,6 +78,7 @@ class Mixture(Protocol):
 class GradientMixture(Mixture, Protocol):
     """A mixture that observes ``gradient_dots`` or ``kstep_differences`` also has these, for look-ahead and objective.
 
+    One that observes ``step_gains`` has ``lookahead_lr``.
     If it observes ``target_losses`` as well, ``objective_weights`` takes them second, and returns the weights of tasks
     and targets, (num_tasks + num_targets,).
     """
@@ -109,7 +111,8 @@ def check_mixture(
     if not isinstance(observes, tuple):
         raise ValueError(f"{name} needs `observes`, a tuple of the signals it observes; () for none")
     methods = METHODS if observes else METHODS[:1] + METHODS[2:]
-    needed = [*methods, *(["objective_weights", "lookahead_lr"] if OF_LOOKAHEAD & {*observes} else [])]
+    needed = [*methods, *(["objective_weights"] if OF_LOOKAHEAD & {*observes} else [])]
+    needed += ["lookahead_lr"] if (OF_LOOKAHEAD | OF_STEPS) & {*observes} else []
     for method in needed:
         if not hasattr(mixture, method):
             raise ValueError(f"{name} needs `{method}`, because it observes {observes or 'nothing'}")

@@ -29,6 +29,8 @@ from torch.utils._pytree import tree_leaves
 from adapt_recipes.data.packing import Group, PackedRows
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.planning.update import Update
+from adapt_recipes.signals import passes
+from adapt_recipes.signals.ksteps import last_layers
 from adapt_recipes.training.sharding import apply_fsdp, to_local
 
 # The device of fake tensors, whatever the device of the run.
@@ -130,17 +132,20 @@ def estimate_memory(
         optimizer, stepping = _optimizer_bytes(config, shards, live)
         forward = weights + _forward_bytes(model, live, read)
         backward = of_update = _backward_bytes(model, live, shape)
-        if update.has_backward and read != shape:
-            of_update = _backward_bytes(model, live, read)
+        moved = last_layers(model, update.last_layers)
+        kept = _num_bytes(to_local(parameter.detach()) for parameter in moved)
+        if update.has_backward and (read != shape or update.last_layers):
+            with passes.only_trained(model, moved):
+                of_update = _backward_bytes(model, live, read)
     # The peak of a step: all gradients exist when the optimizer runs, if not before.
     training_peak = max(backward, weights + gradients + stepping, forward)
 
     # The peak of a mixture update. A dot product of gradients also needs the product of the largest weight's gradients.
-    update_peak = forward + update.kept_in_forward * gradients
+    update_peak = forward + update.kept_in_forward * kept
     if update.has_backward:
-        product = max(_num_bytes([to_local(parameter.detach())]) for parameter in trainable)
-        of_update = max(of_update, weights + gradients + product)
-        update_peak = max(update_peak, of_update + update.kept_in_backward * gradients)
+        product = max(_num_bytes([to_local(parameter.detach())]) for parameter in moved)
+        of_update = max(of_update, weights + kept + product)
+        update_peak = max(update_peak, of_update + update.kept_in_backward * kept)
     memory = Memory(
         parameters=weights,
         gradients=gradients,

@@ -20,6 +20,7 @@ from adapt_recipes.mixture.interface import OF_LOOKAHEAD, check_mixture
 from adapt_recipes.planning.memory import Memory, Shape, estimate_memory
 from adapt_recipes.planning.update import Source, Update, update_of
 from adapt_recipes.run_directory import check_output_dir
+from adapt_recipes.signals.ksteps import check_last_layers
 from adapt_recipes.signals.levels import level_sizes
 from adapt_recipes.signals.reward_interface import check_reward
 from adapt_recipes.start_from import start_mixture
@@ -329,10 +330,12 @@ def _build(config: Any) -> _Parts:
     probe = getattr(config, "probe", None)
     if probe is None and set(mixture.observes) - {"train_losses"}:
         raise ValueError(f"the recipe's Config has no 'probe', but the mixture observes {mixture.observes}")
+    check_last_layers(getattr(probe, "last_layers", None), mixture, model)
     looks_ahead = OF_LOOKAHEAD & {*mixture.observes}
     takes_differences = bool(looks_ahead) and getattr(probe, "estimator", "") == "finite_difference"
     learning_rate = config.optimizer.arguments.get("lr", math.inf)
-    precision.check(config.dtype, learning_rate=learning_rate, finite_differences=takes_differences)
+    steps = {"finite_differences": takes_differences, "step_gains": "step_gains" in mixture.observes}
+    precision.check(config.dtype, learning_rate=learning_rate, **steps)
     update = update_of(mixture.observes, probe, reward, getattr(config, "levels", None))
     return _Parts(tasks, targets, available, sampler, ledger, mixture, model, reward, probe, update)
 

@@ -44,6 +44,7 @@ class Update:
         kept_in_backward: number of full-size gradients (or copies) in memory while another gradient is computed.
         kept_in_forward: the same while only forward passes are computed: directions, and copies of the weights.
         kept_always: the same during the whole run, in host memory: the base model's weights.
+        last_layers: the layers whose weights alone those gradients and copies are of; None: all weights that train.
         all_tokens: whether losses are of all tokens, not only of supervised ones.
     """
 
@@ -52,6 +53,7 @@ class Update:
     kept_in_backward: int = 0
     kept_in_forward: int = 0
     kept_always: int = 0
+    last_layers: int | None = None
     all_tokens: bool = False
 
     @property
@@ -71,6 +73,7 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: A
     """
     passes: list[Pass] = []
     in_backward = in_forward = always = 0
+    last_layers: int | None = None
     all_tokens = False
     if "gradient_dots" in observes:
         train: Source = "train" if probe.separate_batches else "validation"
@@ -90,6 +93,7 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: A
     elif "kstep_differences" in observes:
         steps: list[Source] = ["train_steps"] if probe.separate_batches else ["validation"] * probe.steps
         passes += [Pass("validation")]
+        last_layers = probe.last_layers
         if probe.estimator == "finite_difference":
             # Two paths, and the losses at their ends. A copy of the weights, and in a step of the second a gradient.
             passes += [Pass(source, backward=True) for source in steps * 2]
@@ -106,6 +110,10 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: A
         # The gradients of a task's two halves.
         passes += [Pass("train", backward=True)]
         in_backward = max(in_backward, 1)
+    if "step_gains" in observes:
+        # The loss before, the gradient, and the loss after a step, with the gradient and a copy of the weights.
+        passes += [Pass("train"), Pass("train", backward=True), Pass("train")]
+        in_forward = max(in_forward, 2)
     if reward is not None:
         gradients = getattr(reward, "gradients", 0)
         passes += [Pass(source, backward=gradients > 0) for source in reward.reads if source != "base_losses"]
@@ -119,4 +127,4 @@ def update_of(observes: Sequence[str], probe: Any, reward: Any = None, levels: A
     if levels is not None:
         passes += [Pass("levels")]
         first += [Pass("all_train")]
-    return Update(tuple(passes), tuple(first), in_backward, in_forward, always, all_tokens)
+    return Update(tuple(passes), tuple(first), in_backward, in_forward, always, last_layers, all_tokens)

@@ -13,6 +13,9 @@ F. They are equal to first order in eta, eta * sum_k <grad L_i_k, grad F>. (3) n
 error goes to 0 with eta * K and lambda. For K = 1 and lambda -> 0 it is eta <grad L_i(theta_1), grad F(theta_0)>, and
 (4) is eta <grad L_i(theta_0), grad F(theta_1)>.
 
+With ``last_layers`` the steps move the trained weights of the last transformer layers alone: neither those below, nor
+the embeddings, the final norm and the head. theta then stands for these weights, in all four equations (ours).
+
 That (3) measures losses on the examples of all K steps is ours: (4) depends on all, and more examples are less noise.
 """
 
@@ -25,10 +28,45 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adapt_recipes.mixture.interface import Mixture
+from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import passes
 from adapt_recipes.signals.passes import IGNORE_INDEX, Batch
 from adapt_recipes.training.process_group import world_size
 from adapt_recipes.training.sharding import device_of
+
+
+def last_layers(model: TokenLosses, number: int | None) -> list[nn.Parameter]:
+    """The weights that the K steps move: those that train in the last layers.
+
+    Args:
+        model: of the run.
+        number: of the layers; None: all weights that train, also those that are in no layer.
+
+    Raises:
+        ValueError: the model has fewer layers, or no weight of these trains.
+    """
+    if number is None:
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers = model.decoder.layers
+    if number > len(layers):
+        raise ValueError(f"probe.last_layers: {number}, but the model has {len(layers)} layers")
+    moved = [parameter for layer in layers[-number:] for parameter in layer.parameters() if parameter.requires_grad]
+    if not moved:
+        raise ValueError(f"probe.last_layers: no weight of the last {number} layers is trained")
+    return moved
+
+
+def check_last_layers(number: int | None, mixture: Mixture, model: TokenLosses) -> None:
+    """Refuses ``probe.last_layers`` where no look-ahead steps are taken, or where there are no such layers.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    if number is not None and "kstep_differences" not in mixture.observes:
+        needs = f"{type(mixture).__name__} does not observe kstep_differences, as AdaptKSteps does"
+        raise ValueError(f"probe.last_layers is unused: mixture: {needs}; remove it")
+    last_layers(model, number)
 
 
 def kstep_differences(

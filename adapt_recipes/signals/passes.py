@@ -15,7 +15,7 @@ shard by shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, Protocol
 
@@ -29,6 +29,9 @@ from adapt_recipes.training.sharding import device_of, to_local
 
 # The label of a position that does not count in the loss, as in torch.
 IGNORE_INDEX = -100
+
+# Nats: added to a loss that is divided by, so that a loss of 0 has a relative decrease, of 0.
+SMALLEST_LOSS = 1e-8
 
 # Of which tokens an example is measured: of the supervised ones, or of all whose predecessor is read, prompt included.
 Tokens = Literal["answer", "all"]
@@ -310,6 +313,32 @@ def gradient_moments(model: nn.Module, halves: Sequence[Sequence[Batch]], num_ta
     return squared_norms, variances
 
 
+def step_gains(model: nn.Module, batches: Sequence[Sequence[Batch]], *, learning_rate: float) -> Tensor:
+    """The relative decrease of each task's loss by one step of SGD on that task alone, on the same examples.
+
+    Each step starts from the weights as they are. A gradient and a copy of the trainable weights are in memory.
+
+    Args:
+        model: see the module's docstring; trainable weights in fp32 or float64.
+        batches: the examples of each task, none of which is of another one.
+        learning_rate: of the step.
+
+    Returns:
+        (num_tasks,) float64 on the CPU, (before - after) / (before + ``SMALLEST_LOSS``); negative where the loss rises,
+        NaN for a task without a supervised token.
+    """
+    gains = torch.full((len(batches),), math.nan, dtype=torch.float64)
+    for task, weights in enumerate(torch.eye(len(batches), dtype=torch.float64)):
+        own = batches[task]
+        if num_supervised(own, len(batches))[task] == 0:
+            continue
+        before = task_losses(model, own, len(batches))[task]
+        with stepped(model, loss_gradient(model, own, weights), -learning_rate):
+            after = task_losses(model, own, len(batches))[task]
+        gains[task] = (before - after) / (before + SMALLEST_LOSS)
+    return gains
+
+
 @torch.no_grad()
 def task_embeddings(model: nn.Module, batches: Sequence[ExampleBatch], num_tasks: int) -> Tensor:
     """The embedding of a task: the top hidden states, averaged over the tokens of an example and over the examples.
@@ -488,6 +517,30 @@ def exchanged(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
         yield
     finally:
         _exchange(model, weights)
+
+
+@contextmanager
+def only_trained(model: nn.Module, kept: Collection[nn.Parameter]) -> Iterator[None]:
+    """Until the end of the context only these weights train.
+
+    Gradients, copies and steps are of them alone, and backward passes end at the lowest of them.
+
+    Args:
+        model: see the module's docstring.
+        kept: some of the trainable parameters.
+    """
+    ids = {id(parameter) for parameter in kept}
+    frozen = [parameter for parameter in _trainable(model) if id(parameter) not in ids]
+    # FSDP2 reads what trains when it gathers the shards.
+    _reshard(model)
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        _reshard(model)
 
 
 def trainable_copies(model: nn.Module, *, device: torch.device) -> list[Tensor]:

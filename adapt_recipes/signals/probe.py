@@ -15,7 +15,7 @@ from adapt_recipes.data import MicroBatch, Task
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import passes
 from adapt_recipes.signals.base_losses import BaseWeights
-from adapt_recipes.signals.ksteps import kstep_differences, kstep_gradients
+from adapt_recipes.signals.ksteps import kstep_differences, kstep_gradients, last_layers
 from adapt_recipes.signals.nonfinite import check_dots, check_finite, check_rewards
 from adapt_recipes.signals.passes import Scores
 from adapt_recipes.training import precision
@@ -126,6 +126,7 @@ class Probe:
         estimator: Literal["finite_difference", "backward"],
         learning_rate: float,
         validation_weight: float,
+        num_last_layers: int | None = None,  # that move; None: all weights that train
     ) -> Tensor:
         """What K look-ahead steps say about each task, (3) or (4) of ``ksteps.py``: (num_tasks,) float64."""
         names = [task.name for task in self.tasks + self.targets]
@@ -139,7 +140,8 @@ class Probe:
         for batches in [*train] * reads[0] + [validation] * reads[1]:
             self.ledger.probe(batches)
         measure = kstep_differences if estimator == "finite_difference" else kstep_gradients
-        u = measure(self.model, train, validation, p, w, **settings)
+        with passes.only_trained(self.model, last_layers(self.model, num_last_layers)):
+            u = measure(self.model, train, validation, p, w, **settings)
         check_dots(
             u,
             [*chain(*train)],
@@ -162,6 +164,27 @@ class Probe:
             known = torch.where(in_both, values, 0.0)
             check_dots(known, halves[0], task_names=self.task_names, step=self.ledger.steps)
         return {"squared_gradient_norms": squared_norms, "gradient_variances": variances}
+
+    def step_gains(self, batches: Sequence[Batches], *, learning_rate: float) -> Tensor:
+        """What one step on each task alone decreases its loss, relative to it: (num_tasks,) float64.
+
+        Args:
+            batches: the training examples of each task.
+            learning_rate: of the step.
+        """
+        # For the loss before the step, its gradient, and the loss after it.
+        for own in [*batches] * 3:
+            self.ledger.probe(own)
+        gains = passes.step_gains(self.model, batches, learning_rate=learning_rate)
+        check_dots(
+            gains,
+            [*chain(*batches)],
+            task_names=self.task_names,
+            step=self.ledger.steps,
+            what="before or after a step on the task alone the loss",
+            advice="lower mixture.lookahead_lr",
+        )
+        return gains
 
     def base_losses(self, weights: BaseWeights, batches: Batches, *, tokens: passes.Tokens) -> Tensor:
         """The base model's mean loss of each training example: (num_examples,) float64, nats per token."""

@@ -29,16 +29,17 @@ def finite_difference_step(dtype: DType) -> dict[str, float]:
     return {"relative_step": 3e-3, "loss_step": 1.0} if dtype == "bf16" else {"relative_step": 1e-3, "loss_step": 0.05}
 
 
-def check(dtype: DType, *, learning_rate: float, finite_differences: bool) -> None:
-    """Refuses finite differences with bf16 weights, and warns of learning rates that are too small for them.
+def check(dtype: DType, *, learning_rate: float, finite_differences: bool, step_gains: bool = False) -> None:
+    """Refuses measurements by small steps with bf16 weights, and warns of learning rates that are too small for them.
 
     Args:
         dtype: of the config.
         learning_rate: of the optimizer.
         finite_differences: whether the run uses them.
+        step_gains: whether the mixture observes them.
 
     Raises:
-        ValueError: finite differences with bf16 weights, which round a small step away.
+        ValueError: finite differences or step gains with bf16 weights, which round a small step away.
     """
     if dtype != "pure_bf16":
         return
@@ -46,5 +47,7 @@ def check(dtype: DType, *, learning_rate: float, finite_differences: bool) -> No
         raise ValueError(
             "dtype: pure_bf16 rounds the steps of finite differences away; use bf16, or probe.estimator=backward"
         )
+    if step_gains:
+        raise ValueError("dtype: pure_bf16 rounds the steps that the mixture observes (step_gains) away; use bf16")
     if learning_rate < SMALL_LEARNING_RATE:
         warn(f"pure_bf16 rounds most steps of optimizer.lr {learning_rate:g} away; bf16 keeps fp32 weights")

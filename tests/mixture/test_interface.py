@@ -65,6 +65,10 @@ def test_a_mixture_that_will_do() -> None:
             "mixture: Changed needs `objective_weights`, because it observes ('kstep_differences',)",
         ),
         (
+            observing(("step_gains",)),
+            "mixture: Changed needs `lookahead_lr`, because it observes ('step_gains',)",
+        ),
+        (
             observing(("reward",)),
             "mixture: Changed observes 'reward', which r does not measure; did you mean 'rewards'?",
         ),

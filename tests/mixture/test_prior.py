@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapt_recipes.mixture import Adapt, AdaptKSteps, AdaptPlanned, Exp3, GroupDRO, Scorer
+from adapt_recipes.mixture import Adapt, AdaptKSteps, AdaptPlanned, Dynamix, Exp3, Grape, GroupDRO, Scorer
 from adapt_recipes.mixture.prior import Prior
 
 NAMES = ["a", "b", "c"]
@@ -23,7 +23,9 @@ LEARNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapt_planned": (AdaptPlanned, {"measure_after": 0.0}),
     "dro": (GroupDRO, {}),
     "dro_exponentiated": (GroupDRO, {"form": "exponentiated_gradient"}),
+    "dynamix": (Dynamix, {"prior": "uniform", "exploration": 0.0}),
     "exp3": (Exp3, {}),
+    "grape": (Grape, {}),
     "mos": (Scorer, {}),
     "mos_paper": (Scorer, {"form": "paper", "learning_rate": 0.1}),
 }
@@ -69,7 +71,7 @@ def test_equal_weights_are_the_uniform_prior_to_the_last_bit(name: str, updates:
         assert torch.equal(without.probabilities(), given_one.probabilities())
 
 
-@pytest.mark.parametrize("name", ["adapt", "adapt_ksteps", "adapt_planned", "dro", "dro_exponentiated", "mos"])
+@pytest.mark.parametrize("name", ["adapt", "adapt_ksteps", "adapt_planned", "dro", "dro_exponentiated", "grape", "mos"])
 @settings(max_examples=20, deadline=None)
 @given(updates=st.lists(st.lists(st.floats(0.01, 9.0), min_size=3, max_size=3), min_size=1, max_size=6))
 def test_the_floor_is_the_prior(name: str, updates: list[list[float]]) -> None:
@@ -84,7 +86,7 @@ def test_the_floor_is_the_prior(name: str, updates: list[list[float]]) -> None:
         assert float(p.sum()) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adapt", "adapt_ksteps", "dro", "dro_exponentiated"])
+@pytest.mark.parametrize("name", ["adapt", "adapt_ksteps", "dro", "dro_exponentiated", "grape"])
 def test_without_differences_it_stays_at_its_prior(name: str) -> None:
     mixture = make(name, prior=WEIGHTS)
     prior = mixture.probabilities()

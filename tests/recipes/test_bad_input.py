@@ -19,9 +19,19 @@ from torchtune.models.llama3_2 import llama3_2
 from adapt_recipes.data import ByteTokenizer
 from adapt_recipes.models import HuggingFaceCheckpointer, huggingface_config
 
-ADAPT, PLANNED, UNIFORM, ORACLE, COSSIM, DIFF, MOSPEC, MULTIUAT = (
+ADAPT, KSTEPS, PLANNED, UNIFORM, ORACLE, COSSIM, DIFF, MOSPEC, MULTIUAT = (
     str(CONFIGS[f"tiny_{name}"])
-    for name in ("adapt", "adapt_planned", "uniform", "dro_oracle", "mos_cossim", "mos_diff", "mospec_diff", "multiuat")
+    for name in (
+        "adapt",
+        "adapt_ksteps",
+        "adapt_planned",
+        "uniform",
+        "dro_oracle",
+        "mos_cossim",
+        "mos_diff",
+        "mospec_diff",
+        "multiuat",
+    )
 )
 LLAMA = "torchtune.models.llama3_2.llama3_2"
 
@@ -276,6 +286,11 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
             "mixture: Adapt observes 'gradient_dots', which mos_full_finetune does not measure; allowed: ",
         ),
         (
+            COSSIM,
+            ["mixture={_component_: adapt_recipes.mixture.Dynamix}", "~reward"],
+            "mixture: Dynamix observes 'step_gains', which mos_full_finetune does not measure; allowed: ",
+        ),
+        (
             PLANNED,
             [f"mixture={{_component_: {SCORER}}}"],
             "mixture: Scorer observes 'rewards', which adapt_full_finetune does not measure; allowed: ",
@@ -287,6 +302,13 @@ SCORER, REWARDS = "adapt_recipes.mixture.Scorer", "adapt_recipes.signals.rewards
         ),
         (PLANNED, [f"reward={REWARDS}.GradientNorm"], "unknown key 'reward'"),
         (PLANNED, ["levels.number=3"], "unknown key 'levels'"),
+        (KSTEPS, ["probe.last_layers=0"], "probe.last_layers: has to be greater than 0, not 0"),
+        (KSTEPS, ["probe.last_layers=3"], "probe.last_layers: 3, but the model has 2 layers"),
+        (
+            ADAPT,
+            ["probe.last_layers=1"],
+            "probe.last_layers is unused: mixture: Adapt does not observe kstep_differences, as AdaptKSteps does; ",
+        ),
         (COSSIM, ["levels.number=1"], "levels.number: has to be greater than or equal to 2, not 1"),
         (COSSIM, ["levels.number=3", "mixture_update_every=0"], "levels: needs mixture_update_every above 0"),
         (

@@ -42,6 +42,8 @@ LEARNED = {
     "adapt_planned": "AdaptPlanned",
     "dro": "GroupDRO",
     "pike": "Pike",
+    "grape": "Grape",
+    "dynamix": "Dynamix",
     "dro_exponentiated": "GroupDRO",
     "dro_oracle": "GroupDRO",
     "dro_asymptote": "GroupDRO",

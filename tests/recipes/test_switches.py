@@ -174,6 +174,7 @@ def test_what_is_offloaded_is_the_input_of_each_layer(
         ({"activation_offloading": "true"}, "activation_offloading: needs activation_checkpointing; set both"),
         ({"fsdp_cpu_offload": "true"}, "fsdp_cpu_offload: needs several processes; start them with `tune run --nproc"),
         ({"loss_chunk_tokens": 0}, "loss_chunk_tokens: "),
+        ({"dtype": "pure_bf16", "strategy": "dynamix"}, "dtype: pure_bf16 rounds the steps that the mixture observes"),
         ({"dtype": "pure_bf16", "strategy": "adapt"}, "dtype: pure_bf16 rounds the steps of finite differences away"),
     ],
 )

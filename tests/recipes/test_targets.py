@@ -68,23 +68,25 @@ def test_the_test_of_a_target(
 
 
 @pytest.mark.parametrize(
-    "options",
+    "case",
     slow_but(
-        [WEIGHTED],
+        [("adapt", WEIGHTED)],
         [
-            TARGET,
-            WEIGHTED,
-            {**WEIGHTED, "probe.exact_lookahead": "true", "probe.separate_batches": "false"},
-            {**TARGET, "probe.estimator": "finite_difference", "mixture.reference": "asymptote"},
+            ("adapt", TARGET),
+            ("adapt", WEIGHTED),
+            ("adapt", {**WEIGHTED, "probe.exact_lookahead": "true", "probe.separate_batches": "false"}),
+            ("adapt", {**TARGET, "probe.estimator": "finite_difference", "mixture.reference": "asymptote"}),
+            ("grape", WEIGHTED),
         ],
     ),
 )
-def test_adapt_learns_from_targets(runs: Runs, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_mixture_learns_from_targets(runs: Runs, tmp_path: Path, case: tuple[str, dict[str, Any]]) -> None:
     """What it logs, that its objective is over them, and a kill and a resume."""
+    strategy, options = case
     options = ADAPT | options
     whole = tmp_path / "whole"
-    assert runs.run("adapt", whole, **options) == 0
-    updates = [event for event in events(whole) if event["event"] == "mixture" and "objective" in event]
+    assert runs.run(strategy, whole, **options) == 0
+    updates = [event for event in events(whole) if event["event"] == "mixture" and "weights" in event]
     assert len(updates) > 2
     for event in updates:
         assert list(event["probabilities"]) == list(event["gradient_dots"]) == ["a", "b", "d"]
@@ -92,11 +94,11 @@ def test_adapt_learns_from_targets(runs: Runs, tmp_path: Path, options: dict[str
         is_weighted = "tasks.target_weights" in options
         assert (event["weights"]["a"] > 0) == is_weighted and event["weights"]["b"] == 0
         assert event["weights"]["a"] + event["target_weights"]["c"] == pytest.approx(1)
-    runs.stop("adapt", tmp_path / "run", after=7, **options)
-    assert runs.run("adapt", tmp_path / "run", **options) == 0
+    runs.stop(strategy, tmp_path / "run", after=7, **options)
+    assert runs.run(strategy, tmp_path / "run", **options) == 0
     assert_same_run(tmp_path / "run", whole)
 
-    plan, results = make_plan(runs.config("adapt", tmp_path / "plan", **options)), summary(whole)
+    plan, results = make_plan(runs.config(strategy, tmp_path / "plan", **options)), summary(whole)
     assert plan.targets == {"c": {"validation": 4}} and list(plan.tasks) == ["a", "b", "d"]
     validated = [event for event in events(whole) if event["event"] == "validation"]
     per_validation = results["validation_tokens"] / len(validated)

@@ -151,6 +151,17 @@ def test_gradient_moments_are_those_of_the_passes_and_are_counted() -> None:
         assert torch.equal(measured, of_passes)
 
 
+def test_step_gains_are_those_of_the_passes_and_are_counted() -> None:
+    """Three times: the loss before, its gradient, and the loss after. A task without an example has none."""
+    probe = make_probe()
+    own = [batched([each for each in EXAMPLES["validation"] if each[0] == task]) for task in range(len(NAMES))]
+    gains = probe.step_gains(own, learning_rate=0.1)
+    assert read(probe) == tokens(*["validation"] * 3)
+    assert gains.isnan().tolist() == [False, False, True, False]
+    expected = passes.step_gains(probe.model, own, learning_rate=0.1)
+    torch.testing.assert_close(gains, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_variance_needs_two_examples() -> None:
     with pytest.raises(ValueError, match=r"^probe\.examples: the variance of gradients needs at least 2 examples"):
         make_probe().gradient_moments([BATCHES["train"], []])
@@ -263,13 +274,17 @@ FATAL = 40
             "after the look-ahead steps the loss of training examples of task 'b'",
         ),
         (
+            lambda probe, batches: probe.step_gains([[], batches, [], []], learning_rate=0.1),
+            "before or after a step on the task alone the loss of training examples of task 'b'",
+        ),
+        (
             lambda probe, batches: probe.gradient_moments([batches, batches]),
             "the gradient of training examples of task 'b'",
         ),
     ],
     ids=[
         *("losses", "scores", "test scores", "gradient", "gradient of training", "base losses", "dots", "K steps"),
-        "moments",
+        *("step gains", "moments"),
     ],
 )
 def test_what_is_not_finite_ends_in_one_line(measure: Any, said: str) -> None:

@@ -15,7 +15,7 @@ from torchtune.models.llama3_2 import llama3_2
 from adapt_recipes.data import IGNORE_INDEX, Example, MicroBatch, micro_batches
 from adapt_recipes.models import TokenLosses
 from adapt_recipes.signals import BaseWeights, passes, rewards
-from adapt_recipes.signals.ksteps import kstep_differences
+from adapt_recipes.signals.ksteps import kstep_differences, last_layers
 from adapt_recipes.training.process_group import process_group, rank, world_size
 from adapt_recipes.training.sharding import full_tensor, shard, to_local
 
@@ -83,6 +83,11 @@ def with_matches(model: nn.Module, batches: list[MicroBatch]) -> list[MicroBatch
     return changed
 
 
+def of_last_layer(model: Any, train: list[list[MicroBatch]], validation: list[MicroBatch]) -> Tensor:
+    with passes.only_trained(model, last_layers(model, 1)):
+        return kstep_differences(model, train, validation, WEIGHTS, WEIGHTS, learning_rate=0.1, validation_weight=0.5)
+
+
 def measure(model: nn.Module) -> dict[str, Any]:
     """Everything, as whole tensors. It leaves the weights as they were, to the bit."""
     validation, train, pool = make_batches(VALIDATION), make_batches(TRAIN), make_batches(POOL)
@@ -98,7 +103,11 @@ def measure(model: nn.Module) -> dict[str, Any]:
         "K-step differences": kstep_differences(
             model, [train, pool], validation, WEIGHTS, WEIGHTS, learning_rate=0.1, validation_weight=0.5
         ),
+        "K-step differences of the last layer": of_last_layer(model, [train, pool], validation),
         "gradient moments": torch.stack(passes.gradient_moments(model, [train, pool], N)),
+        "step gains": passes.step_gains(
+            model, [make_batches({task: lengths}) for task, lengths in TRAIN.items()], learning_rate=0.5
+        ),
         "embeddings": passes.task_embeddings(model, validation, N),
         "example losses": passes.example_losses(model, pool),
         "losses of all tokens": passes.example_losses(model, pool, tokens="all"),
@@ -173,7 +182,9 @@ def test_the_processes_differ_in_what_they_bring(ended: list[dict[str, Any]]) ->
         "dots",
         "dots by backward",
         "K-step differences",
+        "K-step differences of the last layer",
         "gradient moments",
+        "step gains",
         "embeddings",
         "embeddings ahead",
         "example losses",
