@@ -53,8 +53,8 @@ class ProbeConfig:
     validation_weight: PositiveFloat = 0.1
     """lambda of K-step differences: the weight of the objective's gradient in the look-ahead steps"""
     last_layers: PositiveInt | None = None
-    """of K-step differences: how many transformer layers, counted from the last, the look-ahead steps move, without final
-    norm and head, to save memory; null: all trained weights"""
+    """of K-step differences: how many transformer layers, counted from the last, the look-ahead steps move, without
+    final norm and head, to save memory; null: all trained weights"""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -221,14 +221,14 @@ class Recipe:
                 signals |= self.gradient_signals()
             if "kstep_differences" in observes:
                 signals |= self.kstep_signals()
-            # Size and noise of the tasks' gradients, from two halves of each task's examples.
+            # Each task alone: size and noise of its gradient, from two halves of its examples, and what a step gains.
             if {"squared_gradient_norms", "gradient_variances"} & {*observes}:
-                number, count = self.run.num_updates, self.config.probe.examples
-                examples = data.random_examples(self.tasks, count, seed=self.config.seed, update=number)
+                examples = self.random_examples(run.num_updates)
                 signals |= self.probe.gradient_moments([self.batches(examples[i::2]) for i in (0, 1)])
-            # What one step on each task alone decreases its loss.
             if "step_gains" in observes:
-                signals["step_gains"] = self.step_signal()
+                examples = self.random_examples(run.num_updates)
+                own = [self.batches([each for each in examples if each[0] == i]) for i in range(len(self.tasks))]
+                signals["step_gains"] = self.probe.step_gains(own, learning_rate=self.mixture.lookahead_lr)
             signals = {name: signals[name] for name in observes}
             with raise_on_all_ranks():
                 logged = self.mixture.update(task_tokens=self.ledger.task_tokens.double(), **signals)
@@ -261,30 +261,19 @@ class Recipe:
         p, weights = mixture.probabilities(), mixture.objective_weights(**losses)
         train = [self.probe_train(self.run.num_updates * K + k) for k in range(K)]
         rates = {"learning_rate": mixture.lookahead_lr, "validation_weight": config.validation_weight}
-        u = self.probe.kstep_differences(
-            train,
-            self.probe_validation,
-            p,
-            weights,
-            estimator=config.estimator,
-            num_last_layers=config.last_layers,
-            **rates,
-        )
+        form = {"estimator": config.estimator, "num_last_layers": config.last_layers}
+        u = self.probe.kstep_differences(train, self.probe_validation, p, weights, **rates, **form)
         return {**losses, "kstep_differences": u}
-
-    def step_signal(self) -> Tensor:
-        """Equation (1) of ``mixture/dynamix.py``: (num_tasks,) relative decreases of training losses."""
-        count, seed = self.config.probe.examples, self.config.seed
-        examples = data.random_examples(self.tasks, count, seed=seed, update=self.run.num_updates)
-        own = [self.batches([each for each in examples if each[0] == task]) for task in range(len(self.tasks))]
-        return self.probe.step_gains(own, learning_rate=self.mixture.lookahead_lr)
 
     def probe_train(self, number: int) -> list[data.MicroBatch]:
         """Random training examples, others for each number; with ``separate_batches: false`` the validation's."""
-        config = self.config.probe
-        if not config.separate_batches:
-            return self.probe_validation
-        return self.batches(data.random_examples(self.tasks, config.examples, seed=self.config.seed, update=number))
+        separate = self.config.probe.separate_batches
+        return self.batches(self.random_examples(number)) if separate else self.probe_validation
+
+    def random_examples(self, number: int) -> list[tuple[int, data.Example]]:
+        """``probe.examples`` training examples per task, others for each number."""
+        config = self.config
+        return data.random_examples(self.tasks, config.probe.examples, seed=config.seed, update=number)
 
     def by_name(self, losses: Tensor) -> dict[str, Tensor]:
         """Losses of tasks and targets as signals."""

@@ -22,12 +22,13 @@ every 50 steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from adapt_recipes.mixture.common import copied_state, load_state, number
+from adapt_recipes.mixture.common import carried, copied_state, filled, load_state, number
 from adapt_recipes.mixture.prior import Prior
 
 _STATE = ("rewards",)
@@ -112,3 +113,9 @@ class Dynamix:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
         load_state(self, _STATE, state)
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the rewards of another run; see ``interface.Mixture``."""
+        # A new task has the mean of the others, weighted by the prior.
+        never = torch.full_like(self.rewards, math.nan)
+        self.rewards = filled(carried(state["rewards"], never, positions), self.prior.shares)

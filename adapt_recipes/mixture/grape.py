@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.mixture.adapt import MIN_NORMALIZER
-from adapt_recipes.mixture.common import copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import carried_scores, copied_state, floored, load_state, number
 from adapt_recipes.mixture.prior import Prior
 
 _STATE = ("log_shares", "log_weights", "last_losses")
@@ -163,6 +163,10 @@ class Grape:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a ``state_dict``; a ValueError if it is of another mixture or number of tasks."""
         load_state(self, _STATE, state)
+
+    def start_from(self, state: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Starts with the shares of another run; see ``interface.Mixture``."""
+        self.log_shares = carried_scores(state["log_shares"], self.log_shares, positions)
 
 
 def _weights(log_weights: Tensor, losses: Tensor) -> Tensor:
