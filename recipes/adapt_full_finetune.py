@@ -260,9 +260,13 @@ class Recipe:
         losses = self.by_name(self.probe.losses(self.probe_validation))
         p, weights = mixture.probabilities(), mixture.objective_weights(**losses)
         train = [self.probe_train(self.run.num_updates * K + k) for k in range(K)]
-        rates = {"learning_rate": mixture.lookahead_lr, "validation_weight": config.validation_weight}
-        form = {"estimator": config.estimator, "num_last_layers": config.last_layers}
-        u = self.probe.kstep_differences(train, self.probe_validation, p, weights, **rates, **form)
+        u = self.probe.kstep_differences(
+            *(train, self.probe_validation, p, weights),
+            estimator=config.estimator,
+            learning_rate=mixture.lookahead_lr,
+            validation_weight=config.validation_weight,
+            num_last_layers=config.last_layers,
+        )
         return {**losses, "kstep_differences": u}
 
     def probe_train(self, number: int) -> list[data.MicroBatch]:
