@@ -53,8 +53,8 @@ class ProbeConfig:
     validation_weight: PositiveFloat = 0.1
     """lambda of K-step differences: the weight of the objective's gradient in the look-ahead steps"""
     last_layers: PositiveInt | None = None
-    """of K-step differences: how many transformer layers, counted from the last, the look-ahead steps move, without
-    final norm and head, to save memory; null: all trained weights"""
+    """of K-step differences: how many transformer layers, counted from the last, the look-ahead steps move, without the
+    final norm and the head, to save memory; null: all trained weights"""
 
 
 @dataclass(kw_only=True, config=STRICT)

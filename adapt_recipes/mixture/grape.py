@@ -7,7 +7,7 @@ losses L and the gradients g of training and validation losses, z = o and q = pr
     (1)  r_j = (L_j(before) - L_j(now)) / c_j(before)       the relative improvement since the last update
     (2)  z_j <- z_j exp(-rho r_j) / Z                       group DRO: what improves least gets weight
     (3)  v = sum_j z_j / c_j(now) * grad L_val_j            the gradient of the weighted relative losses
-    (4)  u_i = eta <v, g_i>                                 what one step on task i alone improves them, first order
+    (4)  u_i = eta <v, g_i>, within -1 and 1                what one step on task i alone improves them, first order
     (5)  q_i <- q_i exp(rho u_i) / Z                        sources that improve them get tokens
     (6)  p = (1 - floor) q + floor * prior                  the mixture
 
@@ -18,7 +18,9 @@ That both weights are updated so, by relative improvement and by the gradient pr
 (1) is measured over an interval of ``mixture_update_every`` steps, where the paper has one step; z is updated before q,
 and both with one step size; in (3) the gradients are divided by the losses, so that (4) is the improvement that (1)
 measures; and c_j is L_j, at least ``MIN_NORMALIZER``, without which the noise of a task that has been learned would
-decide. *Ours* are the prior, (6), and all numbers.
+decide. *Ours* are the prior, (6), the bounds of (4), and all numbers. No loss can improve by more than itself: a larger
+u is outside of what the first order describes. Without the bounds one such u, of a task that was forgotten for a
+moment, took nearly all tokens for the rest of a toy run.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ _STATE = ("log_shares", "log_weights", "last_losses")
 class Grape:
     """Learns the mixture from gradient products with the tasks that improve least.
 
-    A task that cannot be learned gets weight, but no tokens: no training gradient points along its validation gradient.
+    **A trap.** A task that cannot be learned improves least, and takes the weight z. No training gradient points along
+    its validation gradient for long, so that u then has no direction but noise, and the mixture drifts.
 
-    **A trap.** The exponents of (5) have the size of ``lookahead_lr`` times inner products of gradients, which depends
+    **Another.** The exponents of (5) have the size of ``lookahead_lr`` times inner products of gradients, which depends
     on model and data: see the logged ``values``. Both exponents add up over the run, so what has grown for long takes
     long to fall.
 
@@ -132,8 +135,8 @@ class Grape:
         self.log_weights = self._next_log_weights(losses)
         self.last_losses = torch.where(losses.isnan(), self.last_losses, losses)
 
-        # (4): u_i = eta <v, g_i>
-        values = self.lookahead_lr * gradient_dots
+        # (4): u_i = eta <v, g_i>, within -1 and 1
+        values = (self.lookahead_lr * gradient_dots).clamp(-1, 1)
         measured = ~values.isnan()
         before = self.log_shares[measured]
         # (5): q_i <- q_i exp(rho u_i) / Z

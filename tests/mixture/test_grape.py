@@ -128,6 +128,17 @@ def test_the_noise_of_a_learned_task_does_not_decide() -> None:
     assert logged["relative_improvements"].tolist() == pytest.approx([-0.003 / MIN_NORMALIZER, 0.0])
 
 
+def test_one_large_product_does_not_take_all_tokens_for_good() -> None:
+    """A product of 200 counts as an improvement by all of the loss, so that others that keep improving get ahead."""
+    mixture = make(2, step_size=5.0)
+    losses = tensor(1.0, 1.0)
+    assert update(mixture, losses, tensor(200.0, 1.0))["values"].tolist() == [1.0, pytest.approx(0.1)]
+    assert mixture.probabilities()[0] > 0.9
+    for _ in range(10):
+        update(mixture, losses, tensor(0.0, 1.0))
+    assert mixture.probabilities()[0] < 0.5
+
+
 def test_without_a_split_a_task_has_no_weight_and_without_a_product_it_keeps_its_share() -> None:
     mixture = make(3, step_size=3.0, floor=0.0)
     update(mixture, tensor(1.0, NAN, 2.0), tensor(0.0, 0.0, 0.0))
