@@ -462,7 +462,8 @@ def add_report(subparsers: Any) -> None:
 
     def report(args: argparse.Namespace) -> None:
         try:
-            from adapt_recipes.report import write_report, write_schedule
+            from adapt_recipes.report import write_report
+            from adapt_recipes.report.schedule import write_schedule
 
             if args.schedule:
                 if len(args.runs) > 1:

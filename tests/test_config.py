@@ -311,6 +311,8 @@ def test_a_shipped_config_survives_being_written_and_read(path: Path, tmp_path: 
     assert json.dumps(to_dict(again)) == json.dumps(to_dict(config))  # types as well: 1, 1.0 and true are equal
     assert "${" not in resolved.read_text()
     written = yaml.safe_load(path.read_text())
+    if "mixture" in written:
+        written["mixture"]["start_from"] = None
     for key in set(written) - {"model", "budget", "tasks", "probe", "benchmarks"}:
         assert to_dict(config)[key] == written[key]
     if path.stem.startswith("eval_"):

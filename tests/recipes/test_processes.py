@@ -178,7 +178,7 @@ def do(job: Job) -> dict[str, Any]:
         states = {**arguments[-1], "run": run}
         seen.update(start=state({name: each.state_dict() for name, each in states.items()}), mask=mask())
 
-    def saved(checkpoints: Checkpoints, nothing: None, *arguments: Any, shared: Any, own: Any) -> None:
+    def saved(checkpoints: Checkpoints, nothing: None, *arguments: Any, shared: Any, own: Any, best: int) -> None:
         seen["saved"].append(state(shared["states"]))
 
     def mask() -> Tensor:

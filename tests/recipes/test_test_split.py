@@ -204,7 +204,7 @@ def test_recipes_have_the_same_test() -> None:
         for name in ("sft_full_finetune", "adapt_full_finetune", "mos_full_finetune")
     ]
     methods = {source.split("    def test(self)")[1].split("    def ")[0] for source in sources}
-    ends = {source.split("        if ledger.left > 0:")[1].split("    def ")[0] for source in sources}
+    ends = {source.split("        if not run.is_done:")[1].split("    def ")[0] for source in sources}
     assert len(methods) == len(ends) == 1
 
 

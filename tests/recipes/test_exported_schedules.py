@@ -13,7 +13,7 @@ from running import RECIPES, Runs, events, files, load_recipe, summary
 from tiers import slow_but
 
 from adapt_recipes.config import load
-from adapt_recipes.report import write_schedule
+from adapt_recipes.report.schedule import write_schedule
 
 FAST: dict[str, Any] = {"mixture_update_every": 2, "batch_size": 4}
 
