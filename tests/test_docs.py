@@ -29,6 +29,8 @@ from adapt_recipes.config import load
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["budget.tokens=32", "checkpoint_every=0", "validate_every=0", "tasks.num_validation_rows=8"]
+# Long enough that the mixture moves.
+LEARNING = ["budget.tokens=320", "mixture_update_every=1", "mixture.measure_after=0", *SHORT[1:]]
 
 
 def commands(first: str) -> list[list[str]]:
@@ -67,7 +69,7 @@ def test_what_tune_is_told(tmp_path: Path) -> None:
     """In the order of the pages, in one folder, as a reader would; runs are shortened and there is what they follow."""
     before = ["run", "adapt_full_finetune", "--config", "yaml/tiny_adapt_planned.yaml"]  # make demo
     runs = [
-        [*words, *SHORT] if words[0] == "run" else words
+        [*words, *(LEARNING if words == before else SHORT)] if words[0] == "run" else words
         for words in [before, *TUNE]
         if words not in LARGE and words not in DOWNLOADS and words[0] != "report"
     ]

@@ -175,7 +175,7 @@ def do(job: Job) -> dict[str, Any]:
         return copy.deepcopy({**states, "run": here})
 
     def started(run: Run, nothing: None, *arguments: Any, **named: Any) -> None:
-        states = {**arguments[-1], "run": run}
+        states = {**arguments[-1], "run": run, "best": run._best}
         seen.update(start=state({name: each.state_dict() for name, each in states.items()}), mask=mask())
 
     def saved(checkpoints: Checkpoints, nothing: None, *arguments: Any, shared: Any, own: Any, best: int) -> None:
