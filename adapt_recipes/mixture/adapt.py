@@ -38,6 +38,7 @@ from adapt_recipes.mixture.common import (
     copied_state,
     filled,
     floored,
+    joined,
     load_state,
     number,
     worst_case,
@@ -148,7 +149,7 @@ class Adapt:
             (num_tasks + num_targets,) float64; 0 for what is not in the objective. At the first call, before any
             update, c_j is computed from these losses.
         """
-        losses = _joined(validation_losses, target_losses)
+        losses = joined(validation_losses, target_losses)
         _, weights = self._worst_case(losses)
         # (4): v = sum_j w_j / c_j * grad L_val_j
         return weights / torch.nan_to_num(self._normalizers(losses), nan=1.0)
@@ -172,7 +173,7 @@ class Adapt:
         assert not gradient_dots.isinf().any(), "an infinite gradient: the model has diverged"
 
         # Losses and weights with the reference and c_j of ``objective_weights``; only then may the reference change.
-        measured_losses = _joined(validation_losses, target_losses)
+        measured_losses = joined(validation_losses, target_losses)
         worst, weights = self._worst_case(measured_losses)
         self.first_losses = torch.where(self.first_losses.isnan(), measured_losses, self.first_losses)
         # A target's curve is over the tokens of all tasks, in units of a fair share.
@@ -233,8 +234,3 @@ class Adapt:
         excess = self.reference.excess(losses) / self._normalizers(losses)
         # (4): w ~ o exp(beta l)
         return worst_case(excess, self.target_weights, self.sharpness)
-
-
-def _joined(validation_losses: Tensor, target_losses: Tensor | None) -> Tensor:
-    """The losses of tasks and targets: (num_tasks + num_targets,) float64."""
-    return validation_losses if target_losses is None else torch.cat([validation_losses, target_losses])

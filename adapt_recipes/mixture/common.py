@@ -115,6 +115,14 @@ def centered_and_scaled(u: Tensor) -> tuple[Tensor, bool]:
     return (z / z.square().mean().sqrt() if differ else torch.zeros_like(u)), differ
 
 
+def joined(
+    validation_losses: Tensor,  # (num_tasks,) float64
+    target_losses: Tensor | None,  # (num_targets,) float64
+) -> Tensor:
+    """The losses of tasks and targets: (num_tasks + num_targets,) float64."""
+    return validation_losses if target_losses is None else torch.cat([validation_losses, target_losses])
+
+
 def carried(
     old: Tensor,  # (num_old_tasks,), of another run
     fresh: Tensor,  # (num_tasks,), at the start of this run

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from adapt_recipes.mixture.adapt import MIN_NORMALIZER
-from adapt_recipes.mixture.common import carried_scores, copied_state, floored, load_state, number
+from adapt_recipes.mixture.common import carried_scores, copied_state, floored, joined, load_state, number
 from adapt_recipes.mixture.prior import Prior
 
 _STATE = ("log_shares", "log_weights", "last_losses")
@@ -108,7 +108,7 @@ class Grape:
         Returns:
             (num_tasks + num_targets,) float64; 0 for what is not in the objective.
         """
-        losses = _joined(validation_losses, target_losses)
+        losses = joined(validation_losses, target_losses)
         # (3): v = sum_j z_j / c_j(now) * grad L_val_j
         return _weights(self._next_log_weights(losses), losses) / _normalizers(losses).nan_to_num(nan=1.0)
 
@@ -129,7 +129,7 @@ class Grape:
             (num_tasks,).
         """
         assert not gradient_dots.isinf().any(), "an infinite gradient: the model has diverged"
-        losses = _joined(validation_losses, target_losses)
+        losses = joined(validation_losses, target_losses)
         assert not losses.isinf().any(), "an infinite validation loss: the model has diverged"
         improvements = self._improvements(losses)
         self.log_weights = self._next_log_weights(losses)
@@ -183,8 +183,3 @@ def _weights(log_weights: Tensor, losses: Tensor) -> Tensor:
 def _normalizers(losses: Tensor) -> Tensor:
     """c_j: the losses, at least ``MIN_NORMALIZER``; (num_tasks + num_targets,) float64."""
     return losses.clamp_min(MIN_NORMALIZER)
-
-
-def _joined(validation_losses: Tensor, target_losses: Tensor | None) -> Tensor:
-    """The losses of tasks and targets: (num_tasks + num_targets,) float64."""
-    return validation_losses if target_losses is None else torch.cat([validation_losses, target_losses])
