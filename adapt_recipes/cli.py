@@ -424,7 +424,7 @@ def _phases() -> Iterator[Callable[[str], None]]:
 
     def say_again() -> None:
         while not ended.wait(PHASE_SECONDS):
-            if phase != "reading tasks":
+            if phase not in ("", "reading tasks"):
                 print(f"{phase}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
     if not is_terminal:
