@@ -33,7 +33,8 @@ def print_nothing_saved(number: int) -> None:
 def end_is_printed() -> None:
     """Tells the `tune run` that has started this process, if any, that it need not print how the run ended."""
     if os.environ.get("LOCAL_RANK", "0") == "0" and (left := os.environ.get(NOTHING_PRINTED)):
-        Path(left).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(left).unlink()
 
 
 def exit_now(number: int, frame: FrameType | None) -> None:

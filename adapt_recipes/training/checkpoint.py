@@ -102,6 +102,8 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1, "checkpoint", **device) if asynchronous else None
         self._pending: Future[None] | None = None
         self._damaged: list[int] = []
+        # The step of the best whole checkpoint, until the write of a better one is complete.
+        self._best: int | None = None
 
     def newest(self) -> Saved | None:
         """The whole checkpoint with the most steps, the same on every process; None: there are none.
@@ -252,6 +254,7 @@ class Checkpoints:
         Args:
             best: the step of a checkpoint that is kept beside them.
         """
+        self._best = best
         if self._rank == 0 and self.checkpoints_dir.is_dir():
             for path in self.checkpoints_dir.iterdir():
                 match = re.fullmatch(_NAME, path.name)
@@ -292,7 +295,7 @@ class Checkpoints:
         partial = folder.with_name(folder.name + PARTIAL)
 
         def create() -> None:
-            self.clean(best=best)
+            self.clean(best=self._best)
             if self._rank == 0:
                 if not self.checkpoints_dir.is_dir():
                     self.checkpoints_dir.mkdir(parents=True)
@@ -309,7 +312,7 @@ class Checkpoints:
                 dcp.save(state, storage_writer=_Writer(partial), **self._collectives())
             parts = self._on_all_ranks(own_part)
             self._on_all_ranks(functools.partial(self._publish, partial, folder, rest, parts))
-            self.clean(best=best)
+            self._on_all_ranks(functools.partial(self.clean, best=best))
         except BaseException as error:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
