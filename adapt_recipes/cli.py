@@ -140,6 +140,8 @@ def check_before_run(run: ModuleType) -> None:
             from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
             from torch.distributed.elastic.rendezvous import RendezvousError
 
+            # The thread of torchrun's timer may be the last to hold it, and then its finalizer joins that thread.
+            sys.unraisablehook = _ignore_join_of_itself
             # Otherwise they print lines about every signal.
             for name in logging.root.manager.loggerDict:
                 if name.startswith("torch.distributed.elastic"):
@@ -182,6 +184,12 @@ def check_before_run(run: ModuleType) -> None:
                 Path(nothing_printed).unlink(missing_ok=True)
 
     run.Run = Run  # type: ignore[attr-defined]
+
+
+def _ignore_join_of_itself(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python's own hook, but for the error of a thread that joins itself, which harms nothing."""
+    if str(unraisable.exc_value) != "cannot join current thread":
+        sys.__unraisablehook__(unraisable)
 
 
 def _check_recipe(recipe: str, words: Sequence[str]) -> None:

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import venv
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -512,3 +514,24 @@ def test_uv_in_a_fresh_environment(fresh: Environment, wheel: Path, tmp_path: Pa
         tools.run(*uv, "install", *options, *install, cwd=tmp_path)
         check_installation(fresh, tmp_path / name)
     tools.run(*uv, "check", "--python", fresh.python, cwd=tmp_path)
+
+
+def test_a_thread_that_joins_itself_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torchrun's timer does when its thread is the last to hold it."""
+    monkeypatch.setattr(sys, "unraisablehook", cli._ignore_join_of_itself)
+
+    def delete_what_joins_this_thread() -> None:
+        weakref.finalize(lambda: None, threading.current_thread().join)
+
+    thread = threading.Thread(target=delete_what_joins_this_thread)
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+
+    def fail() -> None:
+        raise RuntimeError("another error")
+
+    weakref.finalize(lambda: None, fail)
+    assert "RuntimeError: another error" in capsys.readouterr().err
