@@ -1,6 +1,7 @@
 # make demo       train a tiny model with a learned mixture, in about a minute
 # make test       the quick tests: every module, every recipe, a resume, two processes; a few minutes on two cores
 # make test-all   every test except those with a marker (see pyproject.toml); half an hour at most
+# make results    docs/tables/: every table and plot, from the results of runs that docs/data/ keeps
 # make lint       ruff      make types    mypy
 #
 # Needs only Python 3.11 or 3.12. PYTHON=... sets the interpreter, VENV=... the folder of the environment,
@@ -15,7 +16,7 @@ DEMO := yaml/tiny_adapt_planned.yaml
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-all results lint types clean
 
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/tune run adapt_full_finetune --config $(DEMO)
@@ -27,6 +28,9 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
+
+results: $(VENV)/.installed
+	$(BIN)/python benchmarks/records.py tables
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

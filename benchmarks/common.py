@@ -8,13 +8,17 @@ import json
 import random
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from adapt_recipes.report.read import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "yaml"
@@ -189,6 +193,23 @@ def _digits(cell: object) -> str:
     if not isinstance(cell, float):
         return str(cell)
     return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, with the header first."""
+    header, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([header, "|" + "---|" * len(lines[0]), *rest])
+
+
+def above_floors(run: Run, floors: Mapping[str, float]) -> Run:
+    """The run with every loss counted from the lowest that its task can have: its floor in nats, else 0."""
+    import numpy as np
+
+    lowest = np.array([floors.get(task, 0.0) for task in run.tasks])
+    losses = {"validation_losses": run.final_losses, "test_losses": run.test_losses}
+    excess = {key: dict(zip(run.tasks, (values - lowest).tolist(), strict=True)) for key, values in losses.items()}
+    validations = run.validations._replace(losses=run.validations.losses - lowest)
+    return replace(run, summary=run.summary | excess, validations=validations)
 
 
 def write(path: Path | None, numbers: dict[str, Any]) -> dict[str, Any]:

@@ -30,12 +30,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
+from common import above_floors, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -132,15 +131,6 @@ def score_lines(suite: str, folders: dict[str, list[Path]]) -> tuple[list[list[s
     return lines, notes_of(columns) + why_not
 
 
-def above_entropy(run: Run) -> Run:
-    """The run with every loss counted from the lowest that its task can have."""
-    lowest = np.array([ENTROPIES.get(task, 0.0) for task in run.tasks])
-    losses = {"validation_losses": run.final_losses, "test_losses": run.test_losses}
-    excess = {key: dict(zip(run.tasks, (values - lowest).tolist(), strict=True)) for key, values in losses.items()}
-    validations = run.validations._replace(losses=run.validations.losses - lowest)
-    return replace(run, summary=run.summary | excess, validations=validations)
-
-
 def line(name: str, runs: Sequence[Run], baselines: Sequence[Run]) -> list[str]:
     """Of one row: means and ranges over seeds."""
     reached = [
@@ -182,12 +172,6 @@ def spread_cell(values: Spread, digits: int) -> str:
     return said if values.low == values.high else f"{said} ({values.low:.{digits}f} to {values.high:.{digits}f})"
 
 
-def print_table(lines: Sequence[Sequence[str]]) -> None:
-    """In Markdown, with the header first."""
-    header, *rest = ["| " + " | ".join(line) + " |" for line in lines]
-    print("\n".join([header, "|" + "---|" * len(lines[0]), *rest]))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
@@ -214,12 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # All configs with the same seed in turn, so that changes of the machine's load affect all of them.
         for each in table:
             run(each.config, seed, folders[each.name][i], each.overrides)
-    read = iter(on_one_split([above_entropy(read_run(folder)) for name in names for folder in folders[name]]))
+    read = iter(on_one_split([above_floors(read_run(folder), ENTROPIES) for name in names for folder in folders[name]]))
     runs = {name: [next(read) for _ in folders[name]] for name in names}
     split = runs[names[0]][0].split
     columns = ["", f"worst {split} excess", f"mean {split} excess", "tokens to its loss", "noise share", "steps"]
     columns += ["updates", "probe tokens", "tokens read", "seconds", "of them updates"]
-    print_table([columns, *(line(name, runs[name], runs[names[0]]) for name in names)])
+    print(markdown([columns, *(line(name, runs[name], runs[names[0]]) for name in names)]))
     if suite is None:
         return 0
 
@@ -227,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = evaluate(suite, [folder for name in names for folder in folders[name]], of_suite, output_file)
     lines, notes = score_lines(suite_name(suite, of_suite), folders)
     print()
-    print_table(lines)
+    print(markdown(lines))
     print("".join(f"{note}\n" for note in notes), end="")
     if status:
         print(f"Some benchmarks were not measured; {output_file} says why.")

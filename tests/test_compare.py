@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,20 +11,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 import yaml
+from test_benchmarks import benchmark
 
 from adapt_recipes.evaluation import records
 from adapt_recipes.evaluation.records import Sample, Score
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "compare.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("compare")
 
 
 @pytest.mark.slow

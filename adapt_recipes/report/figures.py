@@ -38,6 +38,8 @@ MAX_POINTS = 60_000
 LABEL_LENGTH, PANEL_LABEL_LENGTH = 32, 24
 # Lines with at most this many values have markers.
 MAX_MARKERS = 12
+# matplotlib's settings for a file.
+PNG_STYLE: dict[Any, Any] = {"text.parse_math": False, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 # Of an axis with ticks at 1, 2 and 5.
 MAX_LOG_TICKS = 8
 
@@ -585,7 +587,7 @@ def _trace(chart: Chart, line: Line, *, one_by_one: bool) -> go.Scatter:
 
 def to_png(chart: Chart) -> bytes:
     """The chart as a PNG file, for papers and slides."""
-    with rc_context({"text.parse_math": False, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+    with rc_context(PNG_STYLE):
         file = io.BytesIO()
         to_matplotlib(chart).savefig(file, format="png", dpi=160)
         return file.getvalue()

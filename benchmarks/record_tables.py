@@ -1,0 +1,255 @@
+"""The tables and plots that ``records.py`` makes of kept runs, as ``table.yaml`` describes them."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from common import above_floors, markdown
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from pydantic.dataclasses import dataclass
+
+from adapt_recipes.errors import nearest
+from adapt_recipes.files import atomic_file
+from adapt_recipes.report.figures import COLORS, PNG_STYLE
+from adapt_recipes.report.read import Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks
+from adapt_recipes.report.tables import on_shared_tasks, spread
+from adapt_recipes.strict import STRICT, load
+
+SPEC = "table.yaml"
+# Color and marker of each kind of row.
+LOOKS = {"static": (COLORS[6], "s"), "learned": (COLORS[0], "o"), "oracle": (COLORS[1], "*")}
+
+
+class Column(NamedTuple):
+    """A number of a finished run."""
+
+    header: str
+    digits: int
+    value: Callable[[Run, Table], float]
+
+
+def worst(run: Run) -> float:
+    return float(worst_over_tasks(run.result_losses))
+
+
+def mean(run: Run) -> float:
+    return float(mean_over_tasks(run.result_losses))
+
+
+COLUMNS = {
+    "worst": Column("worst {loss}", 3, lambda run, _: worst(run)),
+    "mean": Column("mean {loss}", 3, lambda run, _: mean(run)),
+    "exact_match": Column("exact match", 3, lambda run, _: float(mean_over_tasks(run.results_in("exact match")))),
+    "steps": Column("steps", 0, lambda run, _: run.summary["steps"]),
+    "mixture_updates": Column("mixture updates", 0, lambda run, _: run.summary["mixture_updates"]),
+    "probe_tokens": Column("probe tokens", 0, lambda run, _: run.summary["probe_tokens"]),
+    "mixture_time": Column(
+        "mixture, % of time", 1, lambda run, _: 100 * run.summary["mixture_seconds"] / run.summary["seconds"]
+    ),
+    "noise_share": Column(
+        "noise, % of tokens",
+        1,
+        lambda run, table: 100 * run.summary["task_tokens"][table.noise_task] / run.summary["supervised_tokens"],
+    ),
+}
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Row:
+    """A row of a table."""
+
+    name: str
+    kind: Literal["static", "learned", "oracle"] = "learned"
+
+    @property
+    def label(self) -> str:
+        return f"*{self.name}*" if self.kind == "oracle" else self.name
+
+
+@dataclass(kw_only=True, config=STRICT)
+class Table:
+    """``table.yaml``; an example is at the top of ``records.py``."""
+
+    title: str
+    seeds: list[int]
+    rows: dict[str, Row]
+    columns: list[str]
+    baselines: list[str] = field(default_factory=list)
+    floors: dict[str, float] = field(default_factory=dict)
+    noise_task: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, words, allowed in (("columns", self.columns, COLUMNS), ("baselines", self.baselines, self.rows)):
+            if unknown := [word for word in words if word not in allowed]:
+                raise ValueError(f"{key}: no {unknown[0]!r}{nearest(unknown[0], allowed)}")
+        if "noise_share" in self.columns and self.noise_task is None:
+            raise ValueError("columns: noise_share needs noise_task")
+        self.rows = dict(sorted(self.rows.items(), key=lambda item: item[1].kind != "static"))
+
+
+def row_and_seed(folder: Path) -> tuple[str, int]:
+    """From the name of a run folder."""
+    if not (found := re.fullmatch(r"(.+)_(\d+)", folder.resolve().name)):
+        raise ValueError(f"{folder}: a run folder has to be named ROW_SEED, such as uniform_0")
+    return found[1], int(found[2])
+
+
+def read_kept(folder: Path) -> tuple[Table, dict[str, dict[int, Run]], list[str]]:
+    """The table, its runs by row and seed, with losses above the floors on one split, and notes on the tasks."""
+    try:
+        table = load(Table, folder / SPEC)
+    except ValueError as error:
+        raise ValueError(f"{folder / SPEC}: {error}") from error
+    folders = {row_and_seed(path): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    for (row, seed), path in folders.items():
+        if row not in table.rows:
+            raise ValueError(f"{path}: {SPEC} has no row {row!r}{nearest(row, table.rows)}")
+        if seed not in table.seeds:
+            raise ValueError(f"{path}: {SPEC} has no seed {seed}")
+    if not folders:
+        raise ValueError(f"{folder}: no run is kept there")
+    runs, notes = on_shared_tasks([read_run(path) for path in folders.values()])
+    of_config = [*(("floors", task) for task in table.floors), ("noise_task", table.noise_task)]
+    for key, task in of_config:
+        if task is not None and task not in runs[0].tasks:
+            raise ValueError(f"{folder / SPEC}: {key}: no task {task!r}{nearest(task, runs[0].tasks)}")
+    by_place = dict(zip(folders, on_one_split([above_floors(run, table.floors) for run in runs]), strict=True))
+    by_row = {row: {s: by_place[row, s] for s in table.seeds if (row, s) in by_place} for row in table.rows}
+    return table, by_row, notes
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for a single value."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def cell(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean ± standard error, which is left out for one value and for equal ones; "–" if a value is missing."""
+    found = spread(values)
+    if math.isnan(found.mean):
+        return "–"
+    if found.low == found.high:
+        return f"{found.mean:{sign},.{digits}f}"
+    # The mean of counts is no whole number.
+    digits = max(digits, 1)
+    return f"{found.mean:{sign},.{digits}f} ± {standard_error(values):,.{digits}f}"
+
+
+def loss_name(table: Table, by_row: dict[str, dict[int, Run]]) -> str:
+    """With the split, which is the same for all runs."""
+    split = next(run.split for runs in by_row.values() for run in runs.values())
+    return f"{split} excess" if table.floors else f"{split} loss"
+
+
+def difference_cells(runs: dict[int, Run], base: dict[int, Run]) -> list[str]:
+    """Of the worst and the mean loss, over the seeds of both, and their number."""
+    common = [seed for seed in runs if seed in base]
+    if not common or runs is base:
+        return ["–", "–"]
+    differences = [[value(runs[seed]) - value(base[seed]) for seed in common] for value in (worst, mean)]
+    return [f"{cell(values, 3, '+')} ({len(common)})" for values in differences]
+
+
+def page(name: str, table: Table, by_row: dict[str, dict[int, Run]], notes: Sequence[str]) -> str:
+    """The Markdown of a table."""
+    there = {row: runs for row, runs in by_row.items() if runs}
+    loss = loss_name(table, by_row)
+    columns = [COLUMNS[column] for column in table.columns]
+    lines = [["", "seeds", *(column.header.format(loss=loss) for column in columns)]]
+    for row, runs in there.items():
+        cells = [cell([column.value(run, table) for run in runs.values()], column.digits) for column in columns]
+        lines.append([table.rows[row].label, str(len(runs)), *cells])
+
+    about = "Mean ± standard error over seeds; losses in nats per supervised token, worst and mean over tasks."
+    if table.floors:
+        floors = ", ".join(f"{task} {floor:g}" for task, floor in table.floors.items())
+        about += f" Excess is the loss above the lowest possible one ({floors}; else 0)."
+    if any(row.kind == "oracle" for row in table.rows.values()):
+        about += " Rows in italics are oracles."
+    parts = [f"# {table.title}", "Written by `python benchmarks/records.py tables`; do not edit.", about]
+    parts += [markdown(lines), *notes]
+    gaps = {row: [str(seed) for seed in table.seeds if seed not in by_row[row]] for row in table.rows}
+    if missing := [f"{table.rows[row].name} {', '.join(seeds)}" for row, seeds in gaps.items() if seeds]:
+        parts.append(f"Missing seeds: {'; '.join(missing)}.")
+    parts.append(f"![Mean and worst {loss} of each row]({name}.png)")
+
+    if table.baselines:
+        names = [table.rows[row].name for row in table.baselines]
+        lines = [["", *(f"{value} {loss} - {name}" for name in names for value in ("worst", "mean"))]]
+        for row, runs in there.items():
+            cells = [cell for base in table.baselines for cell in difference_cells(runs, by_row[base])]
+            lines.append([table.rows[row].label, *cells])
+        caption = "Differences with the same seed: mean ± standard error (number of seeds that both have)."
+        parts += ["## Differences from baselines", caption, markdown(lines)]
+
+    lines = [["", *(f"seed {seed}" for seed in table.seeds)]]
+    for row, runs in there.items():
+        cells = [f"{worst(runs[s]):.3f} / {mean(runs[s]):.3f}" if s in runs else "–" for s in table.seeds]
+        lines.append([table.rows[row].label, *cells])
+    parts += ["## Every seed", f"Worst / mean {loss}.", markdown(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(table: Table, by_row: dict[str, dict[int, Run]]) -> bytes:
+    """A PNG file: mean and worst loss of each row, with standard errors as bars."""
+    # By worst loss.
+    points = []
+    for row, runs in by_row.items():
+        if runs:
+            x, y = ([value(run) for run in runs.values()] for value in (mean, worst))
+            points.append((spread(y).mean, spread(x).mean, standard_error(y), standard_error(x), row))
+    points.sort()
+    with rc_context(PNG_STYLE):
+        figure = Figure(figsize=(8, max(4.2, 0.25 * len(points))), layout="constrained")
+        axes = figure.subplots()
+        for i, (worst_loss, mean_loss, worst_error, mean_error, row) in enumerate(points):
+            of_row = table.rows[row]
+            color, marker = LOOKS[of_row.kind]
+            # A missing standard error draws no bar.
+            bars = {"xerr": np.nan_to_num(mean_error), "yerr": np.nan_to_num(worst_error), "elinewidth": 0.8}
+            axes.errorbar(mean_loss, worst_loss, **bars, color=color, marker=marker, linestyle="")
+            # The names stand one above the other beside the axes, in the order of the points, so that none overlap.
+            axes.annotate(
+                of_row.name,
+                (mean_loss, worst_loss),
+                (1.03, (i + 0.5) / len(points)),
+                textcoords="axes fraction",
+                va="center",
+                color=color,
+                style="italic" if of_row.kind == "oracle" else "normal",
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "relpos": (0, 0.5)},
+            )
+        for kind in dict.fromkeys(table.rows[row].kind for row, runs in by_row.items() if runs):
+            color, marker = LOOKS[kind]
+            axes.plot([], [], color=color, marker=marker, linestyle="", label=kind)
+        axes.legend(frameon=False)
+        axes.set_title(table.title)
+        axes.set_xlabel(f"mean {loss_name(table, by_row)} (nats)")
+        axes.set_ylabel(f"worst {loss_name(table, by_row)} (nats)")
+        axes.spines[["top", "right"]].set_visible(False)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=160)
+    return file.getvalue()
+
+
+def write_tables(docs: Path) -> None:
+    """Writes the page and the plot of every table."""
+    specs = sorted((docs / "data").glob(f"*/{SPEC}"))
+    if not specs:
+        raise ValueError(f"{docs / 'data'}: contains no TABLE/{SPEC}")
+    (docs / "tables").mkdir(exist_ok=True)
+    for spec in specs:
+        name = spec.parent.name
+        table, by_row, notes = read_kept(spec.parent)
+        with atomic_file(docs / "tables" / f"{name}.md") as path:
+            path.write_text(page(name, table, by_row, notes), encoding="utf-8")
+        with atomic_file(docs / "tables" / f"{name}.png") as path:
+            path.write_bytes(plot(table, by_row))
