@@ -4,7 +4,8 @@
 
 The loop of ``sft_full_finetune``, and every ``mixture_update_every`` steps an update of the mixture: the recipe
 measures what the mixture observes, and the mixture changes. Any mixture component works: ``adapt`` (our reading of the
-paper's one-step form), ``adapt_ksteps``, ``adapt_planned`` (ours), group DRO, Exp3, a static one, or yours.
+paper's one-step form), ``adapt_ksteps``, ``adapt_planned`` and ``adapt_forecast`` (ours), group DRO, Exp3, a static
+one, or yours.
 
 Copy and edit it: ``tune cp adapt_full_finetune mine.py``, then ``tune run mine.py --config ...``.
 """

@@ -222,6 +222,7 @@ LEARNED = {
     "adapt_ksteps, the last layer": ["probe.last_layers=1"],
     "adapt_ksteps, on validation": ["probe.separate_batches=false"],
     "adapt_planned": ["mixture.measure_after=0.0"],
+    "adapt_forecast": [],
     "pike": [],
     "grape": [],
     "dynamix": [],

@@ -7,6 +7,7 @@ from adapt_recipes.mixture.bandit import Exp3
 from adapt_recipes.mixture.dro import GroupDRO
 from adapt_recipes.mixture.dynamix import Dynamix
 from adapt_recipes.mixture.famo import Famo
+from adapt_recipes.mixture.forecast import AdaptForecast
 from adapt_recipes.mixture.grape import Grape
 from adapt_recipes.mixture.pike import Pike
 from adapt_recipes.mixture.planned import AdaptPlanned
@@ -16,6 +17,7 @@ from adapt_recipes.mixture.static import fixed_weights, proportional, temperatur
 
 __all__ = [
     "Adapt",
+    "AdaptForecast",
     "AdaptKSteps",
     "AdaptPlanned",
     "Ado",

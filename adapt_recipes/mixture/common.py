@@ -15,6 +15,7 @@ def number(
     value: Any,
     *,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     finite: bool = True,
@@ -25,6 +26,7 @@ def number(
         key: name of the argument, under ``mixture``.
         value: of the config.
         at_least: the smallest allowed value.
+        at_most: the largest allowed value.
         above: the value must be greater than this.
         below: the value must be less than this.
         finite: refuse infinity.
@@ -36,7 +38,9 @@ def number(
         ValueError: ``value`` is not a number or out of range; one line that names ``mixture.<key>``.
     """
     bounds = [
-        f"{sign} {bound:g}" for sign, bound in ((">=", at_least), (">", above), ("<", below)) if bound is not None
+        f"{sign} {bound:g}"
+        for sign, bound in ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+        if bound is not None
     ]
     allowed = " ".join(["a finite number" if finite else "a number", *" and ".join(bounds).split()])
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
@@ -44,6 +48,7 @@ def number(
         not is_number
         or (finite and math.isinf(value))
         or (at_least is not None and value < at_least)
+        or (at_most is not None and value > at_most)
         or (above is not None and value <= above)
         or (below is not None and value >= below)
     ):

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapt_recipes.mixture import Adapt, AdaptKSteps, AdaptPlanned, Dynamix, Exp3, Grape, GroupDRO, Scorer
+from adapt_recipes.mixture import (
+    Adapt,
+    AdaptForecast,
+    AdaptKSteps,
+    AdaptPlanned,
+    Dynamix,
+    Exp3,
+    Grape,
+    GroupDRO,
+    Scorer,
+)
 from adapt_recipes.mixture.prior import Prior
 
 NAMES = ["a", "b", "c"]
@@ -19,6 +29,7 @@ SIZES = torch.tensor([600, 300, 100])
 WEIGHTS = {"a": 1.0, "b": 2.5, "c": 0.01}
 LEARNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapt": (Adapt, {}),
+    "adapt_forecast": (AdaptForecast, {}),
     "adapt_ksteps": (AdaptKSteps, {}),
     "adapt_planned": (AdaptPlanned, {"measure_after": 0.0}),
     "dro": (GroupDRO, {}),
@@ -71,7 +82,9 @@ def test_equal_weights_are_the_uniform_prior_to_the_last_bit(name: str, updates:
         assert torch.equal(without.probabilities(), given_one.probabilities())
 
 
-@pytest.mark.parametrize("name", ["adapt", "adapt_ksteps", "adapt_planned", "dro", "dro_exponentiated", "grape", "mos"])
+@pytest.mark.parametrize(
+    "name", ["adapt", "adapt_forecast", "adapt_ksteps", "adapt_planned", "dro", "dro_exponentiated", "grape", "mos"]
+)
 @settings(max_examples=20, deadline=None)
 @given(updates=st.lists(st.lists(st.floats(0.01, 9.0), min_size=3, max_size=3), min_size=1, max_size=6))
 def test_the_floor_is_the_prior(name: str, updates: list[list[float]]) -> None:
@@ -86,7 +99,7 @@ def test_the_floor_is_the_prior(name: str, updates: list[list[float]]) -> None:
         assert float(p.sum()) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adapt", "adapt_ksteps", "dro", "dro_exponentiated", "grape"])
+@pytest.mark.parametrize("name", ["adapt", "adapt_forecast", "adapt_ksteps", "dro", "dro_exponentiated", "grape"])
 def test_without_differences_it_stays_at_its_prior(name: str) -> None:
     mixture = make(name, prior=WEIGHTS)
     prior = mixture.probabilities()

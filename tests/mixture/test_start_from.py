@@ -8,13 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapt_recipes.mixture import Adapt, AdaptKSteps, AdaptPlanned, Ado, Dynamix, Exp3, Grape, GroupDRO, Pike, Scorer
+from adapt_recipes.mixture import (
+    Adapt,
+    AdaptForecast,
+    AdaptKSteps,
+    AdaptPlanned,
+    Ado,
+    Dynamix,
+    Exp3,
+    Grape,
+    GroupDRO,
+    Pike,
+    Scorer,
+)
 from adapt_recipes.mixture.common import carried, carried_scores
 
 OLD = ["a", "b", "c", "d"]
 SIZES = {"a": 600, "b": 300, "c": 100, "d": 50, "e": 200, "f": 1000}
 LEARNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapt": (Adapt, {}),
+    "adapt_forecast": (AdaptForecast, {}),
     "adapt_ksteps": (AdaptKSteps, {}),
     "adapt_planned": (AdaptPlanned, {"measure_after": 0.0}),
     "ado": (Ado, {}),
@@ -82,7 +95,7 @@ def test_new_tasks_have_their_prior_share(name: str, prior: str) -> None:
         return
     torch.testing.assert_close(p[new], prior_shares[new], rtol=1e-12, atol=0)
     # Scores relative to the prior keep their ratios where the prior does.
-    if prior == "uniform" or name in ("dro", "dro_exponentiated", "pike", "ado", "grape"):
+    if prior == "uniform" or name in ("dro", "dro_exponentiated", "pike", "ado", "grape", "adapt_forecast"):
         torch.testing.assert_close(p[kept] / p[kept].sum(), old / old.sum(), rtol=1e-12, atol=0)
 
 

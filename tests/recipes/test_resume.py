@@ -74,6 +74,8 @@ CARRYING: list[tuple[str, dict[str, Any]]] = [
     ("grape", {"mixture_update_every": 1}),
     ("dynamix", {"mixture_update_every": 1}),
     ("ado", {"mixture_update_every": 1}),
+    ("adapt_forecast", {"mixture_update_every": 1}),
+    ("adapt_forecast", {"mixture_update_every": 1, "mixture.losses": "validation"}),
     ("famo", {"mixture_update_every": 1, "mixture.reference": "asymptote"}),
     ("mos_diff", {"sampling": "dataset"} | CAP),
     ("uniform", {"sampling": "example"} | CAP),

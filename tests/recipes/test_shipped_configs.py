@@ -37,6 +37,7 @@ PARAMETERS = {  # by the name of the model in the name of the config
 }
 LEARNED = {
     "adapt": "Adapt",
+    "adapt_forecast": "AdaptForecast",
     "adapt_ksteps": "AdaptKSteps",
     "adapt_oracle": "Adapt",
     "adapt_planned": "AdaptPlanned",
