@@ -11,8 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from tiny import VOCAB, batched, tiny_examples
 
 from adapt_recipes.data import RawTask, natural_instructions
+from adapt_recipes.models import TokenLosses, decoder_from_folder
 
 pytestmark = pytest.mark.slow
 
@@ -122,3 +125,27 @@ def test_soak_ends_as_if_never_killed() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     *kills, last = done.stdout.splitlines()
     assert len(kills) == 2 and last.startswith("equal to the uninterrupted run: ")
+
+
+def test_top_layers_compute_what_the_whole_decoder_does(tmp_path: Path) -> None:
+    """Also from what an earlier pass has kept; the layers below get no gradients, those above the same."""
+    config = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5, "rope_theta": 10_000.0}))
+    top = benchmark("top_layers").decoder(str(tmp_path), 64, trained_layers=1, cache_dir=str(tmp_path / "hidden"))
+    whole = decoder_from_folder(str(tmp_path), 64)
+    whole.load_state_dict(top.state_dict())
+    for number in range(2):
+        for batch in batched(tiny_examples(seed=number)):
+            for _ in range(2):  # computed, and read
+                models = [TokenLosses(each) for each in (top, whole)]
+                losses = [model(batch.tokens, batch.labels) for model in models]
+                torch.testing.assert_close(*losses)
+                for each, loss in zip((top, whole), losses, strict=True):
+                    each.zero_grad()
+                    loss.sum().backward()
+                for (name, ours), theirs in zip(top.named_parameters(), whole.parameters(), strict=True):
+                    assert (ours.grad is not None) == name.startswith("layers.2."), name
+                    if ours.grad is not None:
+                        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert len(list((tmp_path / "hidden").rglob("*.npy"))) > 10
