@@ -50,7 +50,7 @@ from adapt_recipes.mixture.prior import Prior
 SIGNALS = {"train": "train_losses", "validation": "validation_losses"}
 # The grid of (2) and (3): k in 1 / fair share, the pairs (c, e), and phi.
 SPEEDS = torch.logspace(-1, math.log10(60), 14, dtype=torch.float64)
-POWERS = torch.cartesian_prod(torch.tensor([0.03, 0.1, 0.3, 1.0]), torch.tensor([0.3, 0.7, 1.5])).double()
+POWERS = torch.tensor([[c, e] for c in (0.03, 0.1, 0.3, 1.0) for e in (0.3, 0.7, 1.5)], dtype=torch.float64)
 ASYMPTOTES = torch.tensor([0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 1.0], dtype=torch.float64)
 # y0 in nats, and r0.
 LOSS_OFFSET, SMALLEST_ERROR = 0.05, 0.03
