@@ -23,7 +23,7 @@ SPEC: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "rows": {
         "learned": {"name": "Learned"},
-        "told": {"name": "Told", "kind": "oracle"},
+        "shown": {"name": "Shown", "kind": "oracle"},
         "uniform": {"name": "Uniform", "kind": "static"},
         "never_run": {"name": "Never run"},
     },
@@ -48,7 +48,7 @@ LOSSES = {
     "uniform_2": [1.9, 0.7, NOISE + 0.3],
     "learned_0": [1.0, 1.5, NOISE + 0.25],
     "learned_2": [1.2, 1.1, NOISE + 1.6],
-    "told_1": [0.5, 0.75, NOISE + 0.25],
+    "shown_1": [0.5, 0.75, NOISE + 0.25],
 }
 
 
@@ -142,7 +142,7 @@ def test_the_cells_are_those_of_the_runs(records: ModuleType, docs: Path, runs: 
     assert (docs / "tables" / "toy.md").read_text(encoding="utf-8") == page
 
     first, _, every = tables(page)
-    assert list(first) == ["", "Uniform", "Learned", "*Told*"], "static rows are first, oracles in italics"
+    assert list(first) == ["", "Uniform", "Learned", "*Shown*"], "static rows are first, oracles in italics"
     assert first[""][:4] == ["seeds", "worst test excess", "mean test excess", "exact match"]
     worst = np.array([2.0, 2.4, 1.9])
     mean = np.array([3.5, 3.6, 2.9]) / 3
@@ -150,7 +150,7 @@ def test_the_cells_are_those_of_the_runs(records: ModuleType, docs: Path, runs: 
     # A mean of 0, 1, 2 with the standard error 1 / sqrt(3), in shares of 2.5 s.
     times = f"60.0 ± {100 / 2.5 / math.sqrt(3):.1f}"
     assert first["Uniform"] == ["3", *expected, "0.250", "5", "5", "35", times, "25.0"]
-    assert first["*Told*"] == ["1", "0.750", "0.500", "0.250", "5", "5", "35", "60.0", "25.0"]
+    assert first["*Shown*"] == ["1", "0.750", "0.500", "0.250", "5", "5", "35", "60.0", "25.0"]
     assert every["Learned"] == ["1.500 / 0.917", "–", "1.600 / 1.300"]
 
 
@@ -160,7 +160,7 @@ def test_differences_are_of_common_seeds(records: ModuleType, docs: Path, runs: 
     mean = np.array([2.75 - 3.5, 3.9 - 2.9]) / 3
     expected = [f"{v.mean():+.3f} ± {np.std(v, ddof=1) / np.sqrt(2):.3f} (2)" for v in (worst, mean)]
     assert paired["Learned"] == expected and expected[0] == "-0.400 ± 0.100 (2)"
-    assert paired["*Told*"] == ["-1.650 (1)", "-0.700 (1)"] and paired["Uniform"] == ["–", "–"]
+    assert paired["*Shown*"] == ["-1.650 (1)", "-0.700 (1)"] and paired["Uniform"] == ["–", "–"]
 
 
 def test_a_kept_run_is_small_and_can_be_read(records: ModuleType, docs: Path, runs: list[Path]) -> None:
@@ -192,8 +192,8 @@ def test_no_folder_of_the_machine_is_kept(records: ModuleType, docs: Path, runs:
 
 def test_what_is_missing_is_listed(records: ModuleType, docs: Path, runs: list[Path]) -> None:
     page = make(records, docs, runs)
-    assert "\nMissing seeds: Learned 1; Told 0, 2; Never run 0, 1, 2.\n" in page
-    more = [f"{row}_{seed}" for row in ("learned", "told", "never_run") for seed in range(3)]
+    assert "\nMissing seeds: Learned 1; Shown 0, 2; Never run 0, 1, 2.\n" in page
+    more = [f"{row}_{seed}" for row in ("learned", "shown", "never_run") for seed in range(3)]
     new = [write_run(runs[0].parent / name, [1.0, 1.0, NOISE]) for name in more if name not in LOSSES]
     assert "Missing" not in make(records, docs, new)
 
@@ -207,7 +207,7 @@ def test_twice_the_same_bytes(records: ModuleType, docs: Path, runs: list[Path])
 
 
 def test_validation_losses_if_one_run_has_no_test(records: ModuleType, docs: Path, runs: list[Path]) -> None:
-    page = make(records, docs, [*runs, write_run(runs[0].parent / "told_0", None)])
+    page = make(records, docs, [*runs, write_run(runs[0].parent / "shown_0", None)])
     first, *_ = tables(page)
     assert first[""][1:3] == ["worst validation excess", "mean validation excess"]
     assert first["Uniform"][3] == "–", "the exact match is of the test"
@@ -245,7 +245,7 @@ def test_what_is_not_kept(
         ({"noise_task": None}, "table.yaml: columns: noise_share needs noise_task"),
         ({"tilte": "x"}, "table.yaml: unknown key 'tilte'; did you mean 'title'?"),
         ({"rows": {"uniform": {"name": "x"}}}, "learned_0: table.yaml has no row 'learned'; allowed: uniform"),
-        ({"seeds": [0, 2]}, "told_1: table.yaml has no seed 1"),
+        ({"seeds": [0, 2]}, "shown_1: table.yaml has no seed 1"),
     ],
     ids=str,
 )
@@ -260,5 +260,5 @@ def test_what_no_table_can_be_made_of(
     assert records.main(["keep", "--docs", str(docs), "toy", *map(str, runs)]) == 0
     (docs / "data" / "toy" / "table.yaml").write_text(yaml.safe_dump(SPEC | change))
     assert records.main(["tables", "--docs", str(docs)]) == 1
-    told = capsys.readouterr().err
-    assert said in told and told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1

@@ -99,7 +99,7 @@ class AdaptForecast:
         budget_tokens: (T) supervised tokens to spend; T / num_tasks is the fair share of a task.
         risk: 0 minimizes the mean of the losses, 1 the largest regret, 0.5 half of each.
         losses: ``train`` or ``validation``: the losses y_t. Take ``validation`` if a task is repeated.
-        entropy_weight: (lambda) > 0, relative to the largest regret; 0.01 to 0.2 make little difference.
+        entropy_weight: (lambda) > 0; weight of the entropy, relative to the largest regret.
         sharpness: (b) > 0; inverse temperature of the regrets, relative to the largest.
         discount: (d) weight of a loss relative to the next one, 0 < discount <= 1.
         floor: the part of the mixture that is always the prior, in [0, 1).
