@@ -1,32 +1,26 @@
 """ADAPT with forecast learning curves: its objective at the end of the budget, from the mean to the worst task.
 
 *Ours, not the paper's* (arXiv 2512.04555), and the second form of ``adapt_recipes.mixture.planned``. The losses that
-tasks will end with are forecast from the losses of the run, and the shares are those with the best forecast. For a task
-that has had n tokens, x = n / fair, and whose losses so far are y_t:
+tasks will end with are forecast by curves L that are fitted to their losses so far, y_t
+(``adapt_recipes.mixture.curves``), and the shares are those with the best forecast:
 
     (1)  p = (1 - floor) s + floor * prior                                      the mixture
-    (2)  L(x) = E + C g(x),   g(x) = exp(-k x)  or  (1 + x / c)^-e              a learning curve
-    (3)  E = phi l,   C = max(0, sum_t w_t (y_t - E) g_t / sum_t w_t g_t^2)     fitted to y_t, for each phi and g
-         w_t = d_t / (m_t + y0)^2
-    (4)  P(L) ~ ( sum_t w_t (y_t - L(x_t))^2 / W + r0^2 )^(-W / 2)              how well each fits,   W = sum_t d_t
-    (5)  rho(p) = sum_L P(L) L((n + h p) / fair) + G exp(-r h p / fair)         the forecast
-         G = max(0, sum_t a_t (y_t - sum_L P(L) L(x_t))) / (1 + sum_t a_t)      what was forgotten,   r = 2
-    (6)  R(p) = rho(p) - rho(1)                                                 the regret
-    (7)  F(s) = (1 - risk) mean_i R_i + risk M(R) + lambda max_i R_i KL(s | prior)
+    (2)  rho(p) = sum_L P(L) L((n + h p) / fair) + G p' / p                     the forecast; n: tokens so far
+         G = max(0, sum_t a_t (y_t - sum_L P(L) L(x_t))) / (1 + sum_t a_t)      forgotten, at the present share p'
+    (3)  R(p) = rho(p) - rho(1)                                                 the regret
+    (4)  F(s) = (1 - risk) mean_i R_i + risk M(R) + lambda max_i R_i KL(s | prior)
          M(R) = max_i R_i (1 + 1/b log mean_i exp(b (R_i / max_j R_j - 1)))     the smooth worst case
-    (8)  s_i <- s_i exp(-eta_j dF/ds_i) / Z                                     steps j from the prior; the best is kept
+    (5)  s_i <- s_i exp(-eta_j dF/ds_i) / Z                                     steps j from the prior; the best is kept
 
 T is the budget, fair = T / N, h the tokens that are left of it. A loss counts as d_t = v_t d^age, where the newest has
 age 0, and v_t is 1, or for a training loss its tokens relative to the mean of all tasks; or, if only the last ones
-matter, as a_t = v_t 0.7^age. m_t is the mean of the losses up to y_t with these weights, and l that of all with
-v_t d^(3 age).
+matter, as a_t = v_t 0.7^age. Its size m_t is the mean of the losses up to y_t with these weights, and the lowest loss l
+the mean of all with v_t d^(3 age).
 
-(4) is the likelihood of a curve whose errors, relative to the losses, have an unknown size, but not below r0. A
-forecast is the mean over the curves of a grid, so it says what may be expected of a task with all that is not known
-about it: flat losses may be those of a slow task or of one that is done, and tokens tell. A curve only falls; what a
-task that gets few tokens loses again is G, and is won back at the speed r.
+A curve only falls. What a task that gets few tokens loses again is G: with the speed of forgetting f and that of
+learning again r p G, it stays at f / (r p), so half of the present share would double it.
 
-(6) leaves out what no tokens of this run could change: the loss of a task that cannot be learned. With risk = 0 that
+(3) leaves out what no tokens of this run could change: the loss of a task that cannot be learned. With risk = 0 that
 changes nothing but the weight of the entropy.
 
 Nothing is measured but losses. Those of the training steps are free; in the second and later epochs they are too low,
@@ -44,23 +38,18 @@ from torch import Tensor
 
 from adapt_recipes.errors import nearest
 from adapt_recipes.mixture.common import carried_scores, copied_state, floored, load_state, number
+from adapt_recipes.mixture.curves import Curves, asymptote_prior, fit, shapes
 from adapt_recipes.mixture.prior import Prior
 
 # The signal that each value of ``losses`` observes.
 SIGNALS = {"train": "train_losses", "validation": "validation_losses"}
-# The grid of (2) and (3): k in 1 / fair share, the pairs (c, e), and phi.
-SPEEDS = torch.logspace(-1, math.log10(60), 14, dtype=torch.float64)
-POWERS = torch.tensor([[c, e] for c in (0.03, 0.1, 0.3, 1.0) for e in (0.3, 0.7, 1.5)], dtype=torch.float64)
-ASYMPTOTES = torch.tensor([0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 1.0], dtype=torch.float64)
-# y0 in nats, and r0.
-LOSS_OFFSET, SMALLEST_ERROR = 0.05, 0.03
 # Losses that are kept of each task, the newest ones, and the number of them below which it keeps its share.
 MAX_LOSSES, MIN_LOSSES = 256, 2
 # The least h, as a share of the budget.
 MIN_HORIZON = 0.05
-# The weight of a loss in m and G relative to the next one, and r.
-SMOOTHING, RECOVERY_SPEED = 0.7, 2.0
-# Of (8): how many, and the last eta relative to the first.
+# The weight of a loss in m and G relative to the next one.
+SMOOTHING = 0.7
+# Of (5): how many, and the last eta relative to the first.
 STEPS, LAST_RATE = 100, 0.01
 TINY = 1e-12
 
@@ -68,24 +57,24 @@ _STATE = ("shares", "curve_tokens", "curve_losses", "curve_weights", "last_token
 
 
 class _Forecast(NamedTuple):
-    """The forecast (5) of n tasks as a function of their shares. It is convex, as every curve is."""
+    """The forecast (2) of n tasks as a function of their shares. It is convex, as every curve is."""
 
     E: Tensor  # (n,) float64, nats: the mean over the curves
     C: Tensor  # (S, n) float64, nats: of each shape, times its probability
     G: Tensor  # (n,) float64, nats
     x: Tensor  # (n,) float64, tokens so far, in fair shares
     h: float  # tokens that are left, in fair shares
+    present: Tensor  # (n,) float64, p'
 
     def __call__(
         self,
         p: Tensor,  # (n,) float64
     ) -> tuple[Tensor, Tensor]:
         """rho(p), and d rho / dp; (n,) float64 each."""
-        # (5): rho(p) = sum_L P(L) L((n + h p) / fair) + G exp(-r h p / fair)
+        # (2): rho(p) = sum_L P(L) L((n + h p) / fair) + G p' / p
         g, speeds = shapes(self.x + self.h * p)
-        curves, forgotten = self.C * g, self.G * torch.exp(-RECOVERY_SPEED * self.h * p)
-        rho = self.E + curves.sum(0) + forgotten
-        return rho, -self.h * ((curves * speeds).sum(0) + RECOVERY_SPEED * forgotten)
+        learned, forgotten = self.C * g, self.G * self.present / p
+        return self.E + learned.sum(0) + forgotten, -self.h * (learned * speeds).sum(0) - forgotten / p
 
 
 class AdaptForecast:
@@ -209,86 +198,66 @@ class AdaptForecast:
         tokens: Tensor,  # (n,) float64, spent on each
         horizon: float,  # h, tokens
     ) -> Tensor:
-        """Computes (2) to (8), and sets the shares of the n tasks. Returns what is logged: (4, n) float64."""
-        E, C, P, G = self._fit(ready)
-        forecast = _Forecast(
-            (P * E).sum((0, 1)), (P * C).sum(0), G, tokens / self.fair_tokens, horizon / self.fair_tokens
-        )
+        """Computes (2) to (5), and sets the shares of the n tasks. Returns what is logged: (4, n) float64."""
+        curves, G = self._fit(ready)
+        E, C = curves.averaged()
+        x, h = tokens / self.fair_tokens, horizon / self.fair_tokens
+        forecast = _Forecast(E, C, G, x, h, self.probabilities()[ready])
         prior = self.prior.shares[ready]
         self.shares = self.shares.clone()
         self.shares[ready] = self._minimize(forecast, prior * self.shares[ready].sum() / prior.sum())
 
         p = self.probabilities()[ready]
         rho, _ = forecast(p)
-        curves = E + C * shapes(forecast.x + forecast.h * p)[0]  # (A, S, n)
-        errors = (P * (curves - (P * curves).sum((0, 1))).square()).sum((0, 1)).sqrt()
-        return torch.stack([rho, errors, forecast.E, rho - forecast(torch.ones_like(p))[0]])
+        at_end = curves.at(x + h * p)
+        errors = (curves.P * (at_end - (curves.P * at_end).sum((0, 1))).square()).sum((0, 1)).sqrt()
+        return torch.stack([rho, errors, E, rho - forecast(torch.ones_like(p))[0]])
 
     def _fit(
         self,
-        ready: Tensor,  # (num_tasks,) bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """E, C and P of (3) and (4), for all asymptotes, shapes and tasks, (A, 1, n) and twice (A, S, n); G, (n,)."""
+        ready: Tensor,  # (num_tasks,) bool, n of them
+    ) -> tuple[Curves, Tensor]:
+        """The curves, and G of (2): (n,) float64."""
         known = (~self.curve_losses[:, ready].isnan()).sum(0)
         last = slice(-int(known.max()), None)
         x = self.curve_tokens[last, ready].nan_to_num() / self.fair_tokens  # (T, n)
         y, v = self.curve_losses[last, ready].nan_to_num(), self.curve_weights[last, ready].nan_to_num()
         age = torch.arange(len(y) - 1, -1, -1, dtype=torch.float64)[:, None]
-        d = v * self.discount**age
-        # (3): E = phi l, w_t = d_t / (m_t + y0)^2, C = max(0, sum_t w_t (y_t - E) g_t / sum_t w_t g_t^2)
         earlier = torch.tril(SMOOTHING ** (age.T - age).clamp_min(0))  # (T, T)
         m = (earlier @ (v * y)) / (earlier @ v).clamp_min(TINY)
         newest = v * self.discount ** (3 * age)
-        E = ASYMPTOTES[:, None, None] * (newest * y).sum(0) / newest.sum(0)
-        w, g = d / (m + LOSS_OFFSET).square(), shapes(x)[0]
-        w_zg = (w * y * g).sum(1) - E * (w * g).sum(1)  # z = y - E
-        w_gg = (w * g * g).sum(1)
-        C = (w_zg / w_gg.clamp_min(torch.finfo(y.dtype).tiny)).clamp_min(0)
-        # (4): P(L) ~ ( sum_t w_t (y_t - L(x_t))^2 / W + r0^2 )^(-W / 2)
-        w_zz = (w * y * y).sum(0) - 2 * E * (w * y).sum(0) + E**2 * w.sum(0)
-        squares = (w_zz - 2 * C * w_zg + C**2 * w_gg).clamp_min(0) / d.sum(0)
-        log_P = -d.sum(0) / 2 * torch.log(squares + SMALLEST_ERROR**2)
-        P = torch.softmax(log_P.flatten(0, 1), 0).reshape(log_P.shape)
-        # G = max(0, sum_t a_t (y_t - sum_L P(L) L(x_t))) / (1 + sum_t a_t)
-        fitted = (P * E).sum((0, 1)) + torch.einsum("sn,stn->tn", (P * C).sum(0), g)
+        level = (newest * y).sum(0) / newest.sum(0)
+        fitted = fit(x, y, v * self.discount**age, m, level, asymptote_prior(1))
+        # (2): G = max(0, sum_t a_t (y_t - sum_L P(L) L(x_t))) / (1 + sum_t a_t)
         a = v * SMOOTHING**age
-        return E, C, P, (a * (y - fitted)).sum(0).clamp_min(0) / (1 + a.sum(0))
+        return fitted, (a * (y - fitted.mean(x))).sum(0).clamp_min(0) / (1 + a.sum(0))
 
     def _minimize(
         self,
         forecast: _Forecast,  # of n tasks
         prior: Tensor,  # (n,) float64, the shares that the tasks divide among themselves
     ) -> Tensor:
-        """The shares s of (7), found by (8): (n,) float64, with the sum of ``prior``."""
+        """The shares s of (4), found by (5): (n,) float64, with the sum of ``prior``."""
         s, total = prior, prior.sum()
         least, _ = forecast(torch.ones_like(prior))
         best, lowest = s, math.inf
         for step in range(STEPS):
-            # (6): R(p) = rho(p) - rho(1)
+            # (3): R(p) = rho(p) - rho(1)
             rho, slopes = forecast(floored(s, self.floor, prior))
             R = rho - least
             largest = R.max().clamp_min(TINY)
             exponents = self.sharpness * (R / largest - 1)
             log_ratio = torch.log((s / prior).clamp_min(TINY))
-            # (7): F(s) = (1 - risk) mean_i R_i + risk M(R) + lambda max_i R_i KL(s | prior)
+            # (4): F(s) = (1 - risk) mean_i R_i + risk M(R) + lambda max_i R_i KL(s | prior)
             worst = largest * (1 + exponents.exp().mean().log() / self.sharpness)
             entropy = self.entropy_weight * largest * (s * log_ratio).sum()
             F = float((1 - self.risk) * R.mean() + self.risk * worst + entropy)
             if lowest > F:
                 best, lowest = s, F
-            # (8): s_i <- s_i exp(-eta_j dF/ds_i) / Z, with the largest R as a constant; eta_j max_i |dF/ds_i| <= 1
+            # (5): s_i <- s_i exp(-eta_j dF/ds_i) / Z, with the largest R as a constant; eta_j max_i |dF/ds_i| <= 1
             weights = (1 - self.risk) / len(R) + self.risk * torch.softmax(exponents, 0)
             gradient = (1 - self.floor) * weights * slopes + self.entropy_weight * largest * log_ratio
             gradient = gradient - (s * gradient).sum() / total
             eta = LAST_RATE ** (step / STEPS) / gradient.abs().max().clamp_min(torch.finfo(R.dtype).tiny)
             s = total * torch.softmax(torch.log(s.clamp_min(TINY)) - eta * gradient, 0)
         return best
-
-
-def shapes(
-    x: Tensor,  # (..., n) float64, fair shares
-) -> tuple[Tensor, Tensor]:
-    """g of (2) for every shape of the grid, and -dg/dx / g: (num_shapes, ..., n) each."""
-    k, c, e = (each.reshape(-1, *[1] * x.dim()) for each in (SPEEDS, *POWERS.T))
-    g = torch.cat([torch.exp(-k * x), (1 + x / c) ** -e])
-    return g, torch.cat([k.expand(-1, *x.shape), e / (c + x)])

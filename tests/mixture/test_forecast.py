@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapt_recipes.mixture import AdaptForecast, AdaptPlanned, forecast, uniform
-from adapt_recipes.mixture.forecast import ASYMPTOTES, POWERS, SPEEDS, shapes
+from adapt_recipes.mixture.curves import ASYMPTOTES, POWERS, SPEEDS, asymptote_prior, shapes
 
 NAN = math.nan
 
@@ -40,10 +40,11 @@ def update(mixture: Any, tokens: Any, losses: Any) -> dict[str, Tensor]:
 
 
 def test_fits_against_numpy() -> None:
-    """(2) to (5) for one task of three updates, curve by curve, with training losses."""
-    mixture = make(2, budget_tokens=1000, discount=0.9, floor=0.0)
+    """The curves and (2) for one task of four updates, curve by curve, with training losses."""
+    mixture = make(2, budget_tokens=1000, discount=0.9, floor=0.1)
     tokens, losses = [[30, 10], [50, 30], [90, 40], [120, 60]], [[4.0, 2.0], [3.0, NAN], [2.0, 2.1], [2.8, 1.9]]
     for n, y in zip(tokens, losses, strict=True):
+        present = float(mixture.probabilities()[0])
         logged = update(mixture, n, y)
 
     n = np.array([15, 40, 70, 105]) / 500
@@ -58,13 +59,13 @@ def test_fits_against_numpy() -> None:
     kinds += [lambda x, c=c, e=e: (1 + x / c) ** -e for c, e in POWERS.tolist()]
     log_p, fits, ends, asymptotes = [], [], [], []
     end = (120 + (1000 - 180) * float(mixture.probabilities()[0])) / 500
-    for phi in ASYMPTOTES.tolist():
+    for phi, density in zip(ASYMPTOTES.tolist(), asymptote_prior(1).tolist(), strict=True):
         for g in kinds:
             E = phi * now
             # The smallest sum of squares over C >= 0.
             C = max(0.0, np.linalg.lstsq((w**0.5 * g(n))[:, None], w**0.5 * (y - E))[0][0])
             squares = (w * (y - E - C * g(n)) ** 2).sum() / d.sum()
-            log_p.append(-d.sum() / 2 * np.log(squares + 0.03**2))
+            log_p.append(np.log(density) - d.sum() / 2 * np.log(squares + 0.03**2))
             fits.append(E + C * g(n))
             ends.append(E + C * g(end))
             asymptotes.append(E)
@@ -74,9 +75,9 @@ def test_fits_against_numpy() -> None:
     # The last loss is above the curve: a part of it was forgotten.
     a = v * 0.7**age
     G = (a * (y - P @ np.array(fits))).sum() / (1 + a.sum())
-    new = end - 120 / 500
-    assert G > 0.01
-    assert float(logged["forecast_losses"][0]) == pytest.approx(mean + G * np.exp(-2 * new), rel=1e-9)
+    assert G > 0.01 and abs(present - float(mixture.probabilities()[0])) > 0.01
+    expected = mean + G * present / float(mixture.probabilities()[0])
+    assert float(logged["forecast_losses"][0]) == pytest.approx(expected, rel=1e-9)
     assert float(logged["forecast_errors"][0]) == pytest.approx(((P * (ends - mean) ** 2).sum()) ** 0.5, rel=1e-6)
     assert float(logged["asymptotes"][0]) == pytest.approx((P * asymptotes).sum(), rel=1e-9)
 
@@ -109,11 +110,23 @@ def test_flat_losses_are_no_reason_to_hope() -> None:
     assert all(gain >= -1e-12 for gain in gains) and gains[-1] < 0.1 < gains[0]
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_prior_of_asymptotes(k: float) -> None:
+    """It has the mean of its density, about 1 / (k + 1), and a tenth of it at 1."""
+    prior = asymptote_prior(k)
+    assert float(prior.sum()) == pytest.approx(1)
+    assert float((prior * ASYMPTOTES).sum()) == pytest.approx(0.1 + 0.9 / (k + 1), abs=0.03)
+    if k == 1:
+        torch.testing.assert_close(
+            prior, 0.9 * tensor([0.15, 0.3, 0.25, 0.15, 0.075, 0.05, 0.025]) + tensor([0] * 6 + [0.1])
+        )
+
+
 # ---- the plan
 
 
 def objective(R: Tensor, s: Tensor, prior: Tensor, mixture: AdaptForecast) -> Tensor:
-    """F of (7) for many s, (..., n), with their regrets R."""
+    """F of (4) for many s, (..., n), with their regrets R."""
     largest, b = R.amax(-1), mixture.sharpness
     worst = largest * (1 + torch.log(torch.exp(b * (R / largest[..., None] - 1)).mean(-1)) / b)
     entropy = (s * torch.log((s / prior).clamp_min(1e-300))).sum(-1)
@@ -124,7 +137,8 @@ def forecast_of(sizes: list[float], shape: list[int], *, forgotten: float = 0.0)
     """One curve for each task."""
     C = torch.zeros(len(SPEEDS) + len(POWERS), len(sizes), dtype=torch.float64)
     C[shape, range(len(sizes))] = tensor(sizes)
-    return forecast._Forecast(tensor(sizes), C, tensor([forgotten] * len(sizes)), tensor([0.1] * len(sizes)), 2.0)
+    tenths = tensor([0.1] * len(sizes))
+    return forecast._Forecast(tensor(sizes), C, tensor([forgotten] * len(sizes)), tenths, 2.0, 3 * tenths)
 
 
 def test_slopes_are_those_of_autograd() -> None:
@@ -200,6 +214,20 @@ def test_it_is_better_than_uniform_and_the_first_form(with_noise: int) -> None:
         assert not with_noise or shares[-1] < 1 / 8
     assert mean[0] < min(0.5 * float(even.mean()), float(first.mean()))
     assert worst[1] < min(worst[0], 0.3 * float(even.max()), float(first.max()))
+
+
+def test_what_is_forgotten_is_learned_again() -> None:
+    """A task whose loss stays where its share left it, at 0.02 / p: with little risk it gets more than by its curve."""
+    mixture, shares = make(3, 10_000, risk=0.0, losses="validation"), []
+    tokens = torch.zeros(3, dtype=torch.float64)
+    for _ in range(60):
+        p = mixture.probabilities()
+        tokens = tokens + p * 10_000 / 60
+        slow = 3 * torch.exp(-tokens / 5000)
+        update(mixture, tokens, torch.stack([0.02 / p[0], slow[1], slow[2]]))
+        shares.append(float(p[0]))
+    # Where the slopes are equal: 0.02 / p^2 = 3 exp(-n / 5000) h / 5000 is near p = 0.15 in the middle of the run.
+    assert 0.05 < shares[30] < 0.4
 
 
 # ---- what always holds
