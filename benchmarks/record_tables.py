@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from common import above_floors, markdown
+from frontier import Frontier, check_runs, fit_frontier
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from pydantic.dataclasses import dataclass
@@ -83,11 +84,17 @@ class Table:
     rows: dict[str, Row]
     columns: list[str]
     baselines: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
     floors: dict[str, float] = field(default_factory=dict)
     noise_task: str | None = None
 
     def __post_init__(self) -> None:
-        for key, words, allowed in (("columns", self.columns, COLUMNS), ("baselines", self.baselines, self.rows)):
+        of_keys: list[tuple[str, list[str], Collection[str]]] = [
+            ("columns", self.columns, COLUMNS),
+            ("baselines", self.baselines, self.rows),
+            ("held_out", self.held_out, self.rows),
+        ]
+        for key, words, allowed in of_keys:
             if unknown := [word for word in words if word not in allowed]:
                 raise ValueError(f"{key}: no {unknown[0]!r}{nearest(unknown[0], allowed)}")
         if "noise_share" in self.columns and self.noise_task is None:
@@ -158,7 +165,43 @@ def difference_cells(runs: dict[int, Run], base: dict[int, Run]) -> list[str]:
     return [f"{cell(values, 3, '+')} ({len(common)})" for values in differences]
 
 
-def page(name: str, table: Table, by_row: dict[str, dict[int, Run]], notes: Sequence[str]) -> str:
+def frontier_of(table: Table, by_row: dict[str, dict[int, Run]]) -> Frontier | None:
+    """The curves fitted to all rows but those of ``held_out``; None: there are no such rows, or no others."""
+    fitted = [run for row, runs in by_row.items() if row not in table.held_out for run in runs.values()]
+    if not (table.held_out and fitted):
+        return None
+    check_runs([*fitted, *(run for row in table.held_out for run in by_row[row].values())])
+    return fit_frontier(fitted)
+
+
+def frontier_section(table: Table, by_row: dict[str, dict[int, Run]], frontier: Frontier) -> list[str]:
+    """The parts of a page: how well the curves predict runs, and the best static mixtures by them."""
+    loss = loss_name(table, by_row)
+    lines = [
+        ["", f"mean {loss}: predicted", "measured", "worst: predicted", "measured", "mean absolute error of a task"]
+    ]
+    for row in table.held_out:
+        for seed, run in by_row[row].items():
+            found = frontier.losses(run.task_tokens / run.spent)
+            numbers = [found.mean(), mean(run), found.max(), worst(run), np.abs(found - run.result_losses).mean()]
+            lines.append([f"{table.rows[row].name}, seed {seed}", *(f"{number:.3f}" for number in numbers)])
+    fitted = sum(len(runs) for row, runs in by_row.items() if row not in table.held_out)
+    about = f"A learning curve of each task, fitted to the validations of the other {fitted} runs"
+    about += " (`benchmarks/frontier.py`). What it says of runs that it was not fitted to:"
+
+    tasks = next(run.tasks for runs in by_row.values() for run in runs.values())
+    best = [["", f"mean {loss}", f"worst {loss}", *tasks]]
+    for risk, shares in frontier.best.items():
+        found = frontier.losses(shares)
+        of_tasks = [f"{100 * share:.0f} % ({each:.2f})" for share, each in zip(shares, found, strict=True)]
+        best.append([f"risk {risk:g}", f"{found.mean():.3f}", f"{found.max():.3f}", *of_tasks])
+    then = f"The best static mixtures by it, for (1 - risk) mean + risk worst: share and {loss} of each task."
+    return ["## Frontier", about, markdown(lines), then, markdown(best)]
+
+
+def page(
+    name: str, table: Table, by_row: dict[str, dict[int, Run]], notes: Sequence[str], frontier: Frontier | None
+) -> str:
     """The Markdown of a table."""
     there = {row: runs for row, runs in by_row.items() if runs}
     loss = loss_name(table, by_row)
@@ -190,6 +233,9 @@ def page(name: str, table: Table, by_row: dict[str, dict[int, Run]], notes: Sequ
         caption = "Differences with the same seed: mean ± standard error (number of seeds that both have)."
         parts += ["## Differences from baselines", caption, markdown(lines)]
 
+    if frontier:
+        parts += frontier_section(table, by_row, frontier)
+
     lines = [["", *(f"seed {seed}" for seed in table.seeds)]]
     for row, runs in there.items():
         cells = [f"{worst(runs[s]):.3f} / {mean(runs[s]):.3f}" if s in runs else "–" for s in table.seeds]
@@ -198,8 +244,8 @@ def page(name: str, table: Table, by_row: dict[str, dict[int, Run]], notes: Sequ
     return "\n\n".join(parts) + "\n"
 
 
-def plot(table: Table, by_row: dict[str, dict[int, Run]]) -> bytes:
-    """A PNG file: mean and worst loss of each row, with standard errors as bars."""
+def plot(table: Table, by_row: dict[str, dict[int, Run]], frontier: Frontier | None) -> bytes:
+    """A PNG file: mean and worst loss of each row, with standard errors as bars, and of the best static mixtures."""
     # By worst loss.
     points = []
     for row, runs in by_row.items():
@@ -227,6 +273,9 @@ def plot(table: Table, by_row: dict[str, dict[int, Run]]) -> bytes:
                 style="italic" if of_row.kind == "oracle" else "normal",
                 arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "relpos": (0, 0.5)},
             )
+        if frontier:
+            of_best = np.stack([frontier.losses(shares) for shares in frontier.best.values()])
+            axes.plot(of_best.mean(1), of_best.max(1), "--", color=COLORS[6], label="best static, by curves")
         for kind in dict.fromkeys(table.rows[row].kind for row, runs in by_row.items() if runs):
             color, marker = LOOKS[kind]
             axes.plot([], [], color=color, marker=marker, linestyle="", label=kind)
@@ -249,7 +298,8 @@ def write_tables(docs: Path) -> None:
     for spec in specs:
         name = spec.parent.name
         table, by_row, notes = read_kept(spec.parent)
+        frontier = frontier_of(table, by_row)
         with atomic_file(docs / "tables" / f"{name}.md") as path:
-            path.write_text(page(name, table, by_row, notes), encoding="utf-8")
+            path.write_text(page(name, table, by_row, notes, frontier), encoding="utf-8")
         with atomic_file(docs / "tables" / f"{name}.png") as path:
-            path.write_bytes(plot(table, by_row))
+            path.write_bytes(plot(table, by_row, frontier))

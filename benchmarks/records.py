@@ -5,8 +5,8 @@
 
 ``keep TABLE RUNS`` copies of each run folder, named ROW_SEED as those of ``compare.py``, what tables need to
 ``docs/data/TABLE/ROW_SEED/``: ``summary.json``, ``resolved.yaml`` with only the last component of absolute paths, and
-of ``log.jsonl`` all validations, but only the first and the last step and mixture update. Where a run is read, such a
-folder can be read as well.
+of ``log.jsonl`` all validations with their steps, but else only the first and the last step and mixture update. Where a
+run is read, such a folder can be read as well.
 
 ``tables`` writes ``docs/tables/TABLE.md`` and ``TABLE.png`` for every ``docs/data/TABLE/table.yaml``, such as:
 
@@ -16,6 +16,7 @@ folder can be read as well.
       uniform: {name: Uniform, kind: static}
       adapt_planned: {name: ADAPT planned}
     baselines: [uniform]       # rows from which the others are subtracted, seed by seed
+    held_out: [random_1]       # rows that the frontier predicts, and is not fitted to; without them there is none
     columns: [worst, mean, exact_match, steps, mixture_updates, probe_tokens, mixture_time, noise_share]
     floors: {noise: 2.7726}    # the lowest loss that a task can have, subtracted from its losses
     noise_task: noise          # for noise_share
@@ -68,14 +69,18 @@ def keep(table: str, folders: Sequence[Path], docs: Path) -> None:
 
 
 def short_log(path: Path) -> list[dict[str, Any]]:
-    """What ``read_run`` needs of the lines of a log: all validations, the first and the last of the other events."""
+    """What tables need of the lines of a log: all validations with their steps, else the first and the last line."""
     lines: dict[str, list[dict[str, Any]]] = {event: [] for event in KEPT}
+    validated = set()
     with open(path, encoding="utf-8") as file:
         for values in map(json.loads, file):
             if (event := values["event"]) in KEPT:
                 lines[event].append({"event": event} | {key: values[key] for key in KEPT[event]})
+                if event == "validation":
+                    validated.add(values["step"])
     for event in THINNED:
-        del lines[event][1:-1]
+        between = lines[event][1:-1]
+        lines[event][1:-1] = [line for line in between if event == "step" and line["step"] in validated]
     return [line for of_event in lines.values() for line in of_event]
 
 

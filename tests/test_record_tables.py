@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -169,13 +170,33 @@ def test_a_kept_run_is_small_and_can_be_read(records: ModuleType, docs: Path, ru
         kept = docs / "data" / "toy" / folder.name
         assert (kept / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
         events = [json.loads(line)["event"] for line in (kept / "log.jsonl").read_text().splitlines()]
-        assert sorted(events) == ["mixture"] * 2 + ["step"] * 2 + ["validation"] * 3
+        assert sorted(events) == ["mixture"] * 2 + ["step"] * 3 + ["validation"] * 3
         one, other = read_run(kept), read_run(folder)
         assert one.notes == other.notes == () and one.summary == other.summary and one.tasks == other.tasks
         for event in ("steps", "mixtures", "validations"):
             for ours, theirs in zip(getattr(one, event), getattr(other, event), strict=True):
-                some = slice(None) if event == "validations" else [0, -1]
+                # Of steps those at validations as well.
+                some = {"steps": [0, 2, -1], "mixtures": [0, -1], "validations": slice(None)}[event]
                 np.testing.assert_array_equal(ours, theirs[some])
+
+
+def test_the_steps_of_validations_are_kept(records: ModuleType, tmp_path: Path) -> None:
+    """The first and the last step too, none twice, and in the order of the log, whichever steps are validated."""
+    steps = range(1, 13)
+    for validated in ([], [0], [1], [12], [0, 1, 5, 6, 12], [*range(13)]):
+        lines = []
+        for step in range(13):
+            others = ["tokens", "computed_tokens", "seconds", "lr", "task_tokens"]
+            others += ["probe_tokens", "mixture_seconds", "probabilities", "losses"]
+            values = {"step": step, "supervised_tokens": 20 * step, **dict.fromkeys(others)}
+            lines += [{"event": "step", **values}] * (step in steps) + [{"event": "mixture", **values}]
+            lines += [{"event": "validation", **values}] * (step in validated)
+        (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        kept: dict[str, list[int]] = {"mixture": [], "step": [], "validation": []}
+        for line in records.short_log(tmp_path / "log.jsonl"):
+            kept[line["event"]].append(line["supervised_tokens"])
+        at = [20 * step for step in steps if step in {1, 12, *validated}]
+        assert kept == {"mixture": [0, 240], "step": at, "validation": [20 * step for step in validated]}
 
 
 def test_no_folder_of_the_machine_is_kept(records: ModuleType, docs: Path, runs: list[Path], tmp_path: Path) -> None:
@@ -188,6 +209,28 @@ def test_no_folder_of_the_machine_is_kept(records: ModuleType, docs: Path, runs:
     assert config["output_dir"] == "learned_0" and config["model"]["path"] == "small"
     assert config["tasks"] == {"path": "data/own", "sources": [{"path": "one.jsonl"}, {"files": ["two", "three"]}]}
     assert config["model"]["layers"] == 2 and config["seed"] == 0
+
+
+def test_the_frontier_predicts_what_is_held_out(records: ModuleType, docs: Path, runs: list[Path]) -> None:
+    """Its predictions are those of curves of the other runs only; it is on the page if a row is held out."""
+    assert "Frontier" not in make(records, docs, runs)
+    spec = docs / "data" / "toy" / "table.yaml"
+    spec.write_text(yaml.safe_dump(SPEC | {"held_out": ["learned"]}, sort_keys=False))
+    page = make(records, docs, runs)
+    assert "\n## Frontier\n" in page and "validations of the other 4 runs" in page
+    _, _, held_out, best, _ = tables(page)
+    assert list(held_out) == ["", "Learned, seed 0", "Learned, seed 2"]
+    assert list(best) == ["", *(f"risk {risk:g}" for risk in benchmark("frontier").RISKS)]
+
+    others = [read_run(docs / "data" / "toy" / name) for name in LOSSES if not name.startswith("learned")]
+    above = [replace(benchmark("common").above_floors(run, SPEC["floors"]), split="test") for run in others]
+    fitted = benchmark("frontier").fit_frontier(above)
+    predicted = fitted.losses(np.array([0.4, 0.35, 0.25]))
+    for seed in (0, 2):
+        measured = np.array(LOSSES[f"learned_{seed}"]) - [0, 0, NOISE]
+        numbers = [predicted.mean(), measured.mean(), predicted.max(), measured.max()]
+        numbers.append(np.abs(predicted - measured).mean())
+        assert held_out[f"Learned, seed {seed}"] == [f"{number:.3f}" for number in numbers]
 
 
 def test_what_is_missing_is_listed(records: ModuleType, docs: Path, runs: list[Path]) -> None:
@@ -240,6 +283,7 @@ def test_what_is_not_kept(
     [
         ({"columns": ["wurst"]}, "table.yaml: columns: no 'wurst'; did you mean 'worst'?"),
         ({"baselines": ["unifrom"]}, "table.yaml: baselines: no 'unifrom'; did you mean 'uniform'?"),
+        ({"held_out": ["lerned"]}, "table.yaml: held_out: no 'lerned'; did you mean 'learned'?"),
         ({"floors": {"nois": 1.0}}, "table.yaml: floors: no task 'nois'; did you mean 'noise'?"),
         ({"noise_task": "c"}, "table.yaml: noise_task: no task 'c'; allowed: a, b, noise"),
         ({"noise_task": None}, "table.yaml: columns: noise_share needs noise_task"),
