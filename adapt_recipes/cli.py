@@ -361,8 +361,10 @@ def plan(words: Sequence[str]) -> None:
     """Runs `tune plan`."""
     parser = argparse.ArgumentParser(
         prog="tune plan",
-        usage="tune plan [--nnodes M] [--nproc_per_node N] [--json] <recipe> --config <config> [key=value ...]",
-        description="Show what a run would do and need: tasks, budget, steps, memory, disk. Trains nothing.",
+        usage="tune plan [--nnodes M] [--nproc_per_node N] [--json] [--pilot SHARE] <recipe> "
+        "--config <config> [key=value ...]",
+        description="Show what a run would do and need: tasks, budget, steps, memory, disk. Trains nothing, but with "
+        "--pilot two short runs, from which it predicts losses under several mixtures.",
         allow_abbrev=False,
     )
     # The options of `tune run` that come before the recipe; here they may come anywhere.
@@ -370,6 +372,7 @@ def plan(words: Sequence[str]) -> None:
     per_node = ("--nproc_per_node", "--nproc-per-node")
     parser.add_argument(*per_node, type=int, default=1, metavar="N", help="processes (GPUs) on each; default 1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--pilot", type=float, metavar="SHARE", help="share of the budget to spend on short runs")
     parser.add_argument("--config", required=True, help="name or path of a config")
     parser.add_argument("recipe", help="name or path of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as given to `tune run`")
@@ -380,17 +383,28 @@ def plan(words: Sequence[str]) -> None:
         for option in ("nnodes", "nproc_per_node"):
             if getattr(arguments, option) < 1:
                 raise ValueError(f"--{option}: has to be at least 1, not {getattr(arguments, option)}")
+        if arguments.pilot is not None and not 0 < arguments.pilot <= 1:
+            raise ValueError(f"--pilot: a share of the budget, above 0 and at most 1, not {arguments.pilot:g}")
+        if arguments.pilot is not None and arguments.nnodes > 1:
+            raise ValueError("--pilot: its runs are on one machine; leave --nnodes out")
         _check_recipe(arguments.recipe, ["--config", arguments.config])
         num_processes = arguments.nnodes * arguments.nproc_per_node
         made, config = _make_plan(arguments, num_processes)
+        pilot = None
+        if arguments.pilot is not None:
+            from adapt_recipes.planning import run_pilot
+
+            pilot = run_pilot(config, arguments.pilot, made, num_processes=num_processes)
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.exit(2, f"tune plan: error: {' '.join(str(error).split())}\n")
     if arguments.json:
-        print(json.dumps(made.to_dict(), indent=2))
+        print(json.dumps(made.to_dict() | ({"pilot": pilot.to_dict()} if pilot else {}), indent=2))
         return
-    from adapt_recipes.planning import show
+    from adapt_recipes.planning import show, show_pilot
 
     show(made, config, num_processes=num_processes)
+    if pilot:
+        show_pilot(pilot)
 
 
 def _make_plan(arguments: argparse.Namespace, num_processes: int) -> tuple[Any, Any]:
