@@ -397,6 +397,8 @@ def plan(words: Sequence[str]) -> None:
             pilot = run_pilot(config, arguments.pilot, made, num_processes=num_processes)
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.exit(2, f"tune plan: error: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, "tune plan: interrupted\n")
     if arguments.json:
         print(json.dumps(made.to_dict() | ({"pilot": pilot.to_dict()} if pilot else {}), indent=2))
         return

@@ -135,3 +135,18 @@ def test_what_cannot_be_run(
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"tune plan: error: {message}"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    config = str(ROOT / "yaml" / "tiny_adapt_forecast.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        cli.plan(["adapt_full_finetune", "--config", config, "output_dir=run", *TINY, "--pilot", "0.2"])
+    assert stopped.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "tune plan: interrupted"
