@@ -20,6 +20,7 @@ from adapt_recipes.planning.pilot import fit_ends, predict, spend
 
 ROOT = Path(__file__).parents[1]
 TINY = ["model.num_layers=1", "model.embed_dim=16", "model.intermediate_dim=24"]
+PLANNED = ["adapt_full_finetune", "--config", str(ROOT / "yaml" / "tiny_adapt_forecast.yaml"), "output_dir=run", *TINY]
 BUDGET = 12_000
 
 
@@ -87,10 +88,9 @@ def test_the_table() -> None:
         assert part in text
 
 
-def plan(folder: Path, *words: str, config: str = "tiny_adapt_forecast") -> subprocess.CompletedProcess[str]:
-    recipe = "adapt_full_finetune" if config == "tiny_adapt_forecast" else "sft_full_finetune"
-    command = [sys.executable, "-m", "tune_cli_ext", "plan", recipe, "--config", str(ROOT / "yaml" / f"{config}.yaml")]
-    return subprocess.run([*command, "output_dir=run", *TINY, *words], cwd=folder, capture_output=True, text=True)
+def plan(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tune_cli_ext", "plan", *PLANNED, *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [each["supervised_tokens"] for each in summaries] == found["tokens"]
     assert not list(tmp_path.glob("run_pilot/*/model")) and not (tmp_path / "run").exists()
     before = (tmp_path / "run_pilot/tokens_3840/summary.json").stat().st_mtime_ns
-    again = plan(tmp_path, "--pilot", "0.15", config="tiny_adapt_forecast")
+    again = plan(tmp_path, "--pilot", "0.15")
     assert again.returncode == 0 and "adapt_recipes.mixture." in again.stdout and "facts_512" in again.stdout
     assert (tmp_path / "run_pilot/tokens_3840/summary.json").stat().st_mtime_ns == before
     other = plan(tmp_path, "--pilot", "0.15", "optimizer.lr=0.01")
@@ -129,9 +129,8 @@ def test_what_cannot_be_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    config = str(ROOT / "yaml" / "tiny_adapt_forecast.yaml")
     with pytest.raises(SystemExit) as stopped:
-        cli.plan(["adapt_full_finetune", "--config", config, "output_dir=run", *TINY, *words])
+        cli.plan([*PLANNED, *words])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"tune plan: error: {message}"
     assert not list(tmp_path.iterdir())
@@ -146,7 +145,6 @@ def test_an_interrupt_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(subprocess, "run", interrupted)
-    config = str(ROOT / "yaml" / "tiny_adapt_forecast.yaml")
     with pytest.raises(SystemExit) as stopped:
-        cli.plan(["adapt_full_finetune", "--config", config, "output_dir=run", *TINY, "--pilot", "0.2"])
+        cli.plan([*PLANNED, "--pilot", "0.2"])
     assert stopped.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "tune plan: interrupted"
