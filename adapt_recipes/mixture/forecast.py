@@ -17,6 +17,9 @@ age 0, and v_t is 1, or for a training loss its tokens relative to the mean of a
 matter, as a_t = v_t 0.7^age. Its size m_t is the mean of the losses up to y_t with these weights, and the lowest loss l
 the mean of all with v_t d^(3 age).
 
+Before its losses show an asymptote, a task is expected to be learned: P(phi) is ``asymptote_prior`` of k = 1 + 3 h / T,
+which prefers low asymptotes at first and none in the end.
+
 A curve only falls. What a task that gets few tokens loses again is G: with the speed of forgetting f and that of
 learning again r p G, it stays at f / (r p), so half of the present share would double it.
 
@@ -199,7 +202,7 @@ class AdaptForecast:
         horizon: float,  # h, tokens
     ) -> Tensor:
         """Computes (2) to (5), and sets the shares of the n tasks. Returns what is logged: (4, n) float64."""
-        curves, G = self._fit(ready)
+        curves, G = self._fit(ready, asymptote_prior(1 + 3 * horizon / self.budget_tokens))
         E, C = curves.averaged()
         x, h = tokens / self.fair_tokens, horizon / self.fair_tokens
         forecast = _Forecast(E, C, G, x, h, self.probabilities()[ready])
@@ -216,6 +219,7 @@ class AdaptForecast:
     def _fit(
         self,
         ready: Tensor,  # (num_tasks,) bool, n of them
+        prior: Tensor,  # P(phi)
     ) -> tuple[Curves, Tensor]:
         """The curves, and G of (2): (n,) float64."""
         known = (~self.curve_losses[:, ready].isnan()).sum(0)
@@ -227,7 +231,7 @@ class AdaptForecast:
         m = (earlier @ (v * y)) / (earlier @ v).clamp_min(TINY)
         newest = v * self.discount ** (3 * age)
         level = (newest * y).sum(0) / newest.sum(0)
-        fitted = fit(x, y, v * self.discount**age, m, level, asymptote_prior(1))
+        fitted = fit(x, y, v * self.discount**age, m, level, prior)
         # (2): G = max(0, sum_t a_t (y_t - sum_L P(L) L(x_t))) / (1 + sum_t a_t)
         a = v * SMOOTHING**age
         return fitted, (a * (y - fitted.mean(x))).sum(0).clamp_min(0) / (1 + a.sum(0))

@@ -59,7 +59,7 @@ def test_fits_against_numpy() -> None:
     kinds += [lambda x, c=c, e=e: (1 + x / c) ** -e for c, e in POWERS.tolist()]
     log_p, fits, ends, asymptotes = [], [], [], []
     end = (120 + (1000 - 180) * float(mixture.probabilities()[0])) / 500
-    for phi, density in zip(ASYMPTOTES.tolist(), asymptote_prior(1).tolist(), strict=True):
+    for phi, density in zip(ASYMPTOTES.tolist(), asymptote_prior(1 + 3 * 0.82).tolist(), strict=True):
         for g in kinds:
             E = phi * now
             # The smallest sum of squares over C >= 0.
