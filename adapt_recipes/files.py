@@ -14,6 +14,7 @@ from uuid import uuid4
 PARTIAL, REMOVED = ".partial", ".removed"
 # A full disk, a full quota, a limit on the size of a file.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 class NoSpaceLeft(OSError):
@@ -82,6 +83,17 @@ def remove_folder(folder: Path) -> None:
     os.rename(folder, removed)
     fsync(folder.parent)
     shutil.rmtree(removed)
+
+
+def check_not_lfs(path: Path) -> None:
+    """Refuses a Git LFS pointer, which a clone without Git LFS has in place of a large file.
+
+    Raises:
+        ValueError: the file is one (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
 
 
 def fsync(path: Path) -> None:

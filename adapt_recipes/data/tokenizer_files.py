@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from adapt_recipes.files import check_not_lfs
+
 # Split words as Qwen2's tokenizers do.
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -120,6 +122,9 @@ def _tokenizer_file(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}; `tune download MODEL --output-dir FOLDER` creates one")
     file = folder / "tokenizer.json"
+    for known in (file, folder / "tokenizer.model"):
+        if known.is_file():
+            check_not_lfs(known)
     if not file.is_file() and (folder / "tokenizer.model").is_file():
         command = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
         raise ValueError(

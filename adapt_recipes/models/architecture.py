@@ -17,17 +17,18 @@ from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 from adapt_recipes.errors import nearest
 from adapt_recipes.models.families import DEFAULTS, FAMILIES, Family, is_adapter, of_any_layer
 from adapt_recipes.models.gemma3 import SlidingWindowAttention
-from adapt_recipes.models.rotations import RotaryEmbeddings
+from adapt_recipes.models.rotations import (
+    LinearScaling,
+    Llama3Scaling,
+    RotaryEmbeddings,
+    ScaledQwen2RoPE,
+    ScaledRoPE,
+    YarnScaling,
+)
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's scaling of low RoPE frequencies, named as in ``config.json``."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
+# By their ``rope_type`` in ``config.json``. ``dynamic`` is none of them: see ``check_length``.
+_SCALINGS: dict[str, type[RopeScaling]] = {"llama3": Llama3Scaling, "linear": LinearScaling, "yarn": YarnScaling}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Architecture:
         sliding_window: None: all layers have full attention.
         rope_theta: RoPE base in the layers with full attention; None: there are none.
         rope_local_base_freq: RoPE base in the other layers; None: there are none.
-        rope_scaling: None: RoPE without scaling.
+        rope_scaling: in the layers with full attention; None: RoPE without scaling.
     """
 
     model_type: str
@@ -130,9 +131,6 @@ def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architec
         settings.values["use_sliding_window"] = False
 
     _check_supported(settings, family)
-    scaling = None
-    if settings.values["rope_type"] == "llama3":
-        scaling = RopeScaling(**{field.name: number(field.name) for field in fields(RopeScaling)})
     return Architecture(
         model_type=model_type,
         vocab_size=number("vocab_size", int),
@@ -147,10 +145,42 @@ def architecture_of_config(config: Mapping[str, Any], *, where: str) -> Architec
         sliding_window=number("sliding_window", int) if windowed else None,
         rope_theta=number("rope_theta") if full_layers else None,
         rope_local_base_freq=number("rope_local_base_freq") if windowed else None,
-        rope_scaling=scaling if scaling is not None and scaling.factor != 1 else None,
+        rope_scaling=_rope_scaling(settings) if full_layers else None,
         tie_word_embeddings=settings.values.get("tie_word_embeddings", False),
         attention_dropout=settings.values.get("attention_dropout", 0.0),
     )
+
+
+def is_dynamic(config: Mapping[str, Any]) -> bool:
+    """Whether the RoPE of a ``config.json`` depends on the length of the input; see ``check_length``."""
+    return _flat(dict(config), where="")["rope_type"] == "dynamic"
+
+
+def check_length(config: Mapping[str, Any], max_seq_len: int, *, where: str) -> None:
+    """Refuses inputs that are longer than the model of a ``config.json`` is made for.
+
+    With ``linear`` and ``yarn``, ``max_position_embeddings`` may be the length before scaling, as vLLM reads it.
+
+    With ``dynamic``, RoPE is not scaled up to ``max_position_embeddings``. Beyond, transformers computes all angles
+    from the longest row of a batch, so the loss of an example would depend on the others in its batch: we refuse it.
+
+    Raises:
+        ValueError: ``max_seq_len`` is too long, or the length is missing or invalid.
+    """
+    given = _flat(dict(config), where=where)
+    settings, rope_type = _Settings(given, where), given["rope_type"]
+    if given.get("max_position_embeddings") is None and rope_type != "dynamic":
+        return
+    longest = settings.number("max_position_embeddings", int)
+    limit = f"the model's max_position_embeddings {longest}"
+    if rope_type == "dynamic":
+        limit += ", beyond which the angles of 'dynamic' RoPE depend on the longest row of a batch"
+    if rope_type in ("linear", "yarn"):
+        before = longest if rope_type == "linear" else settings.number("original_max_position_embeddings", int)
+        longest = max(longest, int(settings.number("factor") * before))
+        limit = f"the {longest} tokens of the model's {rope_type} rope_scaling"
+    if max_seq_len > longest:
+        raise ValueError(f"{where}: max_seq_len {max_seq_len} exceeds {limit}")
 
 
 @dataclass
@@ -179,13 +209,54 @@ def _check_supported(settings: _Settings, family: Family) -> None:
     """Refuses settings that the decoders of a family cannot compute."""
     for key, values in family.settings.items():
         settings.allow(key, *values)
-    settings.allow("rope_type", "default", *(("llama3",) if Llama3ScaledRoPE in family.rope else ()))
+    settings.allow("rope_type", *family.rope_types)
     settings.allow("rope_parameters.sliding_attention.rope_type", "default")
+    # transformers ignores both where there are two kinds of layers.
+    if "rope_local_base_freq" in family.defaults:
+        settings.allow("rope_parameters.rope_type", "default")
+        settings.allow("rope_scaling.type", "default")
     settings.allow("partial_rotary_factor", 1.0)
     settings.allow("tie_word_embeddings", False, True)
     # torchtune's attention divides scores by the square root of head_dim.
     if "query_pre_attn_scalar" in family.defaults:
         settings.allow("query_pre_attn_scalar", settings.values["head_dim"])
+
+
+def _rope_scaling(settings: _Settings) -> RopeScaling | None:
+    """The scaling of RoPE; None: there is none, or it changes nothing."""
+    number, rope_type = settings.number, settings.values["rope_type"]
+    if rope_type == "dynamic":
+        number("factor")
+    kind = _SCALINGS.get(rope_type)
+    if kind is None:
+        return None
+    if kind is not YarnScaling:
+        scaling = kind(**{field.name: number(field.name) for field in fields(kind)})
+        return scaling if scaling.factor != 1 else None
+
+    # The defaults of transformers.
+    values = settings.values = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **settings.values}
+    settings.allow("truncate", True, False)
+    factor = number("factor")
+    attention_factor = _attention_factor(factor, 1.0)
+    if "attention_factor" in values:
+        attention_factor = number("attention_factor")
+    elif "mscale" in values and "mscale_all_dim" in values:
+        numerator, denominator = (_attention_factor(factor, number(key)) for key in ("mscale", "mscale_all_dim"))
+        attention_factor = numerator / denominator
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=number("original_max_position_embeddings", int),
+        attention_factor=attention_factor,
+        beta_fast=number("beta_fast"),
+        beta_slow=number("beta_slow"),
+        truncate=values["truncate"],
+    )
+
+
+def _attention_factor(factor: float, mscale: float) -> float:
+    # sqrt(1 / t) = 0.1 ln(factor) + 1 of YaRN; its square divides the temperature of the softmax.
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _flat(known: dict[str, Any], *, where: str) -> dict[str, Any]:
@@ -200,12 +271,17 @@ def _flat(known: dict[str, Any], *, where: str) -> dict[str, Any]:
     # Either of all layers, or one mapping for each type of layer.
     parameters = mapping(known, "rope_parameters")
     local = mapping(parameters, "sliding_attention")
-    rope = (mapping(parameters, "full_attention") | mapping(known, "rope_scaling")) or parameters
+    full, scaling = mapping(parameters, "full_attention"), mapping(known, "rope_scaling")
+    rope = (full | scaling) or parameters
+    original = "original_max_position_embeddings"
     return {
-        "original_max_position_embeddings": known.get("max_position_embeddings"),
         **known,
         **rope,
+        # As in transformers, that of the top level takes precedence.
+        original: known.get(original, rope.get(original, known.get("max_position_embeddings"))),
         "rope_type": rope.get("rope_type", rope.get("type", "default")),
+        "rope_parameters.rope_type": parameters.get("rope_type", "default"),
+        "rope_scaling.type": "default" if "rope_type" in scaling else scaling.get("type", "default"),
         "rope_local_base_freq": local.get("rope_theta", known.get("rope_local_base_freq")),
         "rope_parameters.sliding_attention.rope_type": local.get("rope_type", "default"),
     }
@@ -249,8 +325,9 @@ def huggingface_config(
     if "sliding_window_pattern" in family.defaults:
         kinds = ["full_attention" if i in full_layers else "sliding_attention" for i in range(len(decoder.layers))]
         config |= {"layer_types": kinds, "query_pre_attn_scalar": architecture.head_dim}
-    if architecture.rope_scaling is not None:
-        config["rope_scaling"] = {"rope_type": "llama3", **vars(architecture.rope_scaling)}
+    if (scaling := architecture.rope_scaling) is not None:
+        rope_type = next(name for name, kind in _SCALINGS.items() if isinstance(scaling, kind))
+        config["rope_scaling"] = {"rope_type": rope_type, **vars(scaling)}
     return config | {
         **{key: values[0] for key, values in family.settings.items()},
         "architectures": [family.transformers_class],
@@ -283,10 +360,6 @@ def architecture_of_decoder(decoder: TransformerDecoder) -> Architecture:
     attentions = [layer.attn for layer in decoder.layers]
     local = [attention for attention in attentions if isinstance(attention, SlidingWindowAttention)]
     others = [attention for attention in attentions if not isinstance(attention, SlidingWindowAttention)]
-    rope = _rope(attentions[0])
-    scaling = None
-    if isinstance(rope, Llama3ScaledRoPE) and rope.scale_factor != 1:
-        scaling = RopeScaling(rope.scale_factor, rope.low_freq_factor, rope.high_freq_factor, rope.old_context_len)
     norms = [module for module in decoder.modules() if isinstance(module, FAMILIES[model_type].norm)]
     return Architecture(
         model_type=model_type,
@@ -302,7 +375,7 @@ def architecture_of_decoder(decoder: TransformerDecoder) -> Architecture:
         sliding_window=_one("sliding_window", [attention.sliding_window for attention in local]),
         rope_theta=_one("rope_theta", [_rope(attention).base for attention in others]),
         rope_local_base_freq=_one("rope_local_base_freq", [_rope(attention).base for attention in local]),
-        rope_scaling=scaling,
+        rope_scaling=_one("rope_scaling", [_scaling_of(_rope(attention)) for attention in others]),
         tie_word_embeddings=isinstance(decoder.output, TiedLinear),
         attention_dropout=attentions[0].attn_dropout,
     )
@@ -335,8 +408,15 @@ def _rope(attention: MultiHeadAttention) -> nn.Module:
     return embeddings.rope if isinstance(embeddings, RotaryEmbeddings) else embeddings
 
 
+def _scaling_of(rope: nn.Module) -> RopeScaling | None:
+    if isinstance(rope, Llama3ScaledRoPE):
+        scaling = Llama3Scaling(rope.scale_factor, rope.low_freq_factor, rope.high_freq_factor, rope.old_context_len)
+        return scaling if scaling.factor != 1 else None
+    return rope.scaling if isinstance(rope, ScaledRoPE | ScaledQwen2RoPE) else None
+
+
 def _one(name: str, values: Sequence[Any]) -> Any:
     """The value of all layers, which has to be the same; None: there are no such layers."""
     if len(set(values)) > 1:
-        raise ValueError(f"model: {name} is not the same in all layers: {', '.join(map(str, sorted(set(values))))}")
+        raise ValueError(f"model: {name} is not the same in all layers: {', '.join(sorted(map(str, set(values))))}")
     return values[0] if values else None

@@ -24,6 +24,7 @@ class Family:
         transformers_class: for ``architectures``.
         names: Hugging Face's names of the weights -> torchtune's, with ``{}`` for the number of a layer.
         norm, activation, rope: parts of the decoder, by class or as printed.
+        rope_types: the supported ones of ``config.json``, in the layers with full attention; the first is the default.
         settings: of ``config.json``, each with the values that the decoder supports; the first is the default of
             transformers.
         defaults: of transformers, for other keys of ``config.json``, besides ``DEFAULTS``.
@@ -37,6 +38,7 @@ class Family:
     norm: type[nn.Module]
     activation: str
     rope: tuple[type[nn.Module], ...]
+    rope_types: tuple[str, ...]
     settings: dict[str, tuple[Any, ...]]
     defaults: dict[str, Any] = field(default_factory=dict)
     interleaved_rope: bool = False
@@ -60,6 +62,8 @@ _NORMS_AROUND_BLOCKS = {
     "model.layers.{}.post_feedforward_layernorm.weight": "layers.{}.mlp_scale.scale",
 }
 
+_SCALED_ROPE = ("default", "linear", "dynamic", "yarn")
+
 FAMILIES = {
     # Llama 2 and 3, SmolLM2, and any folder with this model_type.
     "llama": Family(
@@ -68,6 +72,7 @@ FAMILIES = {
         norm=RMSNorm,
         activation="SiLU()",
         rope=(RotaryPositionalEmbeddings, Llama3ScaledRoPE),
+        rope_types=(*_SCALED_ROPE, "llama3"),
         settings={"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",)},
         interleaved_rope=True,
     ),
@@ -77,6 +82,7 @@ FAMILIES = {
         norm=GemmaRMSNorm,
         activation="GELU(approximate='tanh')",
         rope=(RotaryPositionalEmbeddings,),
+        rope_types=("default",),
         settings={
             "attention_bias": (False,),
             # "gelu" in the oldest files, which mean the other.
@@ -94,6 +100,7 @@ FAMILIES = {
         norm=GemmaRMSNorm,
         activation="GELU(approximate='tanh')",
         rope=(Qwen2RotaryPositionalEmbeddings,),
+        rope_types=("default", "linear"),
         settings={
             "attention_bias": (False,),
             "hidden_activation": ("gelu_pytorch_tanh",),
@@ -120,6 +127,7 @@ FAMILIES = {
         norm=RMSNorm,
         activation="SiLU()",
         rope=(Qwen2RotaryPositionalEmbeddings,),
+        rope_types=_SCALED_ROPE,
         settings={"hidden_act": ("silu",), "use_sliding_window": (False,)},
         defaults={"num_key_value_heads": 32, "max_window_layers": 28},
     ),
@@ -129,6 +137,7 @@ FAMILIES = {
         norm=RMSNorm,
         activation="SiLU()",
         rope=(Qwen2RotaryPositionalEmbeddings,),
+        rope_types=_SCALED_ROPE,
         settings={"attention_bias": (False,), "hidden_act": ("silu",), "use_sliding_window": (False,)},
         defaults={"head_dim": 128, "num_key_value_heads": 32, "max_window_layers": 28},
     ),

@@ -57,7 +57,8 @@ def gemma3(
     """A Gemma 3 decoder with its head tied to the embeddings (https://arxiv.org/abs/2503.19786).
 
     Rows of weights are laid out as in transformers: RoPE pairs the first half of a head with the second. Gemma 3 4B and
-    larger also scale RoPE in global layers, and 27B scales attention scores differently; this decoder supports neither.
+    larger also scale RoPE in global layers, which ``decoder_from_folder`` adds; 27B scales attention scores
+    differently, which is not supported.
 
     Args:
         vocab_size, num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim: sizes.

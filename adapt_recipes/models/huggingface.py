@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from adapt_recipes.files import atomic_folder
+from adapt_recipes.data.conversations import error_prefix
+from adapt_recipes.errors import warn
+from adapt_recipes.files import atomic_folder, check_not_lfs
 from adapt_recipes.models.adapters import Adapters, merged
-from adapt_recipes.models.architecture import architecture_of_config, architecture_of_decoder, read_config
+from adapt_recipes.models.architecture import (
+    architecture_of_config,
+    architecture_of_decoder,
+    check_length,
+    is_dynamic,
+    read_config,
+)
 from adapt_recipes.models.families import (
     FAMILIES,
     Family,
@@ -46,7 +55,8 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The key of ``config.json`` that says it: of transformers 4, which 5 also reads, and of 5.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+_QUANTIZATION = "quantization_config"
 # Stored in old folders, and ignored.
 _COMPUTED = "rotary_emb.inv_freq"
 
@@ -58,9 +68,10 @@ class Saveable(Protocol):
 
 
 class _Stored(NamedTuple):
-    """File, dtype and shape of a weight, from the header of its file."""
+    """File, name there, dtype and shape of a weight, from the header of its file."""
 
     file: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -78,7 +89,8 @@ class HuggingFaceCheckpointer:
             folder.
 
     Attributes:
-        config: the folder's ``config.json``; None without a folder.
+        config: the folder's ``config.json``, without a ``quantization_config`` that its weights contradict; None
+            without a folder.
 
     Raises:
         ValueError: the folder or a file in it is missing or cannot be used.
@@ -100,13 +112,22 @@ class HuggingFaceCheckpointer:
             read_config(folder, key=_KEY, name=_GENERATION_CONFIG)
             self._generation_config = (folder / _GENERATION_CONFIG).read_text(encoding="utf-8")
         family = FAMILIES[self._architecture.model_type]
+        # After an error about weights that are quantized.
+        advice = f"; its {_QUANTIZATION} says that they are quantized: use the folder of the model before that"
+        advice = "" if self.config.get(_QUANTIZATION) is None else advice
         for file in _weight_files(folder):
-            for name, stored in _read_header(file).items():
+            for name, stored in _read_header(file, advice=advice).items():
                 if torchtune_name(family, name) is not None:
                     self._stored[name] = stored
                 elif not name.endswith(_COMPUTED):
-                    reason = f"{name} of shape {stored.shape} has no place in the model of its config.json"
+                    reason = f"{name} of shape {stored.shape} has no place in the model of its config.json{advice}"
                     raise ValueError(f"{_KEY}: {file}: {reason}")
+        if advice:
+            warn(f"{_KEY}: {folder / 'config.json'} has a {_QUANTIZATION}, but its weights are plain; it is dropped")
+        self.config.pop(_QUANTIZATION, None)
+        # Some folders of tied models store the head alone.
+        if self._architecture.tie_word_embeddings and _EMBEDDINGS not in self._stored and _HEAD in self._stored:
+            self._stored[_EMBEDDINGS] = self._stored.pop(_HEAD)
 
     def check(self, decoder: TransformerDecoder) -> None:
         """Refuses a decoder that the folder's weights do not fit, or that would compute another function with them.
@@ -152,6 +173,8 @@ class HuggingFaceCheckpointer:
                 problems.append(f"{text} {names[0]}{more}")
 
         # Other settings.
+        if is_dynamic(self.config):
+            check_length(self.config, decoder.max_seq_len, where=unfit)
         if not problems and (field := theirs.first_difference(ours)):
             problems.append(
                 f"{field} is {getattr(theirs, field)} in its config.json and {getattr(ours, field)} in the model"
@@ -171,14 +194,14 @@ class HuggingFaceCheckpointer:
             return None
         family = FAMILIES[self._architecture.model_type]
         weights = _Weights(
-            {str(torchtune_name(family, name)): (name, stored.file) for name, stored in self._stored.items()},
+            {str(torchtune_name(family, name)): (stored.name, stored.file) for name, stored in self._stored.items()},
             family,
             self._architecture.head_dim,
         )
         # Some folders of tied models store the head as well. It is ignored if it equals the embeddings.
         if self._architecture.tie_word_embeddings and "output.weight" in weights:
             if not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
-                reason = f"config.json says tie_word_embeddings, but {_HEAD} and model.embed_tokens.weight differ"
+                reason = f"config.json says tie_word_embeddings, but {_HEAD} and {_EMBEDDINGS} differ"
                 raise ValueError(f"{_KEY}: {self._checkpoint_dir}: {reason}")
             del weights.where["output.weight"]
         return weights
@@ -198,9 +221,8 @@ class HuggingFaceCheckpointer:
 
         The weights are rounded to ``save_dtype``, and ``config.json`` names it. A tied head is not stored.
 
-        Adapters are merged into the weights, and also written for PEFT, unmerged, to a folder beside ``folder`` whose
-        name has ``adapter`` in place of ``model``. In ``folder`` itself, transformers with PEFT installed would add
-        them to the weights a second time.
+        Adapters are merged into the weights, and also written for PEFT, unmerged, to ``adapter_folder``. In ``folder``
+        itself, transformers with PEFT installed would add them to the weights a second time.
 
         Args:
             state_dict: the decoder's, on any device. Sharded weights are gathered one at a time, and the first process
@@ -238,9 +260,7 @@ class HuggingFaceCheckpointer:
                 if rank() == 0:
                     self._write(folder, weights, split, self._with_dtype(config), tokenizer, end_ids)
                     if adapters is not None:
-                        self._write_adapters(
-                            folder.with_name(folder.name.replace("model", "adapter")), dict(weights), adapters
-                        )
+                        self._write_adapters(adapter_folder(folder), dict(weights), adapters)
             finally:
                 # The other processes take part in every gather, and so does the first one after an error.
                 deque(weights, maxlen=0)
@@ -327,7 +347,8 @@ class HuggingFaceCheckpointer:
             adapter_config = {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": self._checkpoint_dir,
+                # PEFT takes a path that is not in the folder from which it is called for a name on the hub.
+                "base_model_name_or_path": self._checkpoint_dir and os.path.abspath(self._checkpoint_dir),
                 "target_modules": sorted({name.split(".lora_")[0].split(".")[-1] for name in weights}),
                 "r": adapters.rank,
                 "lora_alpha": adapters.alpha,
@@ -337,6 +358,12 @@ class HuggingFaceCheckpointer:
             }
             _write_json(partial / _ADAPTER_CONFIG, adapter_config)
             _write_weights(partial / _ADAPTER, weights, readable_as=partial / _ADAPTER_CONFIG)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The folder of the adapters of a saved model, beside it: its name has ``adapter`` for ``model``, or at its end."""
+    name = folder.name.replace("model", "adapter")
+    return folder.with_name(name if name != folder.name else f"{name}_adapter")
 
 
 def with_ends(eos_token_id: int | list[int] | None, end_ids: Sequence[int]) -> int | list[int] | None:
@@ -432,8 +459,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, _Stored]:
+def _read_header(file: Path, *, advice: str) -> dict[str, _Stored]:
     """Every weight in a file, by name."""
+    with error_prefix(_KEY):
+        check_not_lfs(file)
     try:
         with safe_open(file, framework="pt") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (not a dict)
@@ -444,8 +473,9 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         if dtype not in _DTYPES:
             raise ValueError(
                 f"{_KEY}: {file}: {name} is stored as {dtype}, which cannot be trained; allowed: {', '.join(_DTYPES)}"
+                f"{advice}"
             )
-    return {name: _Stored(file, _DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
+    return {name: _Stored(file, name, _DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
 
 
 def _write_weights(file: Path, weights: Mapping[str, Tensor], *, readable_as: Path) -> None:

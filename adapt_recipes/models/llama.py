@@ -15,11 +15,11 @@ from torchtune.modules import (
 )
 
 from adapt_recipes.models.architecture import Architecture
-from adapt_recipes.models.rotations import RotaryEmbeddings
+from adapt_recipes.models.rotations import Llama3Scaling, RotaryEmbeddings
 
 
 def llama(a: Architecture, max_seq_len: int) -> TransformerDecoder:
-    """A decoder with random weights. Unlike torchtune's ``llama3_2`` it has any ``head_dim`` and RoPE scaling.
+    """A decoder with random weights. Unlike torchtune's ``llama3_2`` it has any ``head_dim`` and ``Llama3Scaling``.
 
     Args:
         a: its sizes and settings.
@@ -32,10 +32,9 @@ def llama(a: Architecture, max_seq_len: int) -> TransformerDecoder:
 
     # Position embeddings.
     rope: RotaryPositionalEmbeddings | Llama3ScaledRoPE
-    if a.rope_scaling is None:
+    if not isinstance(s := a.rope_scaling, Llama3Scaling):
         rope = RotaryPositionalEmbeddings(head_dim, max_seq_len, a.rope_theta)
     else:
-        s = a.rope_scaling
         rope = Llama3ScaledRoPE(
             head_dim,
             max_seq_len,

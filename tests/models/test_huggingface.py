@@ -260,6 +260,7 @@ SIZES = {
     "num_attention_heads": 4,
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FULL, LOCAL = {"rope_type": "default", "rope_theta": 3e4}, {"rope_type": "default", "rope_theta": 300.0}
 
 
@@ -274,6 +275,16 @@ FULL, LOCAL = {"rope_type": "default", "rope_theta": 3e4}, {"rope_type": "defaul
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}),
         ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}),
         ("llama", {"use_sliding_window": True, "layer_types": None}),  # of no meaning in this kind
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 64}),
+        # The length outside takes precedence.
+        ("llama", {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "original_max_position_embeddings": 32}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 2}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0, "type": "linear"}}),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}),
+        ("qwen3", {"rope_scaling": YARN, "rope_theta": 1e6, "max_position_embeddings": 256}),
+        ("qwen3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, "max_position_embeddings": 256}),
+        ("qwen3", {"rope_parameters": YARN | {"beta_fast": 8, "truncate": False}, "max_position_embeddings": 256}),
         ("gemma", {}),
         ("gemma", {"hidden_act": "gelu", "hidden_activation": None, "rope_theta": 2e4, "num_key_value_heads": 1}),
         ("gemma", {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": False}),
@@ -348,8 +359,15 @@ def test_a_folder_in_the_older_layout(changed: Any, name: str, changes: dict[str
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; allowed: 'silu'"),
         (
             "llama",
-            {"rope_scaling": {"rope_type": "dynamic"}},
-            "rope_type = 'dynamic' is not supported; allowed: 'default' or 'llama3'",
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rope_type = 'longrope' is not supported; allowed: 'default' or 'linear' or 'dynamic' or 'yarn'",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic"}}, "config.json has no 'factor'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor = 0 has to be a number above 0"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}, "max_position_embeddings": 8},
+            "truncate = 'no' is not supported; allowed: True or False",
         ),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "config.json has no 'factor'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json has no 'low_freq_factor'"),
@@ -392,8 +410,19 @@ def test_a_folder_in_the_older_layout(changed: Any, name: str, changes: dict[str
         ("gemma3_text", {"head_dim": 64}, "query_pre_attn_scalar = 256 is not supported; allowed: 64"),
         (
             "gemma3_text",
-            {"rope_scaling": {"rope_type": "linear"}},
-            "rope_type = 'linear' is not supported; allowed: 'default'",
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "rope_type = 'yarn' is not supported; allowed: 'default' or 'linear'",
+        ),
+        # transformers ignores these two, and other programs may not.
+        (
+            "gemma3_text",
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_scaling.type = 'linear' is not supported; allowed: 'default'",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            "rope_parameters.rope_type = 'linear' is not supported; allowed: 'default'",
         ),
         (
             "gemma3_text",
@@ -413,10 +442,14 @@ def test_a_folder_in_the_older_layout(changed: Any, name: str, changes: dict[str
             {"use_sliding_window": True, "max_window_layers": 2},
             "use_sliding_window = True is not supported; allowed: False",
         ),
-        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' is not supported"),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "config.json has no 'original_max_position_embeddings'",
+        ),
         ("qwen3", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("qwen3", {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
-        ("qwen3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn' is not supported"),
+        ("qwen3", {"rope_parameters": {"rope_type": "llama3", **LLAMA3}}, "rope_type = 'llama3' is not supported"),
         (
             "qwen3",
             {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
@@ -495,7 +528,7 @@ def test_weights_without_a_counterpart_are_counted(folders: dict[str, Path]) -> 
         (
             "llama3",
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}},
-            "rope_scaling is RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, "
+            "rope_scaling is Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, "
             "original_max_position_embeddings=64) in its config.json and None in the model",
         ),
         (
@@ -545,7 +578,7 @@ def test_weights_that_fit_another_function_are_refused(
 def test_layers_that_are_not_alike_are_refused() -> None:
     decoder = build("llama3")
     decoder.layers[1].sa_norm.eps = 1e-5
-    with refused("model: rms_norm_eps is not the same in all layers: 1e-05, 0.001"):
+    with refused("model: rms_norm_eps is not the same in all layers: 0.001, 1e-05"):
         architecture_of_decoder(decoder)
 
 
@@ -594,8 +627,7 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     write("gemma3", tmp_path, max_shard_size="40KB")
     first, *_, another, last = sorted(tmp_path.glob("*.safetensors"))
     whole = last.read_bytes()
-    git_lfs = b"version https://git-lfs.github.com/spec/v1\n"
-    for damaged in (b"", git_lfs, whole[: len(whole) // 10], whole[:-100], b"\xff" * 64):
+    for damaged in (b"", whole[: len(whole) // 10], whole[:-100], b"\xff" * 64):
         last.write_bytes(damaged)
         refused_by_checkpointer(tmp_path, f"{last} cannot be read as safetensors: ")
     shutil.copy(first, last)  # of another part of the model
@@ -604,6 +636,52 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     another.unlink()
     message = f"model.safetensors.index.json names {another.name}, but there is no such file in {tmp_path}"
     refused_by_checkpointer(tmp_path, message)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_git_lfs_pointers_are_named(tmp_path: Path, sharded: bool) -> None:
+    write("gemma3", tmp_path, max_shard_size="40KB" if sharded else "5GB")
+    *_, last = sorted(tmp_path.glob("*.safetensors"))
+    last.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 12345\n")
+    reason = f"{last} is a Git LFS pointer, not the file itself; run `git lfs pull` in {tmp_path}"
+    refused_by_checkpointer(tmp_path, f"checkpointer.checkpoint_dir: {reason}")
+
+
+# Of bitsandbytes and GPTQ, as far as it bears on the error.
+QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "message"),
+    [
+        (f"{Q_PROJ}.weight", torch.ones(288, 1).to(torch.uint8), "is stored as U8, which cannot be trained"),
+        (f"{Q_PROJ}.qweight", torch.ones(6, 48).to(torch.int32), "is stored as I32, which cannot be trained"),
+        (f"{Q_PROJ}.weight_scale", torch.ones(48, 1), "of shape (48, 1) has no place in the model of its config.json"),
+    ],
+    ids=["bitsandbytes", "GPTQ", "FP8"],
+)
+def test_quantized_weights_are_refused(changed: Any, name: str, weight: Tensor, message: str) -> None:
+    advice = "; its quantization_config says that they are quantized: use the folder of the model before that"
+    for quantization in (QUANTIZATION, None):
+        folder = changed("llama3", {"quantization_config": quantization}, **{name: weight})
+        with refused(message) as caught:
+            HuggingFaceCheckpointer(str(folder))
+        assert str(caught.value).endswith(advice) == (quantization is not None)
+
+
+def test_a_left_over_quantization_config_is_dropped(
+    changed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed("llama3", {"quantization_config": QUANTIZATION})
+    capsys.readouterr()
+    decoder = build("llama3")
+    checkpointer = load(decoder, folder)
+    where = f"checkpointer.checkpoint_dir: {folder}/config.json has a quantization_config"
+    assert capsys.readouterr().err == f"warning: {where}, but its weights are plain; it is dropped\n"
+    save(decoder, tmp_path / "model", checkpointer)
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    assert_same_logits(decoder, AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8")], ids=str)
@@ -627,3 +705,28 @@ def test_what_a_folder_may_hold_beside_its_weights(changed: Any, folders: dict[s
     load(build("qwen3"), changed("qwen3", {}, **{"lm_head.weight": embeddings.clone()}))
     folder = changed("qwen3", {}, **{"lm_head.weight": embeddings + 1})
     refused_by_checkpointer(folder, "lm_head.weight and model.embed_tokens.weight differ")
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "qwen1_5", "gemma3"])
+def test_a_tied_folder_that_stores_only_the_head(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """It loads as the whole one, and is saved with the embeddings, as transformers saves it."""
+    folder = shutil.copytree(folders[name], tmp_path / "head")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight").bfloat16()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    decoder = build(name)
+    checkpointer = load(decoder, folder)
+    assert_same_logits(decoder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    save(decoder, tmp_path / "model", checkpointer)
+    after = stored(tmp_path / "model")
+    assert "lm_head.weight" not in after
+    assert same_bits(after["model.embed_tokens.weight"], weights["lm_head.weight"])
+
+
+def test_only_the_head_of_an_untied_folder(changed: Any) -> None:
+    folder = changed("llama3", {})
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with refused("does not fit the model: the folder lacks model.embed_tokens.weight"):
+        HuggingFaceCheckpointer(str(folder)).check(build("llama3"))

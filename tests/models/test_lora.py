@@ -175,10 +175,11 @@ def add(model: nn.Module, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_folders_compute_what_was_trained(tmp_path: Path, name: str) -> None:
+def test_both_folders_compute_what_was_trained(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write(name, tmp_path / "base")
     decoder = adapted(name)
-    checkpointer, adapters = train(decoder.eval(), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    checkpointer, adapters = train(decoder.eval(), Path("base"))
     with torch.no_grad():
         assert (decoder(tokens()) - model(tokens()).logits).abs().max() > 0.5
     save(decoder, tmp_path / "run" / "model", checkpointer, adapters=adapters)
