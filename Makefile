@@ -4,14 +4,13 @@
 # make results    docs/tables/: every table and plot, from the results of runs that docs/data/ keeps
 # make lint       ruff      make types    mypy
 #
-# Needs only Python 3.11 or 3.12. PYTHON=... sets the interpreter, VENV=... the folder of the environment,
-# ARGS=... are arguments of pytest (make test ARGS="-k tune_cli").
+# Needs only Python 3.11, or a newer one for which the torch of constraints.txt has a wheel. PYTHON=... sets the interpreter,
+# VENV=... the folder of the environment, ARGS=... are arguments of pytest (make test ARGS="-k tune_cli").
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := yaml/tiny_adapt_planned.yaml
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile
@@ -39,17 +38,15 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# torch first, with its exact version, so that no later package installs another one.
-$(VENV)/.installed: pyproject.toml hatch_build.py tune_cli_ext.pth
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
-		|| { echo "Python 3.11 or 3.12 is needed, and '$(PYTHON)' is not one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py tune_cli_ext.pth
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet --editable .
+	$(INSTALL) --editable '.[report]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 clean:

@@ -14,7 +14,7 @@ class CustomBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         build_data["force_include_editable"]["tune_cli_ext.pth"] = "tune_cli_ext.pth"
         build_data["force_include"]["tune_cli_ext.pth"] = "tune_cli_ext.pth"
-        for files in ("recipes/*.py", "yaml/*.yaml"):
+        for files in ("recipes/*.py", "yaml/*.yaml", "yaml/*.jinja"):
             for file in sorted(Path(self.root).glob(files)):
                 name = file.relative_to(self.root).as_posix()
                 build_data["force_include"][name] = f"adapt_recipes/_bundled/{name}"

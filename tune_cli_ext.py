@@ -1,8 +1,8 @@
 """The import hook that adds our recipes, configs and commands (adapt_recipes/cli.py) to torchtune's `tune`.
 
 `tune_cli_ext.pth` calls `hook()` whenever Python starts in the environment, so this module imports nothing that a bare
-interpreter has not loaded, and acts only when torchtune's command line is imported. Where .pth files are ignored,
-`python -m tune_cli_ext ls` is the same as `tune ls`.
+interpreter has not loaded, and acts only when torchtune's command line is imported. Our own command `adapt-recipes` and
+`python -m tune_cli_ext` are the same as `tune`, also where .pth files are ignored.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ def hook() -> None:
         _exit_on_signals()
 
 
+def main() -> None:
+    """The command `adapt-recipes`."""
+    hook()
+    from torchtune._cli.tune import main as tune
+
+    tune()
+
+
 class _TorchtuneFinder:
     """Finds torchtune's modules as usual, and extends those in ``EXTENSIONS`` after they are executed."""
 
@@ -49,7 +57,7 @@ class _TorchtuneFinder:
             spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
             if name == "torchtune":
                 _silence_known_noise()
-                if os.path.basename(sys.argv[0]) in ("tune", "tune_cli_ext.py"):
+                if os.path.basename(sys.argv[0]) in ("tune", "adapt-recipes", "tune_cli_ext.py"):
                     _begin_command(sys.argv[1:], spec)
                 if spec and spec.loader:
                     _execute_without_collector(spec)
@@ -143,7 +151,4 @@ if __name__ == "__main__":
     # The module of that name, not this `__main__`: otherwise its hook and that of the .pth file would both act.
     import tune_cli_ext
 
-    tune_cli_ext.hook()
-    from torchtune._cli.tune import main
-
-    sys.exit(main())
+    tune_cli_ext.main()

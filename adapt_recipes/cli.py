@@ -1,65 +1,35 @@
-"""What this project adds to torchtune's `tune`: recipes and configs, strict checks, `tune plan` and `tune report`.
+"""What this project adds to torchtune's `tune`: recipes and configs, strict checks, and the commands of ``commands``.
 
 ``tune_cli_ext`` calls the functions in its table with torchtune's modules, right after their import. They rely on these
 details of torchtune 0.6.1: `_recipe_registry._ALL_RECIPES` is a list of `Recipe(name, file_path, configs,
 supports_distributed)`, whose `file_path` may be absolute; `_cli.tune` takes `List`, `Run` and `Validate` from their
-modules, and creates its last command by `Cat.create(subparsers)`; `Run._get_recipe` finds a recipe.
+modules, makes its parser by `argparse.ArgumentParser`, and creates its last command by `Cat.create(subparsers)`;
+`Run._get_recipe` finds a recipe, and `Run._is_distributed_args` says whether torchrun starts it.
 
-This module is quick to import: torch and the rest of the package are imported by the commands that need them.
+This module is quick to import: what needs torch imports it when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import logging
 import os
 import signal
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import yaml
 
-from adapt_recipes.errors import nearest
+from adapt_recipes.commands import add_export, add_new, add_plan, add_report
+from adapt_recipes.shipped import check_recipe, config_file, nearest_or_ls, recipe_file, schema, shipped
 from adapt_recipes.stop import NOTHING_PRINTED, STOP_SIGNALS, print_nothing_saved, stop_signals
-
-# Between lines about a plan where there is no terminal; None: none are written.
-PHASE_SECONDS: float | None = 10.0
+from adapt_recipes.words import COMMAND, CommandParser, parse_override, split_words
 
 # ---------------------------------------------------------------------------------------------- recipes and configs
-
-
-def bundle() -> Path:
-    """The folder with recipes/ and yaml/: inside the package if a wheel is installed, else the checkout.
-
-    The folder beside an installed package, site-packages, has a `recipes` too, which is torchtune's.
-    """
-    package = Path(__file__).resolve().parent
-    return package / "_bundled" if (package / "_bundled").is_dir() else package.parent
-
-
-def shipped(folder: str, suffix: str) -> dict[str, Path]:
-    """{file name without suffix: path} of a folder of the bundle, in alphabetical order."""
-    return {path.stem: path for path in sorted((bundle() / folder).iterdir()) if path.suffix == suffix}
-
-
-def recipe_of(config_path: str | Path) -> str | None:
-    """The recipe that a config names by its key `recipe`, by name or path; None: it names none."""
-    try:
-        config = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        # Loading the config will say what is wrong with it.
-        return None
-    recipe = config.get("recipe") if isinstance(config, dict) else None
-    return None if recipe is None else str(recipe)
 
 
 def add_recipes(registry: ModuleType) -> None:
@@ -119,20 +89,64 @@ def check_before_run(run: ModuleType) -> None:
     """Makes `tune run` print one line where torchtune and torchrun would print a traceback."""
 
     class Run(run.Run):  # type: ignore[name-defined]
+        def _add_arguments(self) -> None:
+            super()._add_arguments()
+            # Otherwise argparse would name the words after a missing recipe as missing too.
+            next(each for each in self._parser._actions if each.dest == "recipe_args").required = False
+            # Known before the recipe too, where it is refused with its place.
+            self._parser.add_argument("--config", help=argparse.SUPPRESS)
+
         def _get_recipe(self, recipe_str: str) -> Any:
             recipe = super()._get_recipe(recipe_str)
             if recipe is None and not _is_module(self._convert_to_dotpath(recipe_str)):
-                hint = nearest(recipe_str, [known.name for known in run.get_all_recipes()])
-                hint = hint if "did you mean" in hint else "; `tune ls` lists all recipes"
-                self._parser.exit(2, f"tune run: error: no recipe '{recipe_str}', by name or by path{hint}\n")
+                hint = nearest_or_ls(recipe_str, [known.name for known in run.get_all_recipes()])
+                self._parser.error(f"no recipe '{recipe_str}', by name or by path{hint}")
             return recipe
 
         def _run_cmd(self, args: argparse.Namespace) -> None:
+            self._options = sys.argv[2 : sys.argv.index(args.recipe, 2)]
             try:
-                _check_recipe(args.recipe, args.recipe_args)
+                self._check_options(args)
+                recipe = self._get_recipe(args.recipe)
+                config, others = split_words(args.recipe_args)
+                # A user's file may take other words.
+                if recipe and not args.recipe.endswith(".py"):
+                    check_recipe(args.recipe, config)
+                    for word in others:
+                        parse_override(word)
             except ValueError as error:
-                self._parser.exit(2, f"tune run: error: {error}\n")
+                self._parser.error(" ".join(str(error).split()))
+            # torchtune knows no --config=FILE.
+            args.recipe_args = ["--config", config, *others]
             super()._run_cmd(args)
+
+        def _check_options(self, args: argparse.Namespace) -> None:
+            """Refuses --config and an option given twice before the recipe, and numbers of processes that cannot be."""
+            actions = [self._parser._option_string_actions.get(word.partition("=")[0]) for word in self._options]
+            for action in filter(None, actions):
+                if actions.count(action) > 1:
+                    raise ValueError(f"{action.option_strings[-1]} is given twice")
+            from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
+
+            try:
+                num_processes = determine_local_world_size(args.nproc_per_node)
+            except ValueError as error:
+                reason = f"{str(error).rstrip('.')}; write a number of processes, cpu or auto"
+                raise ValueError(f"--nproc_per_node {args.nproc_per_node}: {reason}") from error
+            if num_processes < 1:
+                raise ValueError(f"--nproc_per_node: has to be at least 1, not {num_processes}")
+            try:
+                least, most = parse_min_max_nnodes(args.nnodes)
+            except (ValueError, RuntimeError):
+                least = most = 0
+            if not 0 < least <= most:
+                raise ValueError(f"--nnodes: has to be a number of hosts, or MIN:MAX, not {args.nnodes}")
+            # Last, because a recipe may have become the value of an option without one.
+            if args.config is not None:
+                raise ValueError("--config comes after the recipe: tune run RECIPE --config FILE")
+
+        def _is_distributed_args(self, args: argparse.Namespace) -> bool:
+            return bool(self._options)
 
         def _run_distributed(self, args: argparse.Namespace, is_builtin: bool) -> None:
             from torch.distributed import DistError
@@ -142,10 +156,10 @@ def check_before_run(run: ModuleType) -> None:
 
             # The thread of torchrun's timer may be the last to hold it, and then its finalizer joins that thread.
             sys.unraisablehook = _ignore_join_of_itself
-            # Otherwise they print lines about every signal.
+            # Otherwise they print lines about every signal and error; errors are raised too.
             for name in logging.root.manager.loggerDict:
                 if name.startswith("torch.distributed.elastic"):
-                    logging.getLogger(name).setLevel(logging.ERROR)
+                    logging.getLogger(name).setLevel(logging.CRITICAL)
             # Without these, torchrun would die of SIGUSR1, and ignore `nohup`.
             args.signals_to_handle = ",".join(each.name for each in stop_signals()) + ",SIGQUIT"
             # For ``tune_cli_ext.hook``.
@@ -170,6 +184,9 @@ def check_before_run(run: ModuleType) -> None:
                 # Processes that have saved and are ending may get torchrun's own SIGTERM.
                 if stopped_by and statuses <= stopped_by | {-signal.SIGTERM}:
                     exit_as_stopped(stopped_by.pop() - 128)
+                # An error of the user, which one of them has printed before torchrun ended the others.
+                if 2 in statuses and statuses <= {2, 128 + signal.SIGTERM, -signal.SIGTERM}:
+                    sys.exit(2)
                 self._parser.exit(1, f"{failed}\n")
             except (RendezvousError, DistError) as error:
                 # The message of the rendezvous has no address.
@@ -179,7 +196,12 @@ def check_before_run(run: ModuleType) -> None:
                     "start the same command on each, except for --node_rank, with an --rdzv_endpoint that all can reach"
                 )
                 where = f"the {args.nnodes} hosts did not connect at {args.rdzv_endpoint}"
-                self._parser.exit(2, f"tune run: error: {where}, or lost the connection ({reason}); {advice}\n")
+                self._parser.error(f"{where}, or lost the connection ({reason}); {advice}")
+            except Exception as error:
+                if os.environ.get("ADAPT_TRACEBACK"):
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self._parser.error(f"torchrun failed: {reason} (ADAPT_TRACEBACK=1 shows where)")
             finally:
                 Path(nothing_printed).unlink(missing_ok=True)
 
@@ -190,23 +212,6 @@ def _ignore_join_of_itself(unraisable: sys.UnraisableHookArgs) -> None:
     """Python's own hook, but for the error of a thread that joins itself, which harms nothing."""
     if str(unraisable.exc_value) != "cannot join current thread":
         sys.__unraisablehook__(unraisable)
-
-
-def _check_recipe(recipe: str, words: Sequence[str]) -> None:
-    """Refuses another recipe's config for a shipped recipe that is called by name; a path takes any config."""
-    if recipe not in shipped("recipes", ".py") or "--config" not in words[:-1]:
-        return
-    name = words[words.index("--config") + 1]
-    owner = None
-    try:
-        owner = recipe_of(config_file(name))
-    except ValueError as error:
-        # Otherwise loading the config will say that there is none.
-        if "did you mean" in str(error):
-            raise ValueError(f"--config: {error}") from error
-    if owner not in (None, recipe):
-        reason = f"--config {name}: is for the recipe {owner}, not for {recipe}"
-        raise ValueError(f"{reason}; run that recipe, or give a recipe by its path, which takes any config")
 
 
 def _is_module(dotted: str) -> bool:
@@ -232,7 +237,9 @@ def validate_strictly(validate: ModuleType) -> None:
         def _add_arguments(self) -> None:
             self._parser.usage = "tune validate <config> [key=value ...]"
             self._parser.add_argument("config", help="Name or path of a config to validate.")
-            self._parser.add_argument("overrides", nargs="*", metavar="key=value", help="As given to `tune run`.")
+            self._parser.add_argument(
+                "overrides", nargs="*", default=[], metavar="key=value", help="As given to `tune run`."
+            )
 
         def _validate_cmd(self, args: argparse.Namespace) -> None:
             # As in `tune run`: a user's recipe may import modules of the current folder.
@@ -249,7 +256,7 @@ def validate_strictly(validate: ModuleType) -> None:
                         f"{args.config} is not for a recipe of ours: its overrides are not checked; remove them"
                     )
             except (ValueError, yaml.YAMLError) as error:
-                self._parser.exit(2, f"tune validate: error: {' '.join(str(error).split())}\n")
+                self._parser.error(" ".join(str(error).split()))
             if recipe_path:
                 print("Config is well-formed!")
             else:
@@ -257,59 +264,6 @@ def validate_strictly(validate: ModuleType) -> None:
                 super()._validate_cmd(args)
 
     validate.Validate = Validate  # type: ignore[attr-defined]
-
-
-def config_file(name_or_path: str) -> str:
-    """The file of a config.
-
-    Raises:
-        ValueError: it is neither a file nor a known name.
-    """
-    import torchtune
-    from torchtune._recipe_registry import get_all_recipes
-
-    configs = {config.name: config.file_path for recipe in get_all_recipes() for config in recipe.configs}
-    if name_or_path in configs:
-        stock_folder = os.path.join(os.path.dirname(torchtune.__file__), "..", "recipes", "configs")
-        # If the second path is absolute, it is the result.
-        return os.path.join(stock_folder, configs[name_or_path])
-    if not os.path.isfile(name_or_path):
-        raise ValueError(f"config {name_or_path!r} is neither a file nor a known name{nearest(name_or_path, configs)}")
-    return name_or_path
-
-
-def recipe_file(name_or_path: str) -> str:
-    """The file of one of our recipes, or a user's file.
-
-    Raises:
-        ValueError: there is none.
-    """
-    recipes = shipped("recipes", ".py")
-    if name_or_path.endswith(".py") and os.path.isfile(name_or_path):
-        return name_or_path
-    if name_or_path not in recipes:
-        raise ValueError(f"no recipe '{name_or_path}', by name or by path{nearest(name_or_path, recipes)}")
-    return str(recipes[name_or_path])
-
-
-def schema(recipe_path: str) -> type:
-    """The class `Config` of a recipe's file.
-
-    Raises:
-        ValueError: the file cannot be imported, or has no such class.
-    """
-    spec = spec_from_file_location(Path(recipe_path).stem, recipe_path)
-    assert spec is not None and spec.loader is not None
-    # dataclasses look up annotations in ``sys.modules``.
-    recipe = sys.modules[spec.name] = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(recipe)
-    except Exception as error:
-        # A user's file may raise anything.
-        raise ValueError(f"{recipe_path} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(recipe, "Config"):
-        raise ValueError(f"{recipe_path} has no class Config, which is the schema of a recipe's config")
-    return recipe.Config
 
 
 def _recipe_path(config_path: str) -> str | None:
@@ -332,176 +286,29 @@ def _recipe_path(config_path: str) -> str | None:
     raise ValueError(f"{config_path}: missing key 'recipe'; allowed: {', '.join(shipped('recipes', '.py'))}, or a path")
 
 
-# ------------------------------------------------------------------------------------------------ tune plan and report
+# --------------------------------------------------------------------------------------- tune plan, report and export
 
 
 def add_commands(tune: ModuleType) -> None:
-    """Adds `tune plan` and `tune report`, where `tune` creates its own last command."""
+    """Adds our commands where `tune` creates its own last one; errors of all are one line, under ``COMMAND``."""
+    # Its commands' parsers are of the same class.
+    tune.argparse = SimpleNamespace(ArgumentParser=CommandParser)  # type: ignore[attr-defined]
 
     class Cat(tune.Cat):  # type: ignore[name-defined]
         @classmethod
         def create(cls, subparsers: Any) -> Any:
+            add_new(subparsers)
             add_plan(subparsers)
             add_report(subparsers)
+            add_export(subparsers)
             return super().create(subparsers)
 
-    tune.Cat = Cat  # type: ignore[attr-defined]
+    class TuneCLIParser(tune.TuneCLIParser):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            commands = next(action for action in self._parser._actions if action.choices)
+            for parser in (self._parser, *commands.choices.values()):
+                parser.prog = parser.prog.replace("tune", COMMAND, 1)
+                parser.usage = parser.usage and parser.usage.replace("tune", COMMAND, 1)
 
-
-def add_plan(subparsers: Any) -> None:
-    """`tune plan RECIPE --config CONFIG [key=value ...]`: what `tune run` would do with the same arguments."""
-    purpose = "Show what a run would do and need; trains nothing."
-    # ``plan`` has a parser of its own, because a subcommand's accepts no overrides after an option.
-    words = subparsers.add_parser("plan", prog="tune plan", help=purpose, add_help=False, prefix_chars="\0")
-    words.add_argument("words", nargs="*")
-    words.set_defaults(func=lambda given: plan(given.words))
-
-
-def plan(words: Sequence[str]) -> None:
-    """Runs `tune plan`."""
-    parser = argparse.ArgumentParser(
-        prog="tune plan",
-        usage="tune plan [--nnodes M] [--nproc_per_node N] [--json] [--pilot SHARE] <recipe> "
-        "--config <config> [key=value ...]",
-        description="Show what a run would do and need: tasks, budget, steps, memory, disk. Trains nothing, but with "
-        "--pilot two short runs, from which it predicts losses under several mixtures.",
-        allow_abbrev=False,
-    )
-    # The options of `tune run` that come before the recipe; here they may come anywhere.
-    parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines; default 1")
-    per_node = ("--nproc_per_node", "--nproc-per-node")
-    parser.add_argument(*per_node, type=int, default=1, metavar="N", help="processes (GPUs) on each; default 1")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--pilot", type=float, metavar="SHARE", help="share of the budget to spend on short runs")
-    parser.add_argument("--config", required=True, help="name or path of a config")
-    parser.add_argument("recipe", help="name or path of a recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as given to `tune run`")
-    arguments = parser.parse_intermixed_args(words)
-    # As in `tune run`: a user's recipe may import modules of the current folder.
-    sys.path.append(os.getcwd())
-    try:
-        for option in ("nnodes", "nproc_per_node"):
-            if getattr(arguments, option) < 1:
-                raise ValueError(f"--{option}: has to be at least 1, not {getattr(arguments, option)}")
-        if arguments.pilot is not None and not 0 < arguments.pilot <= 1:
-            raise ValueError(f"--pilot: a share of the budget, above 0 and at most 1, not {arguments.pilot:g}")
-        if arguments.pilot is not None and arguments.nnodes > 1:
-            raise ValueError("--pilot: its runs are on one machine; leave --nnodes out")
-        _check_recipe(arguments.recipe, ["--config", arguments.config])
-        num_processes = arguments.nnodes * arguments.nproc_per_node
-        made, config = _make_plan(arguments, num_processes)
-        pilot = None
-        if arguments.pilot is not None:
-            from adapt_recipes.planning import run_pilot
-
-            pilot = run_pilot(config, arguments.pilot, made, num_processes=num_processes)
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        parser.exit(2, f"tune plan: error: {' '.join(str(error).split())}\n")
-    except KeyboardInterrupt:
-        parser.exit(128 + signal.SIGINT, "tune plan: interrupted\n")
-    if arguments.json:
-        print(json.dumps(made.to_dict() | ({"pilot": pilot.to_dict()} if pilot else {}), indent=2))
-        return
-    from adapt_recipes.planning import show, show_pilot
-
-    show(made, config, num_processes=num_processes)
-    if pilot:
-        show_pilot(pilot)
-
-
-def _make_plan(arguments: argparse.Namespace, num_processes: int) -> tuple[Any, Any]:
-    """The plan and its config. Output of components goes to stderr, as progress does."""
-    from omegaconf.errors import OmegaConfBaseException
-
-    with contextlib.redirect_stdout(sys.stderr), _phases() as say:
-        say("reading the recipe")
-        config_class, config_path = schema(recipe_file(arguments.recipe)), config_file(arguments.config)
-        from adapt_recipes.planning import make_plan
-        from adapt_recipes.strict import load
-
-        try:
-            config: Any = load(config_class, config_path, arguments.overrides)
-            return make_plan(config, num_processes=num_processes, say=say), config
-        except OmegaConfBaseException as error:
-            raise ValueError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _phases() -> Iterator[Callable[[str], None]]:
-    """Shows the phase of a plan: by a spinner on a terminal, elsewhere by a line every ten seconds.
-
-    While tasks are read it shows nothing, because preparing them shows how far it is.
-    """
-    from rich.console import Console
-
-    status, ended, is_terminal = Console(stderr=True).status(""), threading.Event(), sys.stderr.isatty()
-    phase, began = "", time.monotonic()
-
-    def say(name: str) -> None:
-        nonlocal phase, began
-        phase, began = name, time.monotonic()
-        if is_terminal and name == "reading tasks":
-            status.stop()
-        elif is_terminal:
-            status.update(name)
-            status.start()
-
-    def say_again() -> None:
-        while not ended.wait(PHASE_SECONDS):
-            if phase not in ("", "reading tasks"):
-                print(f"{phase}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-
-    if not is_terminal:
-        threading.Thread(target=say_again, daemon=True).start()
-    try:
-        yield say
-    finally:
-        ended.set()
-        if is_terminal:
-            status.stop()
-
-
-def add_report(subparsers: Any) -> None:
-    """`tune report RUN... [--out PAGE.html] [--schedule CONFIG.yaml]`."""
-    parser = subparsers.add_parser(
-        "report",
-        prog="tune report",
-        help="Show a run on a page, or compare several.",
-        description="Write one HTML page that shows a run, finished or not, or compares several, and a PNG of each of "
-        "its figures in a folder beside it. Runs that differ only in seed are combined. What mixture_eval measured is "
-        "compared with the scores of the first.",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory; beside runs, the scores of a base model")
-    parser.add_argument(
-        "--out",
-        metavar="PAGE.html",
-        help="default: report.html in the run directory; of several runs, in the current folder",
-    )
-
-    parser.add_argument(
-        "--schedule",
-        metavar="CONFIG.yaml",
-        help="of one finished run: write a config that repeats the mixture it has learned, as a fixed schedule",
-    )
-
-    def report(args: argparse.Namespace) -> None:
-        try:
-            from adapt_recipes.report import write_report
-            from adapt_recipes.report.schedule import write_schedule
-
-            if args.schedule:
-                if len(args.runs) > 1:
-                    raise ValueError(f"--schedule: is of one run, and there are {len(args.runs)}")
-                write_schedule(Path(args.runs[0]), Path(args.schedule))
-
-            page, *figures = write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None)
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            parser.exit(2, f"tune report: error: it needs the package '{package}'; pip install {package}\n")
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"tune report: error: {' '.join(str(error).split())}\n")
-        print(f"{page}\n{len(figures)} figures in {figures[0].parent}/")
-        if args.schedule:
-            print(args.schedule)
-
-    parser.set_defaults(func=report)
+    tune.Cat, tune.TuneCLIParser = Cat, TuneCLIParser  # type: ignore[attr-defined]

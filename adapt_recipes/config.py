@@ -117,6 +117,8 @@ class TrainConfig:
     metric_logger: Annotated[Component | None, FREE_AT_RESUME, NOT_COMPARED] = None
     resume: Annotated[bool, FREE_AT_RESUME, NOT_COMPARED] = False
     """continue from the newest checkpoint in output_dir; if there is none, start a new run"""
+    change_budget: Annotated[bool, FREE_AT_RESUME, NOT_COMPARED] = False
+    """with ``resume``: the budget may be another one, above what is spent; a finished run goes on"""
 
     def __post_init__(self) -> None:
         if (self.batch_size is None) == (self.batch_tokens is None):
@@ -128,6 +130,8 @@ class TrainConfig:
             raise ValueError("keep_best: needs validate_every, the steps between the validations it compares")
         if self.stop_after and not self.keep_best:
             raise ValueError("stop_after: needs keep_best, which says what progress is: worst, mean or target")
+        if self.change_budget and not self.resume:
+            raise ValueError("change_budget: needs resume, as it is for a run that has begun; set both, or neither")
         if self.micro_batch_tokens < self.max_seq_len:
             raise ValueError(
                 f"micro_batch_tokens: {self.micro_batch_tokens} is less than max_seq_len, {self.max_seq_len}"

@@ -4,15 +4,46 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from os.path import commonprefix
+
+_shown: set[str] | None = None
 
 
 def warn(message: str) -> None:
     """Prints one line on stderr, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and message not in (_shown or ()):
         print(f"warning: {message}", file=sys.stderr)
+    if _shown is not None:
+        _shown.add(message)
+
+
+@contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Within the block the same line is printed only once."""
+    global _shown
+    _shown = set()
+    try:
+        yield
+    finally:
+        _shown = None
+
+
+def check_installed(packages: Iterable[str], *, extra: str) -> None:
+    """Refuses to begin without the packages that an extra of pyproject.toml installs.
+
+    Args:
+        packages: by the names under which they are imported.
+        extra: the one that installs them.
+
+    Raises:
+        ValueError: some are missing; it names them, and the command that installs them.
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f"it needs {', '.join(missing)}; pip install 'adapt-recipes[{extra}]'")
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -53,12 +53,14 @@ from adapt_recipes.run_directory import (
     has_model,
     has_run,
     is_finished,
+    keep_results,
     one_run_at_a_time,
 )
 from adapt_recipes.runlog import (
     NullLog,
     RunLog,
     close_metric_logger,
+    log_config,
     read_resolved,
     read_summary,
     write_resolved,
@@ -83,7 +85,7 @@ from adapt_recipes.training.process_group import (
     rank,
     world_size,
 )
-from adapt_recipes.training.resume import check_resume, check_same_run
+from adapt_recipes.training.resume import check_budget, check_resume, check_same_run
 from adapt_recipes.training.rng import rng_state, set_rng_state
 
 
@@ -213,7 +215,7 @@ class Run:
             ValueError: the checkpoint is of another config or of other data, or the recipe does not use a key; it names
                 the keys.
         """
-        config, saved = self.config, self.saved
+        config, saved, other_budget = self.config, self.saved, None
         if config.tasks.max_epochs_per_task is not None and ledger.caps is None:
             raise ValueError("tasks.max_epochs_per_task: the recipe has to give it to TokenSampler, and caps to Ledger")
         if config.sampling != getattr(states.get("sampler"), "sampling", "tokens"):
@@ -233,10 +235,14 @@ class Run:
         self._fingerprint: dict[str, Any] = {"config": to_dict(config), "data": read}
         check_same({"tasks": self._fingerprint["data"]}, advice="the data files have to be the same for all")
         if saved is not None:
-            check_resume(saved, self._fingerprint, free=marked(type(config), FREE_AT_RESUME))
+            check_resume(saved, self._fingerprint, free=self._free)
+            other_budget = check_budget(saved, self._fingerprint, budget_tokens=ledger.budget_tokens)
             self.checkpoints.load(saved, model, optimizer)
             for name, state in self._states.items():
                 state.load_state_dict(saved.shared["states"][name])
+            if other_budget is not None and self._best.is_over:
+                reason = f"stop_after has ended the run at step {ledger.steps}, and not its budget"
+                raise ValueError(f"change_budget: {reason}; use another output_dir")
             if len(saved.own) == world_size():
                 set_rng_state(saved.own[rank()])
         with raise_on_all_ranks():
@@ -244,9 +250,14 @@ class Run:
         self._check_same_mixture()
 
         create_shared_dir(self.output_dir)
+        with raise_on_all_ranks():
+            if rank() == 0 and other_budget is not None and is_finished(self.output_dir):
+                keep_results(self.output_dir, read_summary(self.output_dir)["steps"])
         if rank() == 0:
             # First: it says that what the folder holds is of a run.
             write_resolved(self.output_dir, to_dict(config))
+            if self._metric_logger is not None:
+                log_config(self._metric_logger, to_dict(config))
             self._log = RunLog(
                 self.output_dir,
                 keep_bytes=saved.shared["log_bytes"] if saved else 0,
@@ -265,6 +276,8 @@ class Run:
         self._stop = self._open.enter_context(StopSignals())
         if started is not None:
             self.note("mixture.start_from", started)
+        if other_budget is not None:
+            self.note("change_budget", other_budget)
 
     def _check_output_dir(self) -> None:
         """Refuses a folder with something of someone else, or with a run that is not to be resumed."""
@@ -274,18 +287,31 @@ class Run:
             raise ValueError(f"output_dir: {self.output_dir} holds a run; {advice}")
 
     def _is_finished(self) -> bool:
-        """Whether there is nothing to do. A finished run without ``model/`` writes it again, from its checkpoint."""
+        """Whether there is nothing to do.
+
+        A finished run goes on with another budget, and one without ``model/`` writes it again, from its checkpoint.
+        """
         folder = self.output_dir
         if not (self.config.resume and is_finished(folder)):
+            return False
+        if self.config.change_budget and read_resolved(folder).get("budget") != to_dict(self.config)["budget"]:
+            if not has_checkpoint(folder):
+                reason = "is finished, and has no checkpoint to go on from"
+                raise ValueError(f"change_budget: the run in {folder} {reason}; choose another output_dir")
             return False
         if not has_model(folder) and not has_checkpoint(folder):
             reason = "is finished, but has neither model/ nor a checkpoint to write it from"
             raise ValueError(f"output_dir: the run in {folder} {reason}; choose another folder")
         return has_model(folder)
 
+    @property
+    def _free(self) -> list[str]:
+        """The keys of the config in which this run may differ from the one in the folder."""
+        return [*marked(type(self.config), FREE_AT_RESUME), *(["budget"] if self.config.change_budget else [])]
+
     def _check_finished(self) -> None:
         """Refuses to call a run finished that is not the run of this config."""
-        config, free = self.config, marked(type(self.config), FREE_AT_RESUME)
+        config, free = self.config, self._free
         with raise_on_all_ranks():
             # Runs of earlier versions have no hash of the data.
             before = {

@@ -14,11 +14,14 @@ from typing import Any
 import yaml
 
 from adapt_recipes.errors import warn
+from adapt_recipes.files import fsync
 
 LOG, SUMMARY, RESOLVED = "log.jsonl", "summary.json", "resolved.yaml"
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
 # Of the weights with the lowest validation loss.
 MODEL_BEST, ADAPTER_BEST = "model_best", "adapter_best"
+# Of ``mixture_eval``, on the model.
+EVALUATION, SAMPLES = "evaluation.json", "evaluation"
 WRITTEN = (LOG, SUMMARY, RESOLVED, CHECKPOINTS, MODEL, ADAPTER, MODEL_BEST, ADAPTER_BEST)
 LOCK = ".lock"
 
@@ -47,6 +50,29 @@ def has_model(folder: Path) -> bool:
 def is_finished(folder: Path) -> bool:
     """Whether the run in this folder is finished: the summary is written last."""
     return (folder / SUMMARY).exists() and has_run(folder)
+
+
+def keep_results(folder: Path, step: int) -> None:
+    """Renames the results of a finished run, so that it can go on: ``model`` to ``model_step_N``, and so on.
+
+    The summary, without which the run is not finished, is renamed last: after a kill it is done again.
+
+    Args:
+        folder: of the run.
+        step: N, its last one.
+
+    Raises:
+        ValueError: such a name is taken.
+    """
+    names = {name: f"{name}_step_{step}" for name in (MODEL, ADAPTER, MODEL_BEST, ADAPTER_BEST, SAMPLES)}
+    names |= {name: name.replace(".json", f".step_{step}.json") for name in (EVALUATION, SUMMARY)}
+    renames = {folder / name: folder / kept for name, kept in names.items() if (folder / name).exists()}
+    for path, kept in renames.items():
+        if kept.exists():
+            raise ValueError(f"change_budget: {path} would be kept as {kept.name}, which is there already; move it")
+    for path, kept in renames.items():
+        os.rename(path, kept)
+    fsync(folder)
 
 
 def check_output_dir(config: Mapping[str, Any]) -> None:

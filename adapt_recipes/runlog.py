@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import adapt_recipes
@@ -144,6 +145,22 @@ class NullLog:
     def close(self) -> None: ...
 
 
+def log_config(metric_logger: Any, config: Mapping[str, Any]) -> None:
+    """Gives a metric logger what ``resolved.yaml`` has, if it takes configs; an error is a warning.
+
+    Metrics are logged even then. W&B, for example, refuses a key that has changed since the run that it resumes.
+
+    Args:
+        metric_logger: torchtune's, whose ``log_config`` takes a ``DictConfig``, or one of the user's own.
+        config: nested.
+    """
+    if hasattr(metric_logger, "log_config"):
+        try:
+            metric_logger.log_config(OmegaConf.create(_with_versions(config)))
+        except Exception as error:
+            _warn_about_metric_logger(error, "without its config")
+
+
 def close_metric_logger(metric_logger: Any) -> None:
     """Closes a metric logger; an error is a warning."""
     try:
@@ -152,16 +169,21 @@ def close_metric_logger(metric_logger: Any) -> None:
         _warn_about_metric_logger(error)
 
 
-def _warn_about_metric_logger(error: Exception) -> None:
-    warn(f"metric_logger: {type(error).__name__}: {' '.join(str(error).split())}; the run goes on without it")
+def _warn_about_metric_logger(error: Exception, how: str = "without it") -> None:
+    warn(f"metric_logger: {type(error).__name__}: {' '.join(str(error).split())}; the run goes on {how}")
+
+
+def _with_versions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole config as used, with the versions of packages."""
+    packages = ("torch", "torchtune", "torchao", "datasets", "tokenizers", "safetensors", "numpy")
+    versions = {"adapt_recipes": adapt_recipes.__version__, "python": platform.python_version()}
+    versions |= {package: version(package) for package in packages}
+    return {**config, "versions": versions}
 
 
 def write_resolved(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes ``resolved.yaml``: the whole config as used, with the versions of packages."""
-    packages = ("torch", "torchtune", "torchao", "datasets", "tokenizers", "safetensors", "numpy")
-    versions = {"adapt_recipes": adapt_recipes.__version__, "python": platform.python_version()}
-    versions |= {package: version(package) for package in packages}
-    text = yaml.safe_dump({**config, "versions": versions}, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(_with_versions(config), sort_keys=False, allow_unicode=True, width=120)
     with atomic_file(folder / RESOLVED) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -7,7 +7,6 @@ are not converted: a value has the type that YAML gives it, except that a whole 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import inspect
@@ -34,6 +33,7 @@ from pydantic.errors import PydanticUserError
 from adapt_recipes.errors import closest, nearest
 from adapt_recipes.output import never_fatal
 from adapt_recipes.stop import exit_on_signals
+from adapt_recipes.words import parse_override, split_words
 
 ConfigT = TypeVar("ConfigT")
 
@@ -78,6 +78,9 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 BUDGETS = ("fraction", "tokens", "epochs")
 # Keys of which exactly one is given. One of them on the command line replaces another one in the file.
 ALTERNATIVES = ([f"budget.{name}" for name in BUDGETS], ["batch_size", "batch_tokens"])
+
+# Whole numbers by YAML 1.1 that most people read otherwise: 010 is 8, and 1:30 is 90.
+OCTAL_OR_BASE_60 = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
 
 # How long a process waits before it prints an error that the first process should have printed.
 DUPLICATE_ERROR_SECONDS = 10
@@ -284,20 +287,13 @@ def command_line(main: Callable[[Any], int], config_class: type, argv: Sequence[
         config_class: the recipe's dataclass.
         argv: the command line without the program; default ``sys.argv``.
     """
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        usage="tune run RECIPE --config FILE [key=value ...] [~key ...]",
-        epilog="ADAPT_TRACEBACK=1 in the environment shows where an error comes from.",
-    )
-    parser.add_argument("--config", required=True, help="YAML file")
-    arguments, overrides = parser.parse_known_args(argv)
     handlers = exit_on_signals()
     # All modules are imported by now. Their objects are never garbage; searching them takes long, also at exit.
     gc.freeze()
     config: Any = None
     with never_fatal():
         try:
-            config = _load_once(config_class, arguments.config, overrides)
+            config = _load_once(config_class, sys.argv[1:] if argv is None else argv)
             status = main(config)
         except (ValueError, OSError, MemoryError) as error:
             if os.environ.get("ADAPT_TRACEBACK"):
@@ -338,10 +334,10 @@ def _key_of(error: Exception, config: Any) -> str:
     return f"{max(about)[1]}: " if about else ""
 
 
-def _load_once(config_class: type[ConfigT], path: str, overrides: Sequence[str]) -> ConfigT:
-    """``load``, with its error printed by the first process of each host only, because all have the same error."""
+def _load_once(config_class: type[ConfigT], words: Sequence[str]) -> ConfigT:
+    """``load`` by a command line. Its error, which all have, is printed by the first process of each host only."""
     try:
-        return load(config_class, path, overrides)
+        return load(config_class, *split_words(words))
     except ValueError:
         # torchrun ends this process while it sleeps, as soon as the first one has ended.
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -370,6 +366,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: {reason}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
+        _check_numbers(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -385,12 +382,8 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     """Applies overrides to the file's values and resolves interpolations."""
     seen: set[str] = set()
     for override in overrides:
-        # Parse: key=value, or ~key.
-        key, equals, text = override.partition("=")
-        removes, key = key.startswith("~"), key.removeprefix("~")
+        key, text = parse_override(override)
         *parents, last = key.split(".")
-        if removes == bool(equals) or key.startswith("-") or not all((*parents, last)):
-            raise ValueError(f"'{override}' is not an override: write key=value, or ~key to remove a key")
         if key in seen:
             raise ValueError(f"{key} is given twice on the command line")
         seen.add(key)
@@ -401,12 +394,18 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
-        if removes:
+        if text is None:
             if last not in node:
                 raise ValueError(f"~{key}: the config has no such key{nearest(last, node) if node else ''}")
             del node[last]
             continue
+        if not text.strip():
+            # An unset variable of the shell.
+            raise ValueError(f"{key}= has no value: write {key}=null for none, or {key}=\"''\" for an empty text")
+        if re.search(r"(^|\s)#", text) and text.lstrip()[0] not in "'\"[{":
+            raise ValueError(f"{override}: YAML reads what follows # as a comment; write {key}=\"'...'\" to keep it")
         try:
+            _check_numbers(text)
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{override}: {_line(error)}") from error
@@ -423,6 +422,21 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {_line(error)}") from error
     return _expand_home(resolved)
+
+
+def _check_numbers(text: str) -> None:
+    """Refuses a number in YAML that is read as another than it looks like.
+
+    Raises:
+        MarkedYAMLError: there is one, or it is no YAML.
+    """
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and OCTAL_OR_BASE_60.fullmatch(token.value):
+            problem = (
+                f"YAML reads {token.value} as {yaml.safe_load(token.value)}: write a number in decimal without leading "
+                f"zeros; text needs quotes, '{token.value}', in a shell \"'{token.value}'\""
+            )
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=token.start_mark)
 
 
 def _expand_home(value: Any) -> Any:
@@ -472,7 +486,11 @@ def _wrong(key: str, detail: Any) -> str:
     message = detail["msg"]
     for theirs, ours in YAML_TERMS.items():
         message = message.replace(theirs, ours)
-    return f"{key}: {message}, not {json.dumps(detail['input'], default=str)}"
+    value = detail["input"]
+    # An environment variable is always text.
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(?!0\d)[\d.]+(e[-+]?\d+)?|true|false", value, re.I)
+    hint = ", which is text; for an environment variable write ${oc.decode:${oc.env:NAME}}" if is_number else ""
+    return f"{key}: {message}, not {json.dumps(value, default=str)}{hint}"
 
 
 def _check_arguments(key: str, node: Component, injected: Sequence[str] = (), optional: Sequence[str] = ()) -> None:

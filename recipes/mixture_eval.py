@@ -29,7 +29,7 @@ from adapt_recipes.data.conversations import error_prefix
 from adapt_recipes.errors import nearest
 from adapt_recipes.evaluation import records
 from adapt_recipes.evaluation.benchmarks import Benchmark, file_hash, load_task, local_parts, measure, parts_of, whole
-from adapt_recipes.evaluation.model import Backend, check_installed, open_model, weights_fingerprint
+from adapt_recipes.evaluation.model import Backend, check_backend, open_model, weights_fingerprint
 from adapt_recipes.evaluation.mt_bench import answer_mt_bench, read_mt_bench
 from adapt_recipes.evaluation.progress import shows
 from adapt_recipes.evaluation.questions import ask, questions_of
@@ -124,7 +124,7 @@ class Recipe:
             raise ValueError(
                 "runs, model: give at least one: runs=[runs/a,runs/b], or model=FOLDER output_dir=runs/base"
             )
-        check_installed(config.backend)
+        check_backend(config.backend)
         self.device = get_device(config.device)
         # Before lm-eval is imported, which would share each task between the processes.
         self.work = SharedWork()

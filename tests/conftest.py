@@ -29,7 +29,7 @@ MARKED = ("network", "root", "browser")
 def no_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a slow machine it would stand among the lines that a test expects."""
     monkeypatch.setattr("adapt_recipes.data.progress._LINE_SECONDS", math.inf)
-    monkeypatch.setattr("adapt_recipes.cli.PHASE_SECONDS", None)
+    monkeypatch.setattr("adapt_recipes.commands.PHASE_SECONDS", None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

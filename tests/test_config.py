@@ -21,7 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
-from adapt_recipes import cli
+from adapt_recipes import shipped
 from adapt_recipes.budget import BudgetConfig
 from adapt_recipes.config import (
     FREE_AT_RESUME,
@@ -108,6 +108,76 @@ def test_a_file(file: Path) -> None:
 )
 def test_an_override(file: Path, override: str, expected: dict[str, Any]) -> None:
     assert to_dict(load(Schema, file, [override])) == to_dict(load(Schema, file)) | expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("size=010", "^size=010: YAML reads 010 as 8: write a number in decimal without leading zeros; text needs quo"),
+        ("size=-010", "^size=-010: YAML reads -010 as -8: "),
+        ("size=1:30", "^size=1:30: YAML reads 1:30 as 90: "),
+        ("part={_component_: test_config.build, size: 010}", ": YAML reads 010 as 8: "),
+        ("size=08", '^size: has to be a whole number, not "08"$'),
+        ("size=", "^size= has no value: write size=null for none, or size=\"''\" for an empty text$"),
+        ("name= ", "^name= has no value: "),
+        ("name=a #1", "^name=a #1: YAML reads what follows # as a comment; write name=\"'...'\" to keep it$"),
+        ("name=#1", "^name=#1: YAML reads what follows # as a comment"),
+        ("size", "^'size' is not an override: write key=value, or ~key to remove a key, without spaces$"),
+        (" =3", "^' =3' is not an override: "),
+        ("--size=3", "^'--size=3' is not an override: .*; options of torchrun, such as --nproc_per_node, come before"),
+        ("size='7'", '^size: has to be a whole number, not "7", which is text; for an environment variable write '),
+    ],
+)
+def test_an_override_that_is_refused(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        load(Schema, file, [override])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("size = 5", "size", 5),
+        ("size=0x10", "size", 16),
+        ("size=1_0", "size", 10),
+        ("size=0", "size", 0),
+        ("name=\"'010'\"", "name", "'010'"),
+        ("name='010'", "name", "010"),
+        ("name='a #1'", "name", "a #1"),
+        ("name=a#1 b", "name", "a#1 b"),
+        ("name=''", "name", ""),
+        ("name=zwei Wörter/größe", "name", "zwei Wörter/größe"),
+    ],
+)
+def test_an_override_that_looks_odd(file: Path, override: str, key: str, value: Any) -> None:
+    assert getattr(load(Schema, file, [override]), key) == value
+
+
+def test_an_octal_number_in_a_file_is_refused_with_its_line(file: Path) -> None:
+    file.write_text(FILE.replace("lr: 0.2", "lr: 010"))
+    with pytest.raises(ValueError, match="config.yaml, line 6: YAML reads 010 as 8: "):
+        load(Schema, file)
+
+
+def test_numbers_from_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable is text, as OmegaConf says; ``oc.decode`` makes it a number."""
+    monkeypatch.setenv("NUM", "7")
+    assert load(Schema, file, ["name=${oc.env:NUM}"]).name == "7"
+    assert load(Schema, file, ["size=${oc.decode:${oc.env:NUM}}"]).size == 7
+    with pytest.raises(ValueError, match=r'not "7", which is text; .* write \$\{oc.decode:\$\{oc.env:NAME\}\}$'):
+        load(Schema, file, ["size=${oc.env:NUM}"])
+    monkeypatch.delenv("NUM")
+    with pytest.raises(ValueError, match="size: .*Environment variable 'NUM' not found"):
+        load(Schema, file, ["size=${oc.env:NUM}"])
+
+
+def test_a_config_in_another_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interpolations are its own; its relative paths are those of the current folder, and stay as they are."""
+    moved = file.parent / "zwei Wörter" / "größe 1.yaml"
+    moved.parent.mkdir()
+    moved.write_text(FILE.replace("name: a", "name: data/${size}"))
+    monkeypatch.chdir(file.parent)
+    assert load(Schema, moved.relative_to(file.parent)).name == "data/4"
 
 
 def test_a_node_that_the_file_does_not_have(file: Path) -> None:
@@ -292,7 +362,7 @@ def test_config_differences_are_named() -> None:
 @cache
 def recipe_of(path: Path) -> ModuleType:
     """By its file: torchtune installs a package called `recipes` that raises when it is imported."""
-    name = str(cli.recipe_of(path))
+    name = str(shipped.recipe_of(path))
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -427,7 +497,20 @@ def test_what_the_first_process_does_not_say_another_does(
         assert len(waited) == int(local_rank)
 
 
-def test_a_command_line_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["size=1"], "error: --config FILE is missing after the recipe; "),
+        (["--confg", "x"], "error: unknown argument '--confg'; did you mean '--config'?"),
+        (["--config"], "error: --config: has no value; "),
+        (["--config=a", "--config", "b"], "error: --config is given twice"),
+    ],
+)
+def test_a_command_line_without_one_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(SystemExit) as exit:
-        command_line(lambda config: 0, Schema, ["size=1"])
-    assert exit.value.code == 2 and "--config" in capsys.readouterr().err.splitlines()[-1]
+        command_line(lambda config: 0, Schema, words)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith(message) and error.count("\n") == 1

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from tiers import slow_but
 
-from adapt_recipes import cli
+from adapt_recipes import shipped
 from adapt_recipes.budget import Ledger
 from adapt_recipes.config import load
 from adapt_recipes.data import Examples, LeftOut, Task
@@ -118,7 +118,7 @@ def test_recipes_say_what_takes_a_while(recipe: str, tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = {"sft": "uniform", "adapt": "adapt", "mos": "mos_diff"}[recipe]
     root = Path(__file__).parents[1]
-    schema = cli.schema(str(root / "recipes" / f"{recipe}_full_finetune.py"))
+    schema = shipped.schema(str(root / "recipes" / f"{recipe}_full_finetune.py"))
     few = ["budget.tokens=192", "tasks.num_validation_rows=8", "probe.examples=2", "mixture_update_every=1"]
     few += ["reward.examples=fixed"] * (recipe == "mos")
     overrides = [f"output_dir={tmp_path / 'run'}", "validate_every=0", *few[: 2 if recipe == "sft" else None]]

@@ -23,11 +23,18 @@ from string import Template
 import pytest
 from test_tune_cli import TUNE_MANY
 
-from adapt_recipes.cli import recipe_of
+from adapt_recipes.commands import add_new
 from adapt_recipes.config import load
+from adapt_recipes.shipped import recipe_of
+from adapt_recipes.words import CommandParser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SHORT = ["budget.tokens=32", "checkpoint_every=0", "validate_every=0", "tasks.num_validation_rows=8"]
 # Long enough that the mixture moves.
 LEARNING = ["budget.tokens=320", "mixture_update_every=1", "mixture.measure_after=0", *SHORT[1:]]
@@ -48,13 +55,32 @@ TUNE, BENCHMARKS = commands("tune "), commands("python benchmarks/")
 DOWNLOADS = [words for words in TUNE if words[0] == "download"]
 # What is measured, and so reported, after runs of a real model.
 EVALUATED = [words for words in TUNE if words[0] == "report" and "runs/base" in words]
-TUNE = [words for words in TUNE if words not in EVALUATED]
+# `tune new` needs a model and data. tests/recipes/test_new.py runs it, and the config that it writes.
+NEW = [words for words in TUNE if words[0] == "new" or "mine.yaml" in words]
+TUNE = [words for words in TUNE if words not in EVALUATED and words not in NEW]
 LARGE = [words for words in TUNE if words[0] in ("plan", "run") and re.search("gemma3|smollm2|eval_", " ".join(words))]
 
 
 def test_there_are_commands() -> None:
-    assert {words[0] for words in TUNE} == {"ls", "cp", "cat", "validate", "plan", "run", "report", "download"}
+    assert {words[0] for words in TUNE} == {
+        "ls",
+        "cp",
+        "cat",
+        "validate",
+        "plan",
+        "run",
+        "report",
+        "export",
+        "download",
+    }
     assert len(BENCHMARKS) > 10 and len(LARGE) >= 5
+
+
+def test_tune_new_takes_what_it_is_given() -> None:
+    parser = CommandParser()
+    add_new(parser.add_subparsers())
+    given = [words for words in NEW if words[0] == "new"]
+    assert [parser.parse_args(words).name for words in given] == ["mine"]
 
 
 def test_downloads_are_those_of_the_configs() -> None:
@@ -69,7 +95,7 @@ def test_what_tune_is_told(tmp_path: Path) -> None:
     """In the order of the pages, in one folder, as a reader would; runs are shortened and there is what they follow."""
     before = ["run", "adapt_full_finetune", "--config", "yaml/tiny_adapt_planned.yaml"]  # make demo
     runs = [
-        [*words, *(LEARNING if words == before else SHORT)] if words[0] == "run" else words
+        shortened(words, LEARNING if words == before else SHORT) if words[0] == "run" else words
         for words in [before, *TUNE]
         if words not in LARGE and words not in DOWNLOADS and words[0] != "report"
     ]
@@ -83,6 +109,13 @@ def test_what_tune_is_told(tmp_path: Path) -> None:
     for words, (status, said) in zip([*runs, *reports], [*done, *tune(reports, tmp_path)], strict=True):
         assert status in (0, None), (words, said)
     assert {"compared.html", "toy.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def shortened(words: list[str], overrides: list[str]) -> list[str]:
+    """A changed budget is short, too, and above what was spent."""
+    if "change_budget=true" not in words:
+        return [*words, *overrides]
+    return [*(word for word in words if not word.startswith("budget.")), "budget.tokens=64", *overrides[1:]]
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from adapt_recipes import cli, mixture
+from adapt_recipes import commands, mixture
 from adapt_recipes.mixture.curves import Curves, asymptote_prior, fit
 from adapt_recipes.planning import Pilot, pilot, show_pilot
 from adapt_recipes.planning.pilot import fit_ends, predict, spend
@@ -130,7 +130,7 @@ def test_what_cannot_be_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit) as stopped:
-        cli.plan([*PLANNED, *words])
+        commands.plan([*PLANNED, *words])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"tune plan: error: {message}"
     assert not list(tmp_path.iterdir())
@@ -146,5 +146,5 @@ def test_an_interrupt_is_one_line(
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(subprocess, "run", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        cli.plan([*PLANNED, "--pilot", "0.2"])
+        commands.plan([*PLANNED, "--pilot", "0.2"])
     assert stopped.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "tune plan: interrupted"

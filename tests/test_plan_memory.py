@@ -20,12 +20,12 @@ from tiers import slow_but
 
 import adapt_recipes.run
 from adapt_recipes import data, models
-from adapt_recipes.cli import recipe_file, recipe_of, schema
 from adapt_recipes.config import load
 from adapt_recipes.data.packing import pack_rows, supervised_lengths
 from adapt_recipes.planning.memory import CPU, LiveBytes, Memory, Shape, Size, estimate_memory
 from adapt_recipes.planning.update import update_of
 from adapt_recipes.run import Run
+from adapt_recipes.shipped import recipe_file, recipe_of, schema
 from adapt_recipes.training.process_group import process_group
 from adapt_recipes.training.sharding import to_local
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
+from torchtune.training.metric_logging import StdoutLogger
 
 from adapt_recipes import events
 from adapt_recipes.events import (
@@ -25,7 +27,7 @@ from adapt_recipes.events import (
     ValidationEvent,
 )
 from adapt_recipes.run_directory import has_run, is_finished
-from adapt_recipes.runlog import NullLog, RunLog, close_metric_logger, write_resolved, write_summary
+from adapt_recipes.runlog import NullLog, RunLog, close_metric_logger, log_config, write_resolved, write_summary
 
 SUMMARY = Summary(
     strategy="uniform",
@@ -194,6 +196,32 @@ def test_a_metric_logger_that_fails_is_left_out(tmp_path: Path, capsys: pytest.C
     assert len(logger.lines) == 1 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
     line = "warning: metric_logger: RuntimeError: no network; the run goes on without it\n"
     assert capsys.readouterr().err == 2 * line
+
+
+def test_a_metric_logger_gets_what_is_in_resolved_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of torchtune's loggers one writes it to a file. A logger need not take a config, and may refuse it."""
+    config = {"output_dir": str(tmp_path), "lr": 1e-3, "mixture": {"_component_": "x", "names": ["a", "b"]}}
+    write_resolved(tmp_path, config)
+    resolved = yaml.safe_load((tmp_path / "resolved.yaml").read_text())
+
+    class Taking(Logger):
+        def log_config(self, config: Any) -> None:
+            self.config = OmegaConf.to_container(config, resolve=True)
+
+    class Refusing(Logger):
+        def log_config(self, config: Any) -> None:
+            raise RuntimeError("resume\nhas changed")
+
+    taking = Taking()
+    log_config(taking, config)
+    assert taking.config == resolved
+    log_config(StdoutLogger(), config)
+    assert yaml.safe_load((tmp_path / "torchtune_config.yaml").read_text()) == resolved
+    log_config(Logger(), config)
+    assert capsys.readouterr().err == ""
+    log_config(Refusing(), config)
+    line = "warning: metric_logger: RuntimeError: resume has changed; the run goes on without its config\n"
+    assert capsys.readouterr().err == line
 
 
 def test_what_a_metric_logger_gets_of_other_events(tmp_path: Path) -> None:

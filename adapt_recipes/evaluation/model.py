@@ -12,20 +12,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-INSTALL = "pip install '.[eval]' in the folder of adapt-recipes"
+from adapt_recipes.errors import check_installed
+
 Backend = Literal["hf", "vllm"]
 _PACKAGES = ("lm_eval", "accelerate", "transformers", "rouge_score")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def check_installed(backend: Backend) -> None:
-    """Refuses to begin without the packages of the extra ``eval``.
+def check_backend(backend: Backend) -> None:
+    """Refuses to begin without lm-eval and what it needs for a backend.
 
     Raises:
         ValueError: one is missing; it says how to install it.
     """
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ValueError(f"mixture_eval needs {', '.join(missing)}: {INSTALL}")
+    check_installed(_PACKAGES, extra="eval")
     if backend == "vllm" and find_spec("vllm") is None:
         raise ValueError("backend: vllm is not installed; pip install vllm, or choose backend: hf")
 

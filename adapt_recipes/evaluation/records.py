@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_recipes.files import atomic_file
+from adapt_recipes.run_directory import EVALUATION, SAMPLES
 
-EVALUATION, SAMPLES = "evaluation.json", "evaluation"
 # Incremented when a file of the former version cannot be read as one of this.
 FORMAT = 1
 

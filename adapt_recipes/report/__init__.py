@@ -1,5 +1,5 @@
-"""``tune report``: one page that shows a run, or compares several."""
+"""``tune report``: one page that shows a run, or compares several.
 
-from adapt_recipes.report.page import write_report
-
-__all__ = ["write_report"]
+``page`` writes it. ``page`` and ``figures`` need the extra ``report``; ``read``, ``tables`` and ``evaluation``, which
+scripts use, do not.
+"""

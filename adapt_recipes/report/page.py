@@ -16,7 +16,6 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from adapt_recipes.evaluation.records import EVALUATION
 from adapt_recipes.files import atomic_file
 from adapt_recipes.report.evaluation import (
     NUM_EXAMPLES,
@@ -59,7 +58,7 @@ from adapt_recipes.report.tables import (
     spread,
     task_results,
 )
-from adapt_recipes.run_directory import LOG, has_run
+from adapt_recipes.run_directory import EVALUATION, LOG, has_run
 
 # On a phone the mode bar would cover names.
 PLOTLY_CONFIG = {"displayModeBar": False, "responsive": True}

@@ -16,6 +16,7 @@ from adapt_recipes.report.read import Array, Run, mean_over_tasks, worst_over_ta
 NOT_COMPARED = (
     "output_dir",
     "resume",
+    "change_budget",
     "versions",
     "metric_logger",
     "log_every",

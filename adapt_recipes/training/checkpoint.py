@@ -115,7 +115,7 @@ class Checkpoints:
             OSError: a file exists but cannot be read, which is not damage; it names the file and the process.
         """
         damaged: dict[int, str] = {}
-        checkpoints = self._on_all_ranks(lambda: _whole_checkpoints(self.checkpoints_dir) if self._rank == 0 else {})[0]
+        checkpoints = self._on_all_ranks(lambda: whole_checkpoints(self.checkpoints_dir) if self._rank == 0 else {})[0]
         for step, folder in sorted(checkpoints.items(), reverse=True):
             findings = self._on_all_ranks(functools.partial(self._inspect, folder))
             if reasons := self._damage(folder, findings):
@@ -142,7 +142,8 @@ class Checkpoints:
             ValueError: the checkpoint is missing, damaged, or of another model.
             OSError: a file exists but cannot be read; it names the file and the process.
         """
-        folder = self.checkpoints_dir / f"step_{step}"
+        default = self.checkpoints_dir / f"step_{step}"
+        folder = self._on_all_ranks(lambda: whole_checkpoints(self.checkpoints_dir).get(step, default))[0]
         findings = self._on_all_ranks(functools.partial(self._inspect, folder))
         if reasons := self._damage(folder, findings):
             raise ValueError(f"{self._describe({step: reasons[0]})}; it cannot be loaded")
@@ -265,7 +266,7 @@ class Checkpoints:
                     os.rename(path, folder)
                 elif match[2] in (PARTIAL, REMOVED, _REPLACED) or (match[2] is None and damaged):
                     shutil.rmtree(path)
-            for step, old in sorted(_whole_checkpoints(self.checkpoints_dir).items())[: -self._keep]:
+            for step, old in sorted(whole_checkpoints(self.checkpoints_dir).items())[: -self._keep]:
                 if step != best:
                     remove_folder(old)
         self._damaged = []
@@ -318,7 +319,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             if not is_no_space(error):
                 raise
-            newest = max(_whole_checkpoints(self.checkpoints_dir), default=None)
+            newest = max(whole_checkpoints(self.checkpoints_dir), default=None)
             standing = "there is no whole one" if newest is None else f"the newest whole checkpoint is step_{newest}"
             raise NoSpaceLeft(
                 f"no space left while writing checkpoint {folder.name} in {self.checkpoints_dir}; {standing}"
@@ -435,7 +436,7 @@ class _Writer(dcp.FileSystemWriter):
             raise
 
 
-def _whole_checkpoints(checkpoints_dir: Path) -> dict[int, Path]:
+def whole_checkpoints(checkpoints_dir: Path) -> dict[int, Path]:
     """Every complete checkpoint, by step."""
     found = {}
     if checkpoints_dir.is_dir():
@@ -473,7 +474,7 @@ def newest_shared(checkpoints_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no checkpoint, or it is damaged.
     """
-    found = _whole_checkpoints(checkpoints_dir)
+    found = whole_checkpoints(checkpoints_dir)
     if not found:
         raise ValueError(f"there is no checkpoint in {checkpoints_dir}")
     folder = found[max(found)]

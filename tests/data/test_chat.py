@@ -543,11 +543,19 @@ def test_templates_inside_the_config_and_special_tokens_as_objects(tmp_path: Pat
     assert encode(ChatTokenizer(tmp_path), CONVERSATIONS[0]) == expected
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 12345\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("tokenizer.json", None, "no file .*/tokenizer.json$"),
         ("tokenizer.json", "{", "/tokenizer.json: "),
+        (
+            "tokenizer.json",
+            LFS_POINTER,
+            "/tokenizer.json is a Git LFS pointer, not the file itself; run `git lfs pull` in",
+        ),
         ("tokenizer_config.json", None, "no file .*/tokenizer_config.json$"),
         ("tokenizer_config.json", "{", "/tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", "[]", "/tokenizer_config.json: must be a JSON object$"),
@@ -563,6 +571,12 @@ def test_missing_and_malformed_files(tmp_path: Path, name: str, content: str | N
     with pytest.raises(ValueError, match=f"^tokenizer.path: .*{message}") as error:
         ChatTokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_sentencepiece_model_that_is_a_git_lfs_pointer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match="^tokenizer.path: .*/tokenizer.model is a Git LFS pointer, .*`git lfs pull`"):
+        ChatTokenizer(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from adapt_recipes.evaluation import records
-from adapt_recipes.evaluation.records import EVALUATION, Sample, Score, read_evaluation, read_samples
+from adapt_recipes.evaluation.records import Sample, Score, read_evaluation, read_samples
+from adapt_recipes.run_directory import EVALUATION
 
 SCORE = Score(
     family="reasoning",

@@ -65,6 +65,29 @@ def refusal(start: Start, capsys: pytest.CaptureFixture[str]) -> Refusal:
     return refusal
 
 
+# ---- what looks odd and is right
+
+
+def test_paths_with_spaces_and_letters_of_other_languages(start: Start) -> None:
+    """Of the config, the tasks, the run and the model."""
+    folder = Path("zwei Wörter")
+    (folder / "Daten é").mkdir(parents=True)
+    config, run = folder / "tiny_größe 1.yaml", f"output_dir={folder / 'läuft é'}"
+    config.write_text(Path(UNIFORM).read_text().replace("resume: true", "resume: false"))
+    for name in ("añb c", "d"):
+        rows = ({"prompt": f"q{i}", "response": "a"} for i in range(40))
+        (folder / "Daten é" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = f"tasks={{_component_: adapt_recipes.data.jsonl_tasks, path: {folder / 'Daten é'}, validation_examples: 2}}"
+    words = ["--config", str(config), tasks, "budget.tokens=8", "batch_tokens=4"]
+    assert exit_status("sft_full_finetune", [*words, run]) == 0
+    summary = json.loads((folder / "läuft é" / "summary.json").read_text())
+    assert summary["supervised_tokens"] == 8 and set(summary["task_tokens"]) == {"añb c", "d"}
+    # The model that the run has written.
+    from_model = f"checkpointer.checkpoint_dir={folder / 'läuft é' / 'model'}"
+    assert exit_status("sft_full_finetune", [*words, from_model, "output_dir=ö 2"]) == 0
+    assert Path("ö 2", "model").is_dir()
+
+
 # ---- keys and values
 
 

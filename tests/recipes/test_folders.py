@@ -176,4 +176,4 @@ def test_home_and_an_empty_path(runs: Runs, tmp_path: Path, monkeypatch: pytest.
     assert runs.run("uniform", Path("~/run"), **changes) == 0
     assert summary(tmp_path / "run")["supervised_tokens"] == 20 and not Path("~").exists()
     with pytest.raises(ValueError, match="^output_dir: "):
-        runs.config("uniform", "", **changes)  # type: ignore[arg-type]
+        runs.config("uniform", "''", **changes)  # type: ignore[arg-type]

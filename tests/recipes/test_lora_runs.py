@@ -155,7 +155,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(tmp_path: Path,
             {"embed_dim": 64},
             "does not fit the model: model.embed_tokens.weight is (257, 32) in the folder and (257, 64) in the model",
         ),
-        ({"scale_factor": 32}, "does not fit the model: rope_scaling is None in its config.json and RopeScaling("),
+        ({"scale_factor": 32}, "does not fit the model: rope_scaling is None in its config.json and Llama3Scaling("),
     ],
     ids=str,
 )

@@ -22,12 +22,13 @@ from running import ROOT, SUITES, exit_status, finished, load_recipe
 from standins import write_natural_instructions, write_tokenizer
 from tiers import slow_but
 
-from adapt_recipes.cli import shipped
 from adapt_recipes.config import load
 from adapt_recipes.data import ByteTokenizer, ChatTokenizer
 from adapt_recipes.evaluation import records
-from adapt_recipes.evaluation.records import EVALUATION, read_evaluation, read_samples
+from adapt_recipes.evaluation.records import read_evaluation, read_samples
 from adapt_recipes.evaluation.subjects import own_tasks, subjects_of
+from adapt_recipes.run_directory import EVALUATION
+from adapt_recipes.shipped import shipped
 
 sys.path += [str(ROOT / "tests" / folder) for folder in ("evaluation", "models")]
 
@@ -373,11 +374,8 @@ def test_a_task_without_questions_is_named(there: Path, monkeypatch: pytest.Monk
 
 
 def test_without_the_extra(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = mixture_eval.check_installed.__globals__["find_spec"]
-    monkeypatch.setitem(
-        mixture_eval.check_installed.__globals__, "find_spec", lambda name: None if name == "lm_eval" else found(name)
-    )
-    with pytest.raises(ValueError, match=r"^mixture_eval needs lm_eval: pip install '\.\[eval\]' in the folder of "):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"^it needs lm_eval; pip install 'adapt-recipes\[eval\]'$"):
         evaluate("eval_tasks", "runs=[runs/a]")
 
 

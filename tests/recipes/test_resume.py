@@ -461,7 +461,7 @@ def test_another_micro_batch_bound_goes_on_with_a_warning(
 def test_every_key_is_either_free_or_refused(runs: Runs, tmp_path: Path) -> None:
     """A new key needs a decision: here, and in the contract."""
     elsewhere = {"device", "activation_offloading", "fsdp_cpu_offload"}  # where numbers are, not what they are
-    free = {*FREE, "resume", "output_dir", "micro_batch_tokens", *elsewhere}
+    free = {*FREE, "resume", "change_budget", "output_dir", "micro_batch_tokens", *elsewhere}
     for recipe in set(RECIPES.values()):
         assert set(marked(load_recipe(recipe).Config, FREE_AT_RESUME)) == free
     keys = {field.name for recipe in set(RECIPES.values()) for field in fields(load_recipe(recipe).Config)}

@@ -180,6 +180,8 @@ def test_metric_loggers_of_torchtune(run: Runner) -> None:
     lines = (done.folder.parent / "logs" / "metrics.txt").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if "grad_norm:" in line] == [f"Step {i}" for i in (1, 3, 6, 8)]
     assert [line.split(" | ")[0] for line in lines if "p/facts_2:" in line] == ["Step 0", "Step 3", "Step 6"]
+    configs = [yaml.safe_load((done.folder / f"{name}.yaml").read_text()) for name in ("torchtune_config", "resolved")]
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("config", ["tiny_uniform", "tiny_adapt_planned", "tiny_mos_diff"])

@@ -12,8 +12,8 @@ from running import CONFIGS, ROOT, Run
 from safetensors.torch import load_file
 from tiers import slow_but
 
-from adapt_recipes.cli import schema
 from adapt_recipes.config import load
+from adapt_recipes.shipped import schema
 
 
 def assert_same_training(one: Run, other: Run) -> None:
@@ -242,18 +242,11 @@ def test_a_mixture_of_ones_own_is_named_in_the_config(run: Runner, tmp_path: Pat
         run("tiny_uniform", "mixture._component_=my_mixtures.TwoToOne", folder="other")
 
 
-@pytest.mark.parametrize(
-    ("page", "module", "options"),
-    [
-        ("README.md", "readme_mixture", "temperature: 0.5"),
-        pytest.param("docs/mixtures.md", "docs_mixture", "strength: 3.0", marks=pytest.mark.slow),
-    ],
-)
-def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path, page: str, module: str, options: str) -> None:
-    blocks = (ROOT / page).read_text().split("```python\n")[1:]
+def test_the_mixture_that_a_page_shows(run: Runner, tmp_path: Path) -> None:
+    blocks = (ROOT / "docs" / "mixtures.md").read_text().split("```python\n")[1:]
     (code,) = (block.split("```")[0] for block in blocks if "class Mine" in block)
-    (tmp_path / f"{module}.py").write_text(f"import torch\n\n{code}")
-    mixture = f"mixture={{_component_: {module}.Mine, {options}}}"
+    (tmp_path / "docs_mixture.py").write_text(f"import torch\n\n{code}")
+    mixture = "mixture={_component_: docs_mixture.Mine, strength: 3.0}"
     done = run("tiny_adapt_planned", mixture)
     updates = done.events("mixture")[1:]
     assert done.summary["mixture_updates"] == 2 and all("logits" in update for update in updates)

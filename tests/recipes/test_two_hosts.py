@@ -98,7 +98,7 @@ def test_two_hosts_and_a_cable_that_is_pulled(hosts: tuple[str, str], tmp_path: 
     while launched.running() and not any(event["step"] >= 5 for event in events(folder)):
         time.sleep(0.01)
     ip("-n", hosts[0], "link", "set", "eth", "down")
-    assert launched.end() == [1, 1], launched.said(0) + launched.said(1)
+    assert launched.end() == [2, 2], launched.said(0) + launched.said(1)
     for number in range(2):
         (line,) = (line for line in launched.said(number) if line.startswith(("error: ", "Traceback")))
         gone = r"another process has ended or does not answer, without an error message \(.+\)"

@@ -11,9 +11,8 @@ from evaluation_records import numbered, write_task
 from report_runs import write_run
 from test_page import Page, page_of, report
 
-from adapt_recipes.report import write_report
 from adapt_recipes.report.figures import Chart, to_png
-from adapt_recipes.report.page import render
+from adapt_recipes.report.page import render, write_report
 from adapt_recipes.report.read import read_run
 
 # Of 40 examples: how many each model has right. The difference of the runs from the base model is far beyond chance.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -16,10 +15,10 @@ from typing import Any
 import pytest
 from report_runs import events, write_run
 
-from adapt_recipes import cli
-from adapt_recipes.report import write_report
-from adapt_recipes.report.page import render
+from adapt_recipes import commands
+from adapt_recipes.report.page import render, write_report
 from adapt_recipes.report.read import read_run
+from adapt_recipes.words import CommandParser
 
 ROOT = Path(__file__).parents[2]
 
@@ -536,8 +535,8 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def report(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     """(exit status, output) of `tune report`."""
-    parser = argparse.ArgumentParser()
-    cli.add_report(parser.add_subparsers())
+    parser = CommandParser()
+    commands.add_report(parser.add_subparsers())
     status = 0
     try:
         args = parser.parse_args(["report", *map(str, words)])
@@ -581,12 +580,13 @@ def test_errors_are_one_line_and_status_2(
 def test_a_package_that_is_missing_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("adapt_recipes.report")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    status, output = report(capsys, write_run(tmp_path / "run"))
-    assert (status, output) == (2, "tune report: error: it needs the package 'plotly'; pip install plotly\n")
+    folder = write_run(tmp_path / "run")
+    for missing in (["plotly"], ["itables", "matplotlib", "plotly"]):
+        for name in missing:
+            monkeypatch.setitem(sys.modules, name, None)
+        said = f"tune report: error: it needs {', '.join(missing)}; pip install 'adapt-recipes[report]'\n"
+        assert report(capsys, folder, "--schedule", tmp_path / "schedule.yaml") == (2, said)
+    assert not (tmp_path / "schedule.yaml").exists()
 
 
 @pytest.mark.slow
@@ -603,7 +603,7 @@ def test_tune_has_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"^    report +Show a run", done.stdout, re.MULTILINE)
     assert re.search(r"^    cat  ", done.stdout, re.MULTILINE), "and has not lost its last"
-    assert done.stdout.endswith("run/report.html\n8 figures in run/report_figures/\nNone\n")
+    assert done.stdout.endswith("run/report.html\n8 figures in run/report_figures/\n")
     assert math.isclose((folder / "report.html").stat().st_size, 5.7e6, rel_tol=0.1), (
         "4.8 MB of plotly, 0.8 of DataTables"
     )

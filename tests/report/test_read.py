@@ -243,7 +243,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_hundred_tasks_and_a_hundred_thousand_lines_take_less_than_ten_seconds(tmp_path: Path) -> None:
     """Half a gigabyte, from the log to the page; by the processor's clock, for what else runs is not its fault."""
-    from adapt_recipes.report import write_report
+    from adapt_recipes.report.page import write_report
 
     tasks = [f"task{i:04d}_type" for i in range(100)]
     folder = write_run(tmp_path / "run", tasks=tasks, steps=1)

@@ -17,8 +17,8 @@ import pytest
 from evaluation_records import numbered, write_task
 from report_runs import write_run
 
-from adapt_recipes.report import write_report
 from adapt_recipes.report.figures import NAMED, charts
+from adapt_recipes.report.page import write_report
 from adapt_recipes.report.read import read_run
 from adapt_recipes.report.tables import group_runs
 
