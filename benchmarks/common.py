@@ -152,7 +152,7 @@ def _words(rng: random.Random, size: int) -> str:
 
 def load_recipe(config: Path) -> ModuleType:
     """The recipe that a config names."""
-    from adapt_recipes.cli import recipe_file, recipe_of
+    from adapt_recipes.shipped import recipe_file, recipe_of
 
     path = Path(recipe_file(str(recipe_of(config))))
     return load_module(path.stem, path)

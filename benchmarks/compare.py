@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Below, so that it runs without an installation as well.
-from adapt_recipes.cli import recipe_file, recipe_of  # noqa: E402
 from adapt_recipes.errors import nearest  # noqa: E402
 from adapt_recipes.report.evaluation import (  # noqa: E402
     Column,
@@ -53,6 +52,7 @@ from adapt_recipes.report.evaluation import (  # noqa: E402
 )
 from adapt_recipes.report.read import Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks  # noqa: E402
 from adapt_recipes.report.tables import Spread, spread, tokens_to_reach  # noqa: E402
+from adapt_recipes.shipped import recipe_file, recipe_of  # noqa: E402
 
 ENTROPIES = {"noise": math.log(16)}
 

@@ -13,20 +13,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from common import above_floors, markdown
 from frontier import Frontier, check_runs, fit_frontier
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from pydantic.dataclasses import dataclass
 
-from adapt_recipes.errors import nearest
+from adapt_recipes.errors import check_installed, nearest
 from adapt_recipes.files import atomic_file
-from adapt_recipes.report.figures import COLORS, PNG_STYLE
 from adapt_recipes.report.read import Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks
 from adapt_recipes.report.tables import on_shared_tasks, spread
 from adapt_recipes.strict import STRICT, load
 
 SPEC = "table.yaml"
-# Color and marker of each kind of row.
-LOOKS = {"static": (COLORS[6], "s"), "learned": (COLORS[0], "o"), "oracle": (COLORS[1], "*")}
 
 
 class Column(NamedTuple):
@@ -246,6 +241,14 @@ def page(
 
 def plot(table: Table, by_row: dict[str, dict[int, Run]], frontier: Frontier | None) -> bytes:
     """A PNG file: mean and worst loss of each row, with standard errors as bars, and of the best static mixtures."""
+    # Here, because keeping runs does not need the extra `report`.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from adapt_recipes.report.figures import COLORS, PNG_STYLE
+
+    # Color and marker of each kind of row.
+    looks = {"static": (COLORS[6], "s"), "learned": (COLORS[0], "o"), "oracle": (COLORS[1], "*")}
     # By worst loss.
     points = []
     for row, runs in by_row.items():
@@ -258,7 +261,7 @@ def plot(table: Table, by_row: dict[str, dict[int, Run]], frontier: Frontier | N
         axes = figure.subplots()
         for i, (worst_loss, mean_loss, worst_error, mean_error, row) in enumerate(points):
             of_row = table.rows[row]
-            color, marker = LOOKS[of_row.kind]
+            color, marker = looks[of_row.kind]
             # A missing standard error draws no bar.
             bars = {"xerr": np.nan_to_num(mean_error), "yerr": np.nan_to_num(worst_error), "elinewidth": 0.8}
             axes.errorbar(mean_loss, worst_loss, **bars, color=color, marker=marker, linestyle="")
@@ -277,7 +280,7 @@ def plot(table: Table, by_row: dict[str, dict[int, Run]], frontier: Frontier | N
             of_best = np.stack([frontier.losses(shares) for shares in frontier.best.values()])
             axes.plot(of_best.mean(1), of_best.max(1), "--", color=COLORS[6], label="best static, by curves")
         for kind in dict.fromkeys(table.rows[row].kind for row, runs in by_row.items() if runs):
-            color, marker = LOOKS[kind]
+            color, marker = looks[kind]
             axes.plot([], [], color=color, marker=marker, linestyle="", label=kind)
         axes.legend(frameon=False)
         axes.set_title(table.title)
@@ -291,6 +294,7 @@ def plot(table: Table, by_row: dict[str, dict[int, Run]], frontier: Frontier | N
 
 def write_tables(docs: Path) -> None:
     """Writes the page and the plot of every table."""
+    check_installed(("matplotlib", "plotly"), extra="report")
     specs = sorted((docs / "data").glob(f"*/{SPEC}"))
     if not specs:
         raise ValueError(f"{docs / 'data'}: contains no TABLE/{SPEC}")

@@ -31,8 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from adapt_recipes.cli import recipe_file, recipe_of  # noqa: E402 (runs without an installation as well)
 from adapt_recipes.config import command_line  # noqa: E402
+from adapt_recipes.shipped import recipe_file, recipe_of  # noqa: E402 (runs without an installation as well)
 
 NUM_PROCESSES = 2
 # For the end of the process that was not killed.

@@ -26,7 +26,7 @@ from typing import Any
 
 import common
 
-from adapt_recipes.cli import recipe_of
+from adapt_recipes.shipped import recipe_of
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
