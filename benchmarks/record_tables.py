@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from common import above_floors, markdown
 from frontier import Frontier, check_runs, fit_frontier
+from plane import Kind, Point, Value, plot, points_of_document
 from pydantic.dataclasses import dataclass
 
 from adapt_recipes.errors import check_installed, nearest
 from adapt_recipes.files import atomic_file
 from adapt_recipes.report.read import Run, mean_over_tasks, on_one_split, read_run, worst_over_tasks
-from adapt_recipes.report.tables import on_shared_tasks, spread
+from adapt_recipes.report.tables import on_shared_tasks, spread, tokens_to_reach
 from adapt_recipes.strict import STRICT, load
 
 SPEC = "table.yaml"
@@ -63,7 +63,7 @@ class Row:
     """A row of a table."""
 
     name: str
-    kind: Literal["static", "learned", "oracle"] = "learned"
+    kind: Kind = "learned"
 
     @property
     def label(self) -> str:
@@ -152,12 +152,17 @@ def loss_name(table: Table, by_row: dict[str, dict[int, Run]]) -> str:
 
 
 def difference_cells(runs: dict[int, Run], base: dict[int, Run]) -> list[str]:
-    """Of the worst and the mean loss, over the seeds of both, and their number."""
+    """Of the worst and the mean loss, and the tokens to the base's worst loss, over the seeds of both."""
     common = [seed for seed in runs if seed in base]
     if not common or runs is base:
-        return ["–", "–"]
+        return ["–", "–", "–"]
     differences = [[value(runs[seed]) - value(base[seed]) for seed in common] for value in (worst, mean)]
-    return [f"{cell(values, 3, '+')} ({len(common)})" for values in differences]
+    tokens = [tokens_to_reach(runs[seed], float(worst_over_tasks(base[seed].final_losses))) for seed in common]
+    reached = [each for each in tokens if not math.isnan(each)]
+    of_tokens = cell(reached, 0) if reached else "never"
+    if 0 < len(reached) < len(common):
+        of_tokens += f", {len(common) - len(reached)} never"
+    return [*(f"{cell(values, 3, '+')} ({len(common)})" for values in differences), of_tokens]
 
 
 def frontier_of(table: Table, by_row: dict[str, dict[int, Run]]) -> Frontier | None:
@@ -221,11 +226,15 @@ def page(
 
     if table.baselines:
         names = [table.rows[row].name for row in table.baselines]
-        lines = [["", *(f"{value} {loss} - {name}" for name in names for value in ("worst", "mean"))]]
+        headers = [[f"worst {loss} - {name}", f"mean {loss} - {name}", f"tokens to {name}'s worst"] for name in names]
+        lines = [["", *(header for of_base in headers for header in of_base)]]
         for row, runs in there.items():
             cells = [cell for base in table.baselines for cell in difference_cells(runs, by_row[base])]
             lines.append([table.rows[row].label, *cells])
-        caption = "Differences with the same seed: mean ± standard error (number of seeds that both have)."
+        caption = (
+            "Differences with the same seed: mean ± standard error (number of seeds that both have). Tokens are the"
+        )
+        caption += " supervised ones until a validation first shows the worst loss that the other run ends with."
         parts += ["## Differences from baselines", caption, markdown(lines)]
 
     if frontier:
@@ -239,61 +248,20 @@ def page(
     return "\n\n".join(parts) + "\n"
 
 
-def plot(table: Table, by_row: dict[str, dict[int, Run]], frontier: Frontier | None) -> bytes:
-    """A PNG file: mean and worst loss of each row, with standard errors as bars, and of the best static mixtures."""
-    # Here, because keeping runs does not need the extra `report`.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+def points(table: Table, by_row: dict[str, dict[int, Run]]) -> list[Point]:
+    """Of every row with a run, with a standard error to each side; a missing one counts as 0."""
 
-    from adapt_recipes.report.figures import COLORS, PNG_STYLE
+    def value(of_runs: Callable[[Run], float], runs: Collection[Run]) -> Value:
+        values = [of_runs(run) for run in runs]
+        center, error = spread(values).mean, float(np.nan_to_num(standard_error(values)))
+        return Value(center, center - error, center + error)
 
-    # Color and marker of each kind of row.
-    looks = {"static": (COLORS[6], "s"), "learned": (COLORS[0], "o"), "oracle": (COLORS[1], "*")}
-    # By worst loss.
-    points = []
-    for row, runs in by_row.items():
-        if runs:
-            x, y = ([value(run) for run in runs.values()] for value in (mean, worst))
-            points.append((spread(y).mean, spread(x).mean, standard_error(y), standard_error(x), row))
-    points.sort()
-    with rc_context(PNG_STYLE):
-        figure = Figure(figsize=(8, max(4.2, 0.25 * len(points))), layout="constrained")
-        axes = figure.subplots()
-        for i, (worst_loss, mean_loss, worst_error, mean_error, row) in enumerate(points):
-            of_row = table.rows[row]
-            color, marker = looks[of_row.kind]
-            # A missing standard error draws no bar.
-            bars = {"xerr": np.nan_to_num(mean_error), "yerr": np.nan_to_num(worst_error), "elinewidth": 0.8}
-            axes.errorbar(mean_loss, worst_loss, **bars, color=color, marker=marker, linestyle="")
-            # The names stand one above the other beside the axes, in the order of the points, so that none overlap.
-            axes.annotate(
-                of_row.name,
-                (mean_loss, worst_loss),
-                (1.03, (i + 0.5) / len(points)),
-                textcoords="axes fraction",
-                va="center",
-                color=color,
-                style="italic" if of_row.kind == "oracle" else "normal",
-                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "relpos": (0, 0.5)},
-            )
-        if frontier:
-            of_best = np.stack([frontier.losses(shares) for shares in frontier.best.values()])
-            axes.plot(of_best.mean(1), of_best.max(1), "--", color=COLORS[6], label="best static, by curves")
-        for kind in dict.fromkeys(table.rows[row].kind for row, runs in by_row.items() if runs):
-            color, marker = looks[kind]
-            axes.plot([], [], color=color, marker=marker, linestyle="", label=kind)
-        axes.legend(frameon=False)
-        axes.set_title(table.title)
-        axes.set_xlabel(f"mean {loss_name(table, by_row)} (nats)")
-        axes.set_ylabel(f"worst {loss_name(table, by_row)} (nats)")
-        axes.spines[["top", "right"]].set_visible(False)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=160)
-    return file.getvalue()
+    rows = [(table.rows[row], runs.values()) for row, runs in by_row.items() if runs]
+    return [Point(row.name, row.kind, value(mean, runs), value(worst, runs)) for row, runs in rows]
 
 
 def write_tables(docs: Path) -> None:
-    """Writes the page and the plot of every table."""
+    """Writes the page and the plot of every table, and plots of the tables that ``results-*.md`` contain."""
     check_installed(("matplotlib", "plotly"), extra="report")
     specs = sorted((docs / "data").glob(f"*/{SPEC}"))
     if not specs:
@@ -305,5 +273,11 @@ def write_tables(docs: Path) -> None:
         frontier = frontier_of(table, by_row)
         with atomic_file(docs / "tables" / f"{name}.md") as path:
             path.write_text(page(name, table, by_row, notes, frontier), encoding="utf-8")
+        best = np.stack([frontier.losses(shares) for shares in frontier.best.values()]) if frontier else None
         with atomic_file(docs / "tables" / f"{name}.png") as path:
-            path.write_bytes(plot(table, by_row, frontier))
+            path.write_bytes(plot(table.title, loss_name(table, by_row), points(table, by_row), best))
+    for document in sorted(docs.glob("results-*.md")):
+        text = document.read_text(encoding="utf-8")
+        for i, of_table in enumerate(points_of_document(text), 1):
+            with atomic_file(docs / "tables" / f"{document.stem}-{i}.png") as path:
+                path.write_bytes(plot(f"{text.splitlines()[0].strip('# ')} ({i})", "loss", of_table))

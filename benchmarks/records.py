@@ -21,7 +21,8 @@ run is read, such a folder can be read as well.
     floors: {noise: 2.7726}    # the lowest loss that a task can have, subtracted from its losses
     noise_task: noise          # for noise_share
 
-Rows and seeds without a kept run are listed under the table as missing; kept runs of no row or seed are refused.
+Rows and seeds without a kept run are listed under the table as missing; kept runs of no row or seed are refused. The
+tables of ``docs/results-*.md`` that have columns called mean loss and worst loss get a plot, ``docs/tables/PAGE-1.png``.
 """
 
 from __future__ import annotations
