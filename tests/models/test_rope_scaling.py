@@ -224,7 +224,8 @@ def test_why_dynamic_is_refused_beyond_its_length(tmp_path: Path) -> None:
     first = model(row[:, :LENGTH]).logits
     followed = model(row).logits[:, :LENGTH]
     assert (followed - first).abs().max() > 1e-2
-    assert torch.equal(model(row[:, :LENGTH]).logits, followed)
+    # Not bit for bit: on some CPUs the rounding of a matrix product depends on its number of rows.
+    torch.testing.assert_close(model(row[:, :LENGTH]).logits, followed, rtol=0, atol=1e-5)
 
 
 def test_a_builder_of_torchtune_on_a_dynamic_folder(tmp_path: Path) -> None:
