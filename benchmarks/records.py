@@ -22,7 +22,7 @@ run is read, such a folder can be read as well.
     noise_task: noise          # for noise_share
 
 Rows and seeds without a kept run are listed under the table as missing; kept runs of no row or seed are refused. The
-tables of ``docs/results-*.md`` that have columns called mean loss and worst loss get a plot, ``docs/tables/PAGE-1.png``.
+tables of ``docs/results-*.md`` with columns called mean loss and worst loss get a plot, ``docs/tables/PAGE-1.png``.
 """
 
 from __future__ import annotations
