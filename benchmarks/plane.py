@@ -15,7 +15,7 @@ Kind = Literal["static", "learned", "oracle"]
 # How the names of static rows begin in documents.
 STATIC = ("uniform", "proportional", "temperature")
 # A cell with a number and its range: 3.042 (3.016 to 3.065), or the number alone.
-CELL = re.compile(r"(-?\d[\d,.]*)(?: \((-?\d[\d,.]*) to (-?\d[\d,.]*)\))?")
+CELL = re.compile(r"(-?\d[\d.]*)(?: \((-?\d[\d.]*) to (-?\d[\d.]*)\))?")
 
 
 class Value(NamedTuple):
